@@ -1,0 +1,1 @@
+"""One small file per run, each with a `get_config()`."""

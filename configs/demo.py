@@ -1,0 +1,10 @@
+"""The embedded demo model: 9 frames of 96x96, one coloured shape."""
+
+from ml_collections import ConfigDict
+
+from kvlock_jax.config import run_config
+
+
+def get_config() -> ConfigDict:
+    """Settings under which the demo's figures are measured."""
+    return run_config("kvlock_anchor", steps=50, shift=3.0, guidance_scale=4.0)

@@ -1,0 +1,1 @@
+"""Published checkpoint layouts, read into this package's models."""

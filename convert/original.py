@@ -1,0 +1,107 @@
+"""The publisher's own layouts (Wan-Video/Wan2.1)."""
+
+from kvlock_jax.config import VAEConfig
+from kvlock_jax.convert.table import (
+    Row,
+    Table,
+    Transform,
+    kernel,
+    patches,
+    per_channel,
+    pointwise,
+    unbatched,
+)
+
+
+def _biased(path: str, key: str, transform: Transform = kernel) -> Table:
+    """A linear layer or a convolution."""
+    weight = Row(rf"{path}\.kernel", f"{key}.weight", transform)
+    return weight, Row(rf"{path}\.bias", f"{key}.bias")
+
+
+def _attention(path: str, key: str) -> Table:
+    """One of the two attentions of every block of the transformer."""
+    return (
+        *_biased(rf"blocks\.{path}\.to_([qkvo])\w*", rf"blocks.*.{key}.\1"),  # `to_out` is `o`
+        Row(rf"blocks\.{path}\.(norm_[qk])\.scale", rf"blocks.*.{key}.\1.weight"),
+    )
+
+
+WAN: Table = (
+    *_biased("patch_embedding", "patch_embedding", patches),
+    *_biased(r"condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
+    *_biased(r"condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
+    *_biased(r"condition_embedder\.time_proj", "time_projection.1"),
+    *_attention("attn1", "self_attn"),
+    *_attention("attn2", "cross_attn"),
+    Row(r"blocks\.norm2\.scale", "blocks.*.norm3.weight"),  # Diffusers' norm3 has no weights
+    Row(r"blocks\.norm2\.bias", "blocks.*.norm3.bias"),
+    *_biased(r"blocks\.ffn\.net_([02])", r"blocks.*.ffn.\1"),
+    Row(r"blocks\.scale_shift_table", "blocks.*.modulation", unbatched),
+    Row(r"scale_shift_table", "head.modulation", unbatched),
+    *_biased("proj_out", "head.head"),
+)
+"""`diffusion_pytorch_model*.safetensors` of text-to-video."""
+
+
+def _residual(path: str, key: str) -> Table:
+    """A residual block of the VAE; what `residual` skips in its count has no weights."""
+    return (
+        Row(rf"{path}\.norm1\.gamma", f"{key}.residual.0.gamma", per_channel),
+        *_biased(rf"{path}\.conv1", f"{key}.residual.2"),
+        Row(rf"{path}\.norm2\.gamma", f"{key}.residual.3.gamma", per_channel),
+        *_biased(rf"{path}\.conv2", f"{key}.residual.6"),
+        *_biased(rf"{path}\.conv_shortcut", f"{key}.shortcut", pointwise),
+    )
+
+
+def _resample(path: str, key: str) -> Table:
+    """A `Downsample` or `Upsample` of the VAE."""
+    return (
+        *_biased(rf"{path}\.resample", f"{key}.resample.1"),
+        *_biased(rf"{path}\.time_conv", f"{key}.time_conv"),
+    )
+
+
+def vae(config: VAEConfig) -> Table:
+    """`Wan2.1_VAE.pth`; its decoder counts modules on from level to level, so sizes matter."""
+    encoder = (r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1")
+    rows = [*_residual(*encoder), *_resample(*encoder)]
+    count = 0
+    for level in range(len(config.dim_mult)):
+        for block in range(config.num_res_blocks + 1):
+            path = rf"decoder\.up_blocks\.{level}\.resnets\.{block}"
+            rows += _residual(path, f"decoder.upsamples.{count}")
+            count += 1
+        path = rf"decoder\.up_blocks\.{level}\.upsamplers\.0"
+        rows += _resample(path, f"decoder.upsamples.{count}")  # of no parameter in the last level
+        count += 1
+    return (
+        *rows,
+        *_residual(r"(.+)\.mid_block\.resnets\.0", r"\1.middle.0"),
+        Row(r"(.+)\.mid_block\.attentions\.0\.norm\.gamma", r"\1.middle.1.norm.gamma", per_channel),
+        *_biased(r"(.+)\.mid_block\.attentions\.0\.(to_qkv|proj)", r"\1.middle.1.\2", pointwise),
+        *_residual(r"(.+)\.mid_block\.resnets\.1", r"\1.middle.2"),
+        *_biased(r"(.+)\.conv_in", r"\1.conv1"),
+        Row(r"(.+)\.norm_out\.gamma", r"\1.head.0.gamma", per_channel),
+        *_biased(r"(.+)\.conv_out", r"\1.head.2"),
+        *_biased("quant_conv", "conv1", pointwise),
+        *_biased("post_quant_conv", "conv2", pointwise),
+    )
+
+
+UMT5: Table = (
+    Row(r"shared\.embedding", "token_embedding.weight"),
+    Row(r"final_layer_norm\.scale", "norm.weight"),
+    Row(r"block\.layer\.0\.layer_norm\.scale", "blocks.*.norm1.weight"),
+    Row(r"block\.layer\.1\.layer_norm\.scale", "blocks.*.norm2.weight"),
+    Row(
+        r"block\.layer\.0\.SelfAttention\.relative_attention_bias\.embedding",
+        "blocks.*.pos_embedding.embedding.weight",
+    ),
+    Row(r"block\.layer\.0\.SelfAttention\.([qkvo])\.kernel", r"blocks.*.attn.\1.weight", kernel),
+    Row(r"block\.layer\.1\.DenseReluDense\.wi_0\.kernel", "blocks.*.ffn.gate.0.weight", kernel),
+    Row(r"block\.layer\.1\.DenseReluDense\.wi_1\.kernel", "blocks.*.ffn.fc1.weight", kernel),
+    Row(r"block\.layer\.1\.DenseReluDense\.wo\.kernel", "blocks.*.ffn.fc2.weight", kernel),
+)
+"""`models_t5_umt5-xxl-enc-bf16.pth`: `gate.0` goes through gelu, `fc1` beside it."""

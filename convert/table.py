@@ -1,0 +1,220 @@
+"""Tables that say where a published checkpoint keeps each parameter of a model, and their reading.
+
+A table is a tuple of `Row`s and belongs to one published layout. It is read from the model's side:
+every parameter of the abstract model finds the first row that matches its path, and the row gives
+the published name. So each parameter has exactly one source, a missing tensor is named as it is
+published, and parameters can be read one at a time. What no parameter asked for is unexpected.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvlock_jax.errors import CheckpointError
+
+Path = tuple[str | int, ...]
+Transform = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a checkpoint whose shape and dtype are known before its values are read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def same(array: np.ndarray) -> np.ndarray:
+    """Embeddings, biases, the scales of norms."""
+    return array
+
+
+def kernel(array: np.ndarray) -> np.ndarray:
+    """A linear or convolution weight, `[out, in, *space]` to `[*space, in, out]`."""
+    return np.moveaxis(array, (0, 1), (-1, -2))
+
+
+def pointwise(array: np.ndarray) -> np.ndarray:
+    """A convolution over one cell, `[out, in, 1, ...]` to a linear kernel `[in, out]`."""
+    return squeezed(array, 2).T
+
+
+def patches(array: np.ndarray) -> np.ndarray:
+    """A convolution over patches, `[out, in, *patch]`, to a linear kernel `[(*patch, in), out]`."""
+    return kernel(array).reshape(-1, array.shape[0])
+
+
+def unbatched(array: np.ndarray) -> np.ndarray:
+    """Drops a leading axis of size 1."""
+    return array.squeeze(0)
+
+
+def per_channel(array: np.ndarray) -> np.ndarray:
+    """A scale that is spread over space, `[C, 1, ...]` to `[C]`."""
+    return squeezed(array, 1)
+
+
+def squeezed(array: np.ndarray, rank: int) -> np.ndarray:
+    """Drops the axes after the first `rank` that have size 1; others stay, and misfit by shape."""
+    return array.squeeze(tuple(i for i in range(rank, array.ndim) if array.shape[i] == 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Where a layout keeps the parameters whose paths match.
+
+    Attributes:
+      path: regular expression for the whole path in our module, joined by dots.
+      key: published name; `\\1` is what the first group of `path` matched, and `*` is the index
+        along the leading axis of a stacked parameter.
+      transform: from the published array to ours; a ValueError says that it has no such shape.
+      aliases: other names of the same tensor, in exports that tie it or keep it twice; read only
+        where `key` is not there.
+    """
+
+    path: str
+    key: str
+    transform: Transform = same
+    aliases: tuple[str, ...] = ()
+
+
+Table = tuple[Row, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where one parameter comes from: one tensor, or one per layer, which are stacked."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    keys: tuple[str, ...]
+    stacked: bool
+    transform: Transform
+
+
+def plan(
+    abstract: nnx.State, tensors: Mapping[str, LazyTensor], table: Table, source: str
+) -> tuple[Source, ...]:
+    """Pairs every parameter of a model with its tensors, without reading any values.
+
+    Args:
+      abstract: parameters of the model, as `nnx.eval_shape` gives them.
+      tensors: the checkpoint.
+      table: the layout of the checkpoint.
+      source: what to call the checkpoint in errors.
+
+    Raises:
+      CheckpointError: with every missing, unexpected and misshapen tensor, all at once.
+    """
+    missing, misshapen, used, sources = [], [], set(), []
+    for path, variable in nnx.to_flat_state(abstract):
+        row, names, stacked = _published(path, variable.shape, table)
+        keys = []
+        for name, *aliases in names:
+            used.update((name, *aliases))
+            found = next((n for n in (name, *aliases) if n in tensors), None)
+            if found is None:
+                missing.append(name)
+            else:
+                keys.append(found)
+        want = variable.shape[1:] if stacked else variable.shape
+        misshapen += _misshapen(keys, tensors, row.transform, want)
+        dtypes = {tensors[key].dtype for key in keys}
+        # float32 where layers differ: rounding the wider ones would be silent
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        sources.append(Source(path, variable.shape, dtype, tuple(keys), stacked, row.transform))
+    unexpected = sorted(set(tensors) - used)
+    if missing or unexpected or misshapen:
+        raise CheckpointError(_report(source, missing, unexpected, misshapen))
+    return tuple(sources)
+
+
+def stream(
+    sources: Iterable[Source], tensors: Mapping[str, LazyTensor], dtype: Any = None
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields every parameter of a plan, read as it is asked for; nothing yielded is kept.
+
+    Args:
+      sources: what `plan` returned, or a part of it.
+      tensors: the checkpoint.
+      dtype: of the arrays; None keeps the checkpoint's.
+    """
+    for item in sources:
+        kind = item.dtype if dtype is None else np.dtype(dtype)
+        array = np.empty(item.shape, kind)
+        layers = array if item.stacked else array[None]
+        for layer, key in zip(layers, item.keys, strict=True):
+            layer[...] = item.transform(tensors[key].read()).astype(kind, copy=False)
+        yield item.path, array
+
+
+def fill(
+    abstract: nnx.State,
+    tensors: Mapping[str, LazyTensor],
+    table: Table,
+    source: str,
+    dtype: Any = None,
+) -> nnx.State:
+    """The parameters of a model, with the values of a checkpoint; `plan`, then `stream`."""
+    return assemble(abstract, stream(plan(abstract, tensors, table, source), tensors, dtype))
+
+
+def assemble(abstract: nnx.State, parameters: Iterable[tuple[Path, Any]]) -> nnx.State:
+    """Puts arrays by path into the structure of an abstract state."""
+    variables = dict(nnx.to_flat_state(abstract))
+    return nnx.from_flat_state(
+        [(path, variables[path].replace(jnp.asarray(array))) for path, array in parameters]
+    )
+
+
+def _published(
+    path: Path, shape: tuple[int, ...], table: Table
+) -> tuple[Row, list[tuple[str, ...]], bool]:
+    """The row of a parameter, the published names of its layers with their aliases, if stacked."""
+    dotted = ".".join(map(str, path))
+    for row in table:
+        if match := re.fullmatch(row.path, dotted):
+            names = tuple(match.expand(name) for name in (row.key, *row.aliases))
+            if "*" not in row.key:
+                return row, [names], False
+            layers = range(shape[0])
+            return row, [tuple(n.replace("*", str(i)) for n in names) for i in layers], True
+    raise KeyError(f"no row of the table matches the parameter {dotted}")
+
+
+def _misshapen(
+    keys: Iterable[str],
+    tensors: Mapping[str, LazyTensor],
+    transform: Transform,
+    want: tuple[int, ...],
+) -> list[str]:
+    """A line for each tensor that does not have the wanted shape after its transform."""
+    lines = []
+    for key in keys:
+        shape = tensors[key].shape
+        try:
+            # broadcast from one number: moving axes takes no memory
+            got = transform(np.broadcast_to(np.float32(0), shape)).shape
+        except ValueError:  # of another rank
+            got = None
+        if got != want:
+            becomes = "" if got in (None, shape) else f", which becomes {list(got)}"
+            lines.append(f"{key} is {list(shape)}{becomes}; the model has {list(want)}")
+    return lines
+
+
+def _report(source: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
+    """The message that lists every mismatch."""
+    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(misshapen)} misshapen"
+    lines = [f"{source} does not fit the model that its config describes: {counts}"]
+    lines += [f"  missing: {key}" for key in missing]
+    lines += [f"  unexpected: {key}" for key in unexpected]
+    lines += [f"  misshapen: {line}" for line in misshapen]
+    return "\n".join(lines)

@@ -1,0 +1,13 @@
+"""KV-Lock in JAX: edit the masked part of a video with a frozen Wan 2.1, and keep the rest.
+
+import kvlock_jax as kvl
+
+model = kvl.load("demo")
+result = kvl.edit(model, "in.mp4", "mask.mp4", prompt="a blue square")
+result.video   # uint8, frames height width 3
+"""
+
+from kvlock_jax.edit import Model, Result, config, default_config, edit, load, round_trip
+from kvlock_jax.errors import Error
+
+__all__ = ["Error", "Model", "Result", "config", "default_config", "edit", "load", "round_trip"]

@@ -1,0 +1,308 @@
+"""Converted checkpoints: models in Orbax, restored straight to their devices.
+
+A folder holds `kvlock.json` and one folder of data, which it names. The data come first, under a
+name of their own, and `kvlock.json` last, in one replacement: what it names is whole at every
+moment, and what it does not name is removed by the next save. (Renaming the folder instead would
+not do: an object store copies to rename, and a full folder cannot be replaced in one step.)
+
+Orbax is imported where it is used, so that `import kvlock_jax` does not wait for it.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib.metadata
+import json
+import re
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig, from_config_dict
+from kvlock_jax.errors import CheckpointError, ConfigError
+from kvlock_jax.models.umt5 import UMT5Encoder
+from kvlock_jax.models.vae import WanVAE
+from kvlock_jax.models.wan import WanTransformer
+
+METADATA = "kvlock.json"
+"""The file that makes a folder a converted checkpoint."""
+
+FAMILY = "wan2.1-t2v"
+
+MODELS: Mapping[str, tuple[type, type[nnx.Module]]] = {
+    "transformer": (WanConfig, WanTransformer),
+    "vae": (VAEConfig, WanVAE),
+    "text_encoder": (UMT5Config, UMT5Encoder),
+}
+"""Config and module of each field of `Configs` and `Checkpoint`."""
+
+Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""From a parameter's name, such as `transformer.proj_out.kernel`, and shape to its sharding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Configs:
+    """What a checkpoint says about itself; `scheduler` is the published JSON as it stands."""
+
+    transformer: WanConfig
+    vae: VAEConfig
+    text_encoder: UMT5Config
+    scheduler: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Models in memory; `tokenizer` is the folder that `text.Tokenizer` opens."""
+
+    configs: Configs
+    transformer: WanTransformer
+    vae: WanVAE
+    text_encoder: UMT5Encoder
+    tokenizer: epath.PathLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What `kvlock.json` says.
+
+    Attributes:
+      family: the architecture, `"wan2.1-t2v"`.
+      version: of the package that wrote the checkpoint.
+      source: what it was converted from, in the words of who saved it.
+      configs: sizes of the models, and the published scheduler.
+      dtypes: dtypes of each model's parameters.
+      data: name of the folder with the models and the tokenizer.
+      files: CRC-32 of each file in it, by relative path. (Orbax's store keeps none of its values:
+        a flipped bit would come back as another weight.)
+    """
+
+    family: str
+    version: str
+    source: Mapping[str, Any]
+    configs: Configs
+    dtypes: Mapping[str, list[str]]
+    data: str
+    files: Mapping[str, str]
+
+
+def abstract(kind: type[nnx.Module], config: Any, compute_dtype: Any = jnp.float32) -> nnx.Module:
+    """A model with shapes in place of parameters."""
+    return nnx.eval_shape(lambda: kind(config, dtype=compute_dtype, rngs=nnx.Rngs(0)))
+
+
+def is_checkpoint(folder: epath.PathLike) -> bool:
+    """Whether a folder is a converted checkpoint, damaged or not."""
+    return (epath.Path(folder) / METADATA).exists()
+
+
+def save(folder: epath.PathLike, checkpoint: Checkpoint, source: Mapping[str, Any]) -> None:
+    """Writes a checkpoint; one that the folder already holds stays whole until this one is.
+
+    Args:
+      folder: local, or of a scheme that etils knows, such as `gs://`; made if missing.
+      checkpoint: the models, and the folder of the tokenizer, whose files are copied.
+      source: what the models were converted from; JSON, kept for `Metadata.source`.
+
+    Raises:
+      CheckpointError: if the folder cannot be made.
+    """
+    folder = epath.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
+    _remove_data(folder, keep=_current(folder))
+    data = folder / f"kvlock-{uuid.uuid4().hex[:8]}"
+    data.mkdir()
+    dtypes = {}
+    for name in MODELS:
+        parameters = _flat(nnx.state(getattr(checkpoint, name)))
+        _write(data / name, parameters)
+        dtypes[name] = sorted({str(array.dtype) for array in parameters.values()})
+    (data / "tokenizer").mkdir()
+    for file in epath.Path(checkpoint.tokenizer).iterdir():
+        if file.is_file():
+            file.copy(data / "tokenizer" / file.name)
+    metadata = Metadata(
+        FAMILY,
+        importlib.metadata.version("kvlock-jax"),
+        source,
+        checkpoint.configs,
+        dtypes,
+        data.name,
+        _sums(data),
+    )
+    partial = folder / f"{METADATA}.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+    partial.replace(folder / METADATA)
+    _remove_data(folder, keep=data.name)
+
+
+def read_metadata(folder: epath.PathLike) -> Metadata:
+    """Reads what a checkpoint says about itself, and no weights.
+
+    Raises:
+      CheckpointError: if `kvlock.json` is missing, damaged, or of another family.
+    """
+    path = epath.Path(folder) / METADATA
+    try:
+        values = dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: it is no converted checkpoint") from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not hold a JSON object: {error}") from error
+    names = [field.name for field in dataclasses.fields(Metadata)]
+    if absent := [name for name in names if name not in values]:
+        raise CheckpointError(f"{path} has no {', '.join(absent)}")
+    if values["family"] != FAMILY:
+        raise CheckpointError(f"{path} is of family {values['family']!r}, expected {FAMILY!r}")
+    try:
+        given = values["configs"]
+        configs = {n: from_config_dict(kind, given[n]) for n, (kind, _) in MODELS.items()}
+        values["configs"] = Configs(**configs, scheduler=given["scheduler"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: configs must have {[*MODELS, 'scheduler']}") from error
+    return Metadata(**{name: values[name] for name in names})
+
+
+def load(
+    folder: epath.PathLike,
+    dtype: Any = None,
+    compute_dtype: Any = jnp.float32,
+    place: Place | None = None,
+) -> Checkpoint:
+    """Restores a checkpoint, once all its files and its parameters' shapes are checked.
+
+    Args:
+      folder: what `save` wrote.
+      dtype: of the parameters; None keeps each as it was saved.
+      compute_dtype: of the modules' matrix products.
+      place: where each parameter goes, straight from its file; None is the first device.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, files are missing or damaged, or parameters do not
+        fit the models that the configs describe; then it lists them all.
+    """
+    folder = epath.Path(folder)
+    metadata = read_metadata(folder)
+    data = folder / metadata.data
+    _check_files(data, metadata.files)
+    models, stored, problems = {}, {}, []
+    for name, (_, kind) in MODELS.items():
+        models[name] = abstract(kind, getattr(metadata.configs, name), compute_dtype)
+        stored[name] = _stored(data / name)
+        problems += _misfits(name, _flat(nnx.state(models[name])), stored[name])
+    if problems:
+        raise CheckpointError("\n".join([f"{data} does not fit its configs:", *problems]))
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    filled = {}
+    for name, model in models.items():
+        targets = {
+            path: jax.ShapeDtypeStruct(
+                array.shape,
+                dtype or array.dtype,
+                sharding=place(f"{name}.{path}", array.shape) if place else single,
+            )
+            for path, array in stored[name].items()
+        }
+        filled[name] = _fill(model, _read(data / name, targets))
+    return Checkpoint(metadata.configs, **filled, tokenizer=data / "tokenizer")
+
+
+def _flat(state: nnx.State) -> dict[str, Any]:
+    """Arrays (or their shapes) of a state by dotted path."""
+    return {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
+
+
+def _fill(model: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
+    """An abstract model with its parameters."""
+    graph, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    full = [(path, v.replace(arrays[".".join(map(str, path))])) for path, v in flat]
+    return nnx.merge(graph, nnx.from_flat_state(full))
+
+
+def _misfits(name: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """A line for each parameter that is missing, unexpected or misshapen."""
+    lines = [f"  missing: {name}.{path}" for path in wanted if path not in stored]
+    lines += [f"  unexpected: {name}.{path}" for path in stored if path not in wanted]
+    lines += [
+        f"  misshapen: {name}.{path} is {stored[path].shape}, the model has {array.shape}"
+        for path, array in wanted.items()
+        if path in stored and stored[path].shape != array.shape
+    ]
+    return lines
+
+
+def _write(folder: epath.Path, arrays: Mapping[str, jax.Array]) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), dict(arrays))
+
+
+def _stored(folder: epath.Path) -> Mapping[str, Any]:
+    """Shape and dtype of every array in an Orbax folder."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(folder.absolute()).item_metadata.tree
+
+
+def _read(
+    folder: epath.Path, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> Mapping[str, jax.Array]:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute(), dict(targets))
+
+
+def _sums(folder: epath.Path) -> dict[str, str]:
+    """CRC-32 of every file under a folder, by relative path."""
+    files = [root / name for root, _, names in folder.walk() for name in names]
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib lets other threads run
+        sums = pool.map(_crc32, files)
+        return {f.relative_to(folder).as_posix(): s for f, s in zip(files, sums, strict=True)}
+
+
+def _crc32(path: epath.Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def _check_files(data: epath.Path, expected: Mapping[str, str]) -> None:
+    found = _sums(data)
+    lines = [f"  missing: {name}" for name in expected if name not in found]
+    lines += [
+        f"  not as it was written: {name} has CRC-32 {found[name]}, expected {value}"
+        for name, value in expected.items()
+        if found.get(name, value) != value
+    ]
+    if lines:
+        raise CheckpointError("\n".join([f"{data} is damaged:", *lines]))
+
+
+def _current(folder: epath.Path) -> str | None:
+    """Name of the data that a folder's `kvlock.json` stands for, if there is a readable one."""
+    try:
+        return read_metadata(folder).data
+    except CheckpointError:
+        return None
+
+
+def _remove_data(folder: epath.Path, keep: str | None) -> None:
+    """Removes what other saves left, and nothing that is not of this format."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"kvlock-[0-9a-f]{8}", path.name) and path.name != keep:
+            path.rmtree()

@@ -1,0 +1,296 @@
+"""Every setting of the package, as frozen dataclasses that check themselves.
+
+A run is described by a nested `ml_collections.ConfigDict` (what `configs/*.py` and the command line
+build); `from_config_dict` turns one of its parts into the dataclass that the code takes, and names
+the key that is unknown, of the wrong type, or out of range.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+from ml_collections import ConfigDict, config_dict
+
+from kvlock_jax.errors import ConfigError
+
+_T = TypeVar("_T")
+
+
+def _require(ok: bool, owner: Any, field: str, expected: str) -> None:
+    if not ok:
+        value = getattr(owner, field)
+        raise ConfigError(f"{type(owner).__name__}.{field} must be {expected}, found {value!r}")
+
+
+def _positive(sizes: Any) -> None:
+    """Every whole number of a model's sizes counts something that must be there."""
+    for name, value in dataclasses.asdict(sizes).items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            _require(value > 0, sizes, name, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan 2.1 transformer; names are those of the Diffusers `config.json`."""
+
+    num_attention_heads: int
+    attention_head_dim: int
+    num_layers: int
+    ffn_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+
+    def __post_init__(self) -> None:
+        _positive(self)
+        _require(self.attention_head_dim % 2 == 0, self, "attention_head_dim", "even")
+
+    @property
+    def dim(self) -> int:
+        """Width `D = N K` of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of Wan's causal video VAE, and the mean and deviation of its latents' channels."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = (0.0,) * 16
+    latents_std: tuple[float, ...] = (1.0,) * 16
+
+    def __post_init__(self) -> None:
+        _positive(self)
+        _require(
+            len(self.dim_mult) == len(self.temperal_downsample) + 1,
+            self,
+            "dim_mult",
+            "one entry longer than temperal_downsample",
+        )
+        for name in ("latents_mean", "latents_std"):
+            _require(len(getattr(self, name)) == self.z_dim, self, name, f"{self.z_dim} numbers")
+
+
+@dataclasses.dataclass(frozen=True)
+class UMT5Config:
+    """Sizes of a UMT5 encoder; names are those of the Transformers `config.json`."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _positive(self)
+        buckets = self.relative_attention_num_buckets
+        _require(buckets % 4 == 0, self, "relative_attention_num_buckets", "a multiple of 4")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How a video is sampled.
+
+    Attributes:
+      steps: solver steps; the only setting here whose change compiles again, with `solver`.
+      shift: `s` of METHOD.md section 1, over 0; more spends more steps on high noise.
+      guidance_scale: `omega_0` of METHOD.md section 6; 1 is no guidance.
+      solver: `"unipc"`, `"euler"` or `"dpm++"`.
+      seed: of the noise an edit starts from.
+    """
+
+    steps: int = 50
+    shift: float = 5.0
+    guidance_scale: float = 5.0
+    solver: str = "unipc"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, self, "steps", "at least 1")
+        _require(0 < self.shift < math.inf, self, "shift", "over 0, and finite")
+        scale = self.guidance_scale
+        _require(0 <= scale < math.inf, self, "guidance_scale", "0 or more, and finite")
+        _require(
+            self.solver in ("unipc", "euler", "dpm++"),
+            self,
+            "solver",
+            "'unipc', 'euler' or 'dpm++'",
+        )
+        _require(0 <= self.seed < 2**32, self, "seed", "between 0 and 4294967295")
+
+
+@dataclasses.dataclass(frozen=True)
+class LockConfig:
+    """The lock and the guidance of one run (METHOD.md sections 4 to 8); presets are filled-in ones.
+
+    Attributes:
+      enabled: whether the source branch runs and keys and values are fused at all.
+      warmup_fusion_ratio: alpha before the scheduled window, 0 to 1.
+      adapt_fusion_ratio: whether alpha follows the statistic inside the window.
+      fusion_ratio: alpha inside the window where it does not follow the statistic, 0 to 1.
+      adapt_guidance: whether omega follows the statistic inside the window.
+      omega_floor: lower bound of omega / omega_0 in the window; published 0.
+      omega_ceiling: upper bound `b` of omega / omega_0 in the window; published 2.
+      rescale_uncond: whether the unconditional velocity is scaled by s* (METHOD.md section 7).
+      background: `"model"`, or `"source"` to pin the background latents (METHOD.md section 8).
+      detection: `"local"` averages the statistic over the foreground, `"global"` over everything.
+      tau: the statistic at which alpha reaches 1, over 0.
+      window: number of clean estimates in the statistic, 2 or more.
+      kappa: how many of the last steps are scheduled.
+      guidance: `"cfg"` or `"apg"` (METHOD.md section 10).
+      zero_init_steps: first steps with zero velocity (CFG-Zero*).
+      apg_eta: share of the parallel part kept by APG.
+      apg_norm: bound on the norm of APG's difference; infinity for none.
+      apg_momentum: momentum of APG's buffer.
+    """
+
+    enabled: bool = True
+    warmup_fusion_ratio: float = 0.0
+    adapt_fusion_ratio: bool = True
+    fusion_ratio: float = 1.0
+    adapt_guidance: bool = True
+    omega_floor: float = 0.0
+    omega_ceiling: float = 2.0
+    rescale_uncond: bool = True
+    background: str = "model"
+    detection: str = "local"
+    tau: float = 0.01
+    window: int = 10
+    kappa: int = 20
+    guidance: str = "cfg"
+    zero_init_steps: int = 0
+    apg_eta: float = 0.0
+    apg_norm: float = float("inf")
+    apg_momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_fusion_ratio", "fusion_ratio"):
+            _require(0 <= getattr(self, name) <= 1, self, name, "between 0 and 1")
+        _require(
+            0 <= self.omega_floor <= self.omega_ceiling,
+            self,
+            "omega_floor",
+            "between 0 and omega_ceiling",
+        )
+        for name in ("omega_ceiling", "apg_eta", "apg_momentum"):
+            _require(math.isfinite(getattr(self, name)), self, name, "finite")
+        _require(self.background in ("model", "source"), self, "background", "'model' or 'source'")
+        _require(self.detection in ("local", "global"), self, "detection", "'local' or 'global'")
+        _require(self.tau > 0, self, "tau", "over 0")
+        _require(self.window >= 2, self, "window", "2 or more")
+        _require(self.kappa >= 0, self, "kappa", "0 or more")
+        _require(self.guidance in ("cfg", "apg"), self, "guidance", "'cfg' or 'apg'")
+        _require(self.zero_init_steps >= 0, self, "zero_init_steps", "0 or more")
+        _require(self.apg_norm > 0, self, "apg_norm", "over 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class EditConfig:
+    """What is done with one video, its mask and its texts.
+
+    Attributes:
+      negative_prompt: what guidance leads away from.
+      source_prompt: what the source branch is told (METHOD.md section 3).
+      invert_mask: whether black edits instead of white.
+      dilate: pixels by which the mask grows, before anything else is done with it.
+      composite: whether pixels outside the mask are the source's own in the result.
+      size: `"832*480"` (width, height) to work at another size; empty keeps the video's.
+      frame_num: frames to take from the start of the video; 0 takes all.
+    """
+
+    negative_prompt: str = ""
+    source_prompt: str = ""
+    invert_mask: bool = False
+    dilate: int = 0
+    composite: bool = False
+    size: str = ""
+    frame_num: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.dilate >= 0, self, "dilate", "0 or more pixels")
+        _require(self.frame_num >= 0, self, "frame_num", "0 or more frames")
+        sides = self.size.replace("x", "*").split("*") if self.size else ["1", "1"]
+        is_size = len(sides) == 2 and all(side.isdecimal() and int(side) > 0 for side in sides)
+        _require(is_size, self, "size", "width*height, such as 832*480")
+
+    @property
+    def height_width(self) -> tuple[int, int] | None:
+        """The size to work at, or `None` for the video's own."""
+        if not self.size:
+            return None
+        width, height = (int(side) for side in self.size.replace("x", "*").split("*"))
+        return height, width
+
+
+def run_config(preset: str, **sample: Any) -> ConfigDict:
+    """The `ConfigDict` of a run: a preset, and `SampleConfig` with some settings of its own.
+
+    Its parts are `preset`, `sample`, `edit` and `kvlock` (a `ConfigDict` has a method `lock`); what
+    is None in `kvlock` is as the preset says (METHOD.md section 9).
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(LockConfig)}
+    return ConfigDict(
+        {
+            "preset": preset,
+            "sample": dataclasses.asdict(SampleConfig(**sample)),
+            "edit": dataclasses.asdict(EditConfig()),
+            "kvlock": {name: config_dict.placeholder(kind) for name, kind in kinds.items()},
+        }
+    )
+
+
+def from_config_dict(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """Builds the frozen dataclass `kind` from a mapping; `None` leaves a field at its default.
+
+    Raises:
+      ConfigError: for an unknown key, a value of the wrong type, or one out of its range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(
+                f"unknown key {name!r} of {kind.__name__}; it has {', '.join(fields)}"
+            )
+    given = {n: _as(kind, fields[n], v) for n, v in values.items() if v is not None}
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ConfigError(f"{kind.__name__}: {error}") from error
+
+
+def _as(kind: type, field: dataclasses.Field, value: Any) -> Any:
+    """`value` as the field's type: ints pass for floats, sequences for tuples, no more."""
+    where = f"{kind.__name__}.{field.name}"
+    if get_origin(field.type) is not tuple:
+        return _scalar(where, field.type, value)
+    inner = get_args(field.type)
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where} must be a sequence of {inner[0].__name__}, found {value!r}")
+    if inner[-1] is not ... and len(value) != len(inner):
+        raise ConfigError(f"{where} must have {len(inner)} entries, found {value!r}")
+    return tuple(_scalar(f"{where}[{i}]", inner[0], v) for i, v in enumerate(value))
+
+
+def _scalar(where: str, expected: type, value: Any) -> Any:
+    # a bool is an int to Python, and never meant as one
+    if expected is not bool and isinstance(value, bool):
+        matches = False
+    else:
+        matches = isinstance(value, (float, int) if expected is float else expected)
+    if not matches:
+        raise ConfigError(f"{where} must be {expected.__name__}, found {value!r}")
+    return float(value) if expected is float else value

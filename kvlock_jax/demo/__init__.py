@@ -1,0 +1,1 @@
+"""The embedded model and its small world of coloured shapes over photographs."""

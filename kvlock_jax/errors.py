@@ -1,0 +1,25 @@
+"""The one exception family of the package."""
+
+
+class Error(Exception):
+    """Something the caller can mend: the message names the thing, what was expected and what was found.
+
+    The command line prints it as one line and exits with status 2; every other exception is a bug
+    and keeps its traceback (DESIGN.md section 5).
+    """
+
+
+class ConfigError(Error):
+    """A setting is unknown, of the wrong type, or out of its range."""
+
+
+class InputError(Error):
+    """A video, mask, image or prompt cannot be used as given."""
+
+
+class CheckpointError(Error):
+    """A checkpoint is missing something, holds something unexpected, or is damaged."""
+
+
+class SamplingError(Error):
+    """Sampling produced something that is not a video, such as latents that are not finite."""

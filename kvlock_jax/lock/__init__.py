@@ -1,0 +1,67 @@
+"""KV-Lock (arXiv 2603.09657) as pure functions over arrays: bring your own DiT.
+
+Read `masks`, `cache`, `variance`, `schedules`, `guidance`, `presets`, in this order. With a model
+that returns its velocity and the keys and values of its self-attention, and that calls `fuse` on
+them where it is handed a `Lock`, step k of an edit is:
+
+    ratio = fusion_ratio(sigma2, ready(window), scheduled[k], knobs)
+    omega = guidance_scale(sigma2, ready(window), scheduled[k], knobs)
+
+    z_source = (1 - sigma[k]) * source + sigma[k] * noise      # the noise the edit started from
+    _, cache = model(z_source, sigma[k], source_prompt)
+    lock = Lock(cache, token_mask, ratio)
+    v_cond, _ = model(z, sigma[k], prompt, lock)
+    v_uncond, _ = model(z, sigma[k], negative_prompt, lock)
+
+    s = projection_scale(v_cond, v_uncond, projection_region(latent_mask, knobs))
+    v = guide(v_cond, v_uncond, omega, uncond_scale(s, knobs))
+    window = push(window, z - sigma[k] * v)
+    sigma2 = hallucination(window, detection_region(latent_mask, knobs))
+    z = ...                                                    # any solver's step along v
+"""
+
+from kvlock_jax.lock.cache import KVCache, Lock, fuse
+from kvlock_jax.lock.guidance import apg, guide, projection_scale, zero_init
+from kvlock_jax.lock.masks import dilate, to_latent_mask, to_token_mask
+from kvlock_jax.lock.presets import PRESETS, preset
+from kvlock_jax.lock.schedules import (
+    Knobs,
+    detection_region,
+    fusion_ratio,
+    guidance_scale,
+    in_window,
+    knobs,
+    projection_region,
+    source_needed,
+    uncond_scale,
+)
+from kvlock_jax.lock.variance import X0Window, hallucination, pooled, push, ready
+
+__all__ = [
+    "PRESETS",
+    "KVCache",
+    "Knobs",
+    "Lock",
+    "X0Window",
+    "apg",
+    "detection_region",
+    "dilate",
+    "fuse",
+    "fusion_ratio",
+    "guidance_scale",
+    "guide",
+    "hallucination",
+    "in_window",
+    "knobs",
+    "pooled",
+    "preset",
+    "projection_region",
+    "projection_scale",
+    "push",
+    "ready",
+    "source_needed",
+    "to_latent_mask",
+    "to_token_mask",
+    "uncond_scale",
+    "zero_init",
+]

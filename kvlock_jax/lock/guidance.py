@@ -1,0 +1,90 @@
+"""One velocity out of two: plain guidance, s* and CFG-Zero*, APG (METHOD.md sections 7 and 10).
+
+Everything is float32, and what is a sum runs over all axes of an edit but the first.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from kvlock_jax.shapes import LatentMask, Latents, PerEdit
+
+Velocity = Float32[Array, "B T H W C"]
+Number = Float[Array, ""] | float
+
+
+def projection_scale(
+    v_cond: Latents, v_uncond: Latents, region: LatentMask | None = None
+) -> Float32[Array, "B"]:
+    """The factor s* that brings the unconditional velocity nearest to the conditional one.
+
+    METHOD.md section 7, per edit, over all elements or those of `region`:
+
+        s* = <v_cond, v_uncond> / (||v_uncond||^2 + 1e-8)
+    """
+    cond, uncond = v_cond.astype(jnp.float32), v_uncond.astype(jnp.float32)
+    if region is not None:
+        cond = jnp.where(region[..., None], cond, 0.0)
+        uncond = jnp.where(region[..., None], uncond, 0.0)
+    return _dot(cond, uncond) / (_dot(uncond, uncond) + 1e-8)
+
+
+def guide(v_cond: Latents, v_uncond: Latents, omega: PerEdit, scale: PerEdit) -> Velocity:
+    """The guided velocity for a guidance scale omega and a factor s (1: plain guidance).
+
+    METHOD.md section 7; omega 1 is `v_cond`, omega 0 is `s v_uncond`, each exactly:
+
+        v = (1 - omega) s v_uncond + omega v_cond
+    """
+    cond, uncond = v_cond.astype(jnp.float32), v_uncond.astype(jnp.float32)
+    return _spread((1.0 - omega) * scale) * uncond + _spread(omega) * cond
+
+
+def apg(
+    v_cond: Latents,
+    v_uncond: Latents,
+    omega: PerEdit,
+    buffer: Velocity,
+    eta: Number,
+    norm: Number,
+    momentum: Number,
+) -> tuple[Velocity, Velocity]:
+    """Adaptive projected guidance (arXiv 2410.02416): the velocity and the next momentum buffer.
+
+    METHOD.md section 10. The buffer starts as zeros.
+
+        d = v_cond - v_uncond + momentum buffer               (the new buffer)
+        d <- d min(1, norm / ||d||)
+        v = v_cond + (omega - 1) (d_orth + eta d_par)         d_par the part of d along v_cond
+
+    `eta` is the share kept of the parallel part, which oversaturates; `norm` is over 0,
+    infinity for no bound; `momentum` is negative in use. With eta 1, norm infinite and momentum 0
+    it is plain guidance.
+    """
+    cond, uncond = v_cond.astype(jnp.float32), v_uncond.astype(jnp.float32)
+    buffer = cond - uncond + momentum * buffer
+    d = _spread(_shrink(_dot(buffer, buffer), norm)) * buffer
+    length = _dot(cond, cond)
+    along = _dot(d, cond) / jnp.where(length > 0, length, 1.0)
+    # d_orth + eta d_par as d - (1 - eta) d_par: nothing is taken off and put back at eta 1.
+    update = d - _spread((1.0 - eta) * along) * cond
+    return cond + _spread(omega - 1.0) * update, buffer
+
+
+def zero_init(v: Latents, step: Int[Array, ""], zero_steps: Int[Array, ""]) -> Latents:
+    """The velocity, or none in the first `zero_steps` steps (CFG-Zero*, METHOD.md section 10)."""
+    return jnp.where(step < zero_steps, jnp.zeros_like(v), v)
+
+
+def _shrink(square: PerEdit, norm: Number) -> PerEdit:
+    """`min(1, norm / sqrt(square))`, with a gradient even at `square` 0 or `norm` infinite."""
+    over = square > jnp.square(norm)
+    return jnp.where(over, norm * jax.lax.rsqrt(jnp.where(over, square, 1.0)), 1.0)
+
+
+def _dot(a: Latents, b: Latents) -> PerEdit:
+    return (a * b).sum(axis=(1, 2, 3, 4))
+
+
+def _spread(per_edit: PerEdit) -> Float[Array, "B 1 1 1 1"]:
+    return per_edit[:, None, None, None, None]

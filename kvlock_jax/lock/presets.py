@@ -1,0 +1,82 @@
+"""The paper's method, its ablations and the baselines, as settings (METHOD.md section 9)."""
+
+import dataclasses
+
+from kvlock_jax.config import LockConfig
+from kvlock_jax.errors import ConfigError
+
+PRESETS = {
+    "kvlock": "the paper: alpha and omega follow the statistic, s*; for VACE weights",
+    "kvlock_anchor": "ours, for text-to-video weights: locked from the start, background pinned",
+    "hard_lock": "source keys and values everywhere in the background, at every step (KV-Edit)",
+    "fixed_half": "ablation: alpha 0.5 in the window instead of the schedule",
+    "kv_only": "ablation: only alpha follows the statistic; plain guidance",
+    "omega_only": "ablation: only omega follows the statistic; no lock, plain guidance",
+    "s_only": "ablation: only s*; no lock, constant omega",
+    "s_omega": "ablation: s* and omega's schedule; no lock",
+    "global_detection": "ablation: the statistic over the whole video, not the foreground",
+    "cfg": "baseline: plain classifier-free guidance, no lock",
+    "cfg_zero_star": "baseline: CFG-Zero*, s* and two steps of zero velocity, no lock",
+    "apg": "baseline: adaptive projected guidance, no lock",
+}
+"""Every preset and what it is, in the order of METHOD.md section 9."""
+
+
+def preset(name: str, guidance_scale: float) -> LockConfig:
+    """The settings of the preset `name` for a run that starts from `guidance_scale` (omega_0).
+
+    METHOD.md sections 9 and 10. Of the presets only `kvlock_anchor` depends on omega_0: its floor
+    1 / omega_0 keeps omega at 1 or more, so that the prompt never fades (as far as the ceiling lets
+    it: omega_0 under 1/2 stays under 1).
+
+    `cfg_zero_star` starts with 2 steps of zero velocity, the authors' choice for Wan at 50 steps;
+    with few steps set `zero_init_steps` lower. `apg` takes eta 0 from its paper, and norm 55 and
+    momentum -0.75 from the public code that guides Wan 2.1 by it at 480x832 and 81 frames
+    (MeiGen-AI/InfiniteTalk); a norm grows with the number of latents, so on small videos this one
+    rarely binds.
+
+    Raises:
+      ConfigError: there is no such preset.
+    """
+    published = LockConfig()
+    unguided = dataclasses.replace(published, adapt_guidance=False, rescale_uncond=False)
+    unlocked = dataclasses.replace(published, enabled=False)
+    plain = dataclasses.replace(unguided, enabled=False)
+    match name:
+        case "kvlock":
+            return published
+        case "kvlock_anchor":
+            # max: omega_0 may be 0, and omega is 0 then whatever the floor.
+            floor = min(1 / max(guidance_scale, 1e-6), published.omega_ceiling)
+            return dataclasses.replace(
+                published, warmup_fusion_ratio=1.0, omega_floor=floor, background="source"
+            )
+        case "hard_lock":
+            return dataclasses.replace(
+                unguided,
+                warmup_fusion_ratio=1.0,
+                adapt_fusion_ratio=False,
+                fusion_ratio=1.0,
+                background="source",
+            )
+        case "fixed_half":
+            return dataclasses.replace(published, adapt_fusion_ratio=False, fusion_ratio=0.5)
+        case "kv_only":
+            return unguided
+        case "omega_only":
+            return dataclasses.replace(unlocked, rescale_uncond=False)
+        case "s_only":
+            return dataclasses.replace(unlocked, adapt_guidance=False)
+        case "s_omega":
+            return unlocked
+        case "global_detection":
+            return dataclasses.replace(published, detection="global")
+        case "cfg":
+            return plain
+        case "cfg_zero_star":
+            return dataclasses.replace(plain, rescale_uncond=True, zero_init_steps=2)
+        case "apg":
+            return dataclasses.replace(
+                plain, guidance="apg", apg_eta=0.0, apg_norm=55.0, apg_momentum=-0.75
+            )
+    raise ConfigError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")

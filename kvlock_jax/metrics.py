@@ -1,0 +1,191 @@
+"""How well an edit kept the rest of the video (METHOD.md section 13).
+
+Videos are uint8 RGB, masks boolean (`True` is edited); NumPy or JAX arrays in, Python floats out.
+With `d(p)` the distance in pixels (greatest of rows and columns, within the frame) from pixel `p`
+to the mask, 0 on it, the *background* is `d > border`, the *ring* `0 < d <= width`: with the same
+8 pixels, the VAE's receptive border, each pixel off the mask is in one of them. Only space is
+eroded: the VAE also mixes up to four frames of one latent frame, so where a mask moves, background
+pixels of a frame may carry traces of the mask of its neighbours.
+
+A region of no pixels has no value: NaN.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import dm_pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+
+from kvlock_jax.errors import InputError
+from kvlock_jax.lock.masks import dilate
+
+Frames = UInt8[Array | np.ndarray, "frames height width 3"]
+Mask = Bool[Array | np.ndarray, "frames height width"]
+
+_RADIUS, _SIGMA = 5, 1.5  # SSIM's window of 11 pixels, from its paper
+
+
+@dataclasses.dataclass(frozen=True)
+class EditMetrics:
+    """The numbers of one edit; each is the function of its name, at its defaults.
+
+    Attributes:
+      psnr: whole frames, in dB: an edit that changes nothing has the best.
+      background_psnr: in dB; to be read beside the ceiling, a bare VAE round trip's.
+      background_ssim: up to 1.
+      ring_error: in levels of 255.
+      ring_flicker: in levels of 255 per frame.
+    """
+
+    psnr: float
+    background_psnr: float
+    background_ssim: float
+    ring_error: float
+    ring_flicker: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Name -> value, in the order above."""
+        return dataclasses.asdict(self)
+
+
+def measure(source: Frames, edited: Frames, mask: Mask) -> EditMetrics:
+    """All the metrics of an edit; none of them tells whether the edit itself came out.
+
+    Raises:
+      InputError: the videos and the mask differ in frames, height or width.
+    """
+    return EditMetrics(
+        psnr=psnr(source, edited),
+        background_psnr=background_psnr(source, edited, mask),
+        background_ssim=background_ssim(source, edited, mask),
+        ring_error=ring_error(source, edited, mask),
+        ring_flicker=ring_flicker(source, edited, mask),
+    )
+
+
+def psnr(a: Frames, b: Frames) -> float:
+    """Peak signal-to-noise ratio over all pixels.
+
+    `10 log10(255^2 / MSE)` in dB, with the mean squared error over frames, pixels and channels;
+    infinite where nothing differs. Errors as in `measure`.
+    """
+    everything = np.ones(np.shape(a)[:3], bool)
+    return _psnr(a, b, everything)
+
+
+def background_psnr(source: Frames, edited: Frames, mask: Mask, border: int = 8) -> float:
+    """Peak signal-to-noise ratio over the background `d > border` alone.
+
+    METHOD.md section 13: `10 log10(255^2 / MSE)` in dB, where the squared errors of the background
+    are divided by the background's own count; infinite where nothing differs. Errors as in
+    `measure`.
+    """
+    return _psnr(source, edited, _background(mask, border))
+
+
+def background_ssim(source: Frames, edited: Frames, mask: Mask, border: int = 8) -> float:
+    """Mean of the structural similarity's map over the background `d > border`.
+
+    METHOD.md section 13. The map is that of Wang et al. (2004): Gaussian window of 11 pixels and
+    sigma 1.5, `k1 = 0.01`, `k2 = 0.03`, channels apart and then averaged, the frame mirrored at its
+    edges. With a border of 5 or more no window touches the mask. Up to 1, which is equality. Errors
+    as in `measure`.
+    """
+    region = _background(mask, border)
+    total = 0.0
+    for a, b, inside in _pairs(source, edited, region):
+        if inside.any():
+            total += float(np.asarray(_ssim_map(a, b), np.float64)[inside].sum())
+    return _ratio(total, 3 * int(region.sum()))
+
+
+def ring_error(source: Frames, edited: Frames, mask: Mask, width: int = 8) -> float:
+    """Mean absolute error in the ring `0 < d <= width` around the mask, in levels of 255.
+
+    METHOD.md section 13: the mean of `|e_t(p)|`, `e = edited - source`, over the ring's pixels and
+    channels in all frames. Errors as in `measure`.
+    """
+    ring = _ring(mask, width)
+    errors = (np.abs(e[inside]).sum() for e, inside in _errors(source, edited, ring))
+    return _ratio(float(sum(errors)), 3 * int(ring.sum()))
+
+
+def ring_flicker(source: Frames, edited: Frames, mask: Mask, width: int = 8) -> float:
+    """Mean change of the ring's error from frame to frame, in levels of 255.
+
+    METHOD.md section 13: the mean of `|e_t(p) - e_{t-1}(p)|`, `e = edited - source` signed, over
+    the channels and pixels that are in the ring of frame t and of frame t - 1. A constant error
+    does not flicker. NaN for one frame. Errors as in `measure`.
+    """
+    ring = _ring(mask, width)
+    both = ring[1:] & ring[:-1]
+    total, last = 0.0, None
+    for index, (error, _) in enumerate(_errors(source, edited, ring)):
+        if last is not None:
+            total += float(np.abs(error - last)[both[index - 1]].sum())
+        last = error
+    return _ratio(total, 3 * int(both.sum()))
+
+
+def _background(mask: Mask, border: int) -> np.ndarray:
+    return ~np.asarray(dilate(mask, border))
+
+
+def _ring(mask: Mask, width: int) -> np.ndarray:
+    return np.asarray(dilate(mask, width)) & ~np.asarray(mask)
+
+
+def _psnr(a: Frames, b: Frames, region: np.ndarray) -> float:
+    total = sum(float((error[inside] ** 2).sum()) for error, inside in _errors(a, b, region))
+    mse = _ratio(total, 3 * int(region.sum()))
+    return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
+
+
+def _ratio(total: float, count: int) -> float:
+    return total / count if count else math.nan
+
+
+def _errors(
+    source: Frames, edited: Frames, region: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The signed error and the region of each frame: float64, one frame at a time to stay small."""
+    for a, b, inside in _pairs(source, edited, region):
+        yield b.astype(np.float64) - a.astype(np.float64), inside
+
+
+def _pairs(
+    source: Frames, edited: Frames, region: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    a, b = np.asarray(source), np.asarray(edited)
+    if not (a.ndim == 4 and a.shape == b.shape == (*region.shape, 3)):
+        shapes = f"{a.shape}, {b.shape} and {region.shape}"
+        raise InputError(f"source, edit and mask must be of one size, found {shapes}")
+    for name, video in (("source", a), ("edit", b)):
+        if video.dtype != np.uint8:  # floats of 0..1 would score 48 dB too much
+            raise InputError(f"the {name} must be uint8, found {video.dtype}")
+    yield from zip(a, b, region, strict=True)
+
+
+@jax.jit
+def _ssim_map(
+    a: UInt8[Array, "height width 3"], b: UInt8[Array, "height width 3"]
+) -> Float[Array, "height width 3"]:
+    unit = (image.astype(jnp.float32) / 255.0 for image in (a, b))
+    return dm_pix.ssim(*unit, return_map=True, filter_fn=_window)
+
+
+def _window(image: Float[Array, "height width 3"]) -> Float[Array, "height width 3"]:
+    """Gaussian mean around each pixel, mirrored at the edges; dm-pix's own drops edge pixels."""
+    offsets = range(-_RADIUS, _RADIUS + 1)
+    weights = [math.exp(-0.5 * (offset / _SIGMA) ** 2) for offset in offsets]
+    for axis in (0, 1):
+        size = image.shape[axis]
+        margins = [(_RADIUS, _RADIUS) if i == axis else (0, 0) for i in range(3)]
+        wide = jnp.pad(image, margins, mode="symmetric")
+        taps = (jax.lax.slice_in_dim(wide, i, i + size, axis=axis) for i in range(len(weights)))
+        image = sum(tap * (w / sum(weights)) for tap, w in zip(taps, weights, strict=True))
+    return image

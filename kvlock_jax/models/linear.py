@@ -1,0 +1,53 @@
+"""A linear layer that multiplies in a compute dtype and sums in float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class Linear(nnx.Module):
+    """`x W + b`; `nnx.Linear` would round the sum and the bias to the compute dtype.
+
+    Args:
+      c_in: width of the input.
+      c_out: width of the output.
+      dtype: what inputs and kernel are cast to for the product.
+      rngs: source of the initial kernel.
+    """
+
+    def __init__(self, c_in: int, c_out: int, *, dtype: Any, rngs: nnx.Rngs):
+        init = nnx.initializers.xavier_uniform()
+        self.kernel = nnx.Param(init(rngs.params(), (c_in, c_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
+        """The layer's output, float32."""
+        y = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y + self.bias[...].astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _matmul(x: Array, kernel: Array) -> Array:
+    """A product with float32 sums."""
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul(x, kernel), (x, kernel)
+
+
+def _backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    # The cotangent is float32. Left so, XLA would widen the other operand and multiply in float32,
+    # 5 times slower than bfloat16 on a CPU with matrix units, and worse on TPU.
+    x, kernel = saved
+    g = cotangent.astype(x.dtype)
+    d_x = jnp.einsum("...O,IO->...I", g, kernel, preferred_element_type=jnp.float32)
+    d_kernel = jnp.einsum("...I,...O->IO", x, g, preferred_element_type=jnp.float32)
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+_matmul.defvjp(_forward, _backward)

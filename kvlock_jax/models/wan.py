@@ -1,0 +1,277 @@
+"""Wan 2.1's text-to-video transformer.
+
+One pass turns noisy latents, a timestep and a text into a velocity. It can hand out every block's
+self-attention keys and values (METHOD.md section 3) and take such a cache to fuse its own with
+(section 4). Layout and arithmetic are those of the published checkpoint (Wan-Video/Wan2.1,
+`WanTransformer3DModel` in Diffusers); attributes keep its names, except that the blocks are one
+stacked module with a leading layer axis, which a `lax.scan` runs over.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kvlock_jax.config import WanConfig
+from kvlock_jax.lock import KVCache, Lock, fuse
+from kvlock_jax.models.attention import Rope, attend, rope_table, rotate
+from kvlock_jax.models.linear import Linear
+from kvlock_jax.shapes import Latents, PerEdit
+
+Tokens = Float[Array, "B L D"]
+Context = Float[Array, "B S text_dim"]
+Modulation = Float[Array, "B six D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """What a pass needs beside latents and timestep; computed once, before the sampling loop."""
+
+    text: KVCache  # cross-attention's, layers B S N K
+    rope: Rope
+
+
+def _layer_norm(config: WanConfig, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.dim,
+        epsilon=config.eps,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+class Projection(nnx.Module):
+    """Two linear layers with a nonlinearity between."""
+
+    def __init__(self, c_in: int, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.linear_1 = Linear(c_in, config.dim, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(config.dim, config.dim, dtype=dtype, rngs=rngs)
+
+
+class ConditionEmbedder(nnx.Module):
+    """Timestep to modulation, text embeddings to the width of the model."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.freq_dim = config.freq_dim
+        # Modulation multiplies every activation, so its small products stay float32.
+        self.time_embedder = Projection(config.freq_dim, config, dtype=jnp.float32, rngs=rngs)
+        self.time_proj = Linear(config.dim, 6 * config.dim, dtype=jnp.float32, rngs=rngs)
+        self.text_embedder = Projection(config.text_dim, config, dtype=dtype, rngs=rngs)
+
+    def time(self, timestep: PerEdit) -> tuple[Float[Array, "B D"], Modulation]:
+        """The embedding of a timestep (0-1000), and six modulations of a block from it."""
+        half = self.freq_dim // 2
+        frequency = jnp.exp(-jnp.log(10_000.0) / half * jnp.arange(half, dtype=jnp.float32))
+        angle = timestep.astype(jnp.float32)[:, None] * frequency
+        x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        x = self.time_embedder.linear_2(jax.nn.silu(self.time_embedder.linear_1(x)))
+        return x, self.time_proj(jax.nn.silu(x)).reshape(x.shape[0], 6, -1)
+
+    def text(self, context: Context) -> Float[Array, "B S D"]:
+        """Text embeddings at the width of the model."""
+        x = jax.nn.gelu(self.text_embedder.linear_1(context), approximate=True)
+        return self.text_embedder.linear_2(x)
+
+
+class Attention(nnx.Module):
+    """Projections of an attention; its norms of queries and keys span all heads at once."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.heads, self.dtype = config.num_attention_heads, dtype
+        wide = config.dim
+        self.to_q = Linear(wide, wide, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(wide, wide, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(wide, wide, dtype=dtype, rngs=rngs)
+        self.to_out = Linear(wide, wide, dtype=dtype, rngs=rngs)
+        norm = dict(epsilon=config.eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+        self.norm_q = nnx.RMSNorm(wide, **norm)
+        self.norm_k = nnx.RMSNorm(wide, **norm)
+
+    def queries(self, x: Tokens) -> Float[Array, "B L N K"]:
+        """Normalised queries, float32."""
+        return self._split(self.norm_q(self.to_q(x)))
+
+    def keys_values(self, x: Tokens) -> tuple[Array, Array]:
+        """Normalised keys, float32, and values, each `B S N K`."""
+        return self._split(self.norm_k(self.to_k(x))), self._split(self.to_v(x))
+
+    def attend(self, q: Array, k: Array, v: Array) -> Tokens:
+        """Attention in the compute dtype, and its output projection."""
+        y = attend(*(x.astype(self.dtype) for x in (q, k, v)))
+        return self.to_out(y.reshape(*y.shape[:2], -1))
+
+    def _split(self, x: Tokens) -> Float[Array, "B L N K"]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """`net_2(gelu(net_0 x))`, with the tanh form of gelu."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.net_0 = Linear(config.dim, config.ffn_dim, dtype=dtype, rngs=rngs)
+        self.net_2 = Linear(config.ffn_dim, config.dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Tokens) -> Tokens:
+        """Applies the layer to every token."""
+        return self.net_2(jax.nn.gelu(self.net_0(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.norm1 = _layer_norm(config, False, rngs)
+        self.attn1 = Attention(config, dtype=dtype, rngs=rngs)
+        self.norm2 = _layer_norm(config, True, rngs) if config.cross_attn_norm else None
+        self.attn2 = Attention(config, dtype=dtype, rngs=rngs)
+        self.norm3 = _layer_norm(config, False, rngs)
+        self.ffn = FeedForward(config, dtype=dtype, rngs=rngs)
+        init = nnx.initializers.normal(config.dim**-0.5)
+        self.scale_shift_table = nnx.Param(init(rngs.params(), (6, config.dim), jnp.float32))
+
+    def __call__(
+        self, x: Tokens, modulation: Modulation, text: KVCache, rope: Rope, lock: Lock | None
+    ) -> tuple[Tokens, KVCache]:
+        """Runs the block on the float32 residual stream.
+
+        Returns its output and the keys (after norm and RoPE) and values that its self-attention
+        attended to: fused ones where there is a lock.
+        """
+        table = modulation + self.scale_shift_table[...]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            m[:, None] for m in jnp.moveaxis(table, 1, 0)
+        )
+
+        y = self.norm1(x) * (1 + scale1) + shift1
+        q, (k, v) = self.attn1.queries(y), self.attn1.keys_values(y)
+        q, k = rotate(q, rope), rotate(k, rope)
+        k, v = k.astype(self.attn1.dtype), v.astype(self.attn1.dtype)
+        if lock is not None:
+            k = fuse(k, lock.cache.k, lock.foreground, lock.fusion_ratio)
+            v = fuse(v, lock.cache.v, lock.foreground, lock.fusion_ratio)
+        x = x + self.attn1.attend(q, k, v) * gate1
+
+        y = self.norm2(x) if self.norm2 else x
+        x = x + self.attn2.attend(self.attn2.queries(y), text.k, text.v)
+
+        y = self.norm3(x) * (1 + scale2) + shift2
+        return x + self.ffn(y) * gate2, KVCache(k=k, v=v)
+
+
+class WanTransformer(nnx.Module):
+    """The transformer; every parameter of `blocks` has a leading axis of `config.num_layers`.
+
+    Args:
+      config: sizes.
+      dtype: compute dtype of matrix products and of the K/V cache; norms, modulation, RoPE,
+        softmax and the residual stream are float32.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        cells = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.patch_embedding = Linear(
+            cells * config.in_channels, config.dim, dtype=dtype, rngs=rngs
+        )
+        self.condition_embedder = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(config, dtype=dtype, rngs=rngs)
+
+        self.blocks = stacked(rngs)
+        self.norm_out = _layer_norm(config, False, rngs)
+        init = nnx.initializers.normal(config.dim**-0.5)
+        self.scale_shift_table = nnx.Param(init(rngs.params(), (2, config.dim), jnp.float32))
+        self.proj_out = Linear(config.dim, cells * config.out_channels, dtype=dtype, rngs=rngs)
+
+    def condition(self, context: Context, grid: tuple[int, int, int]) -> Conditioning:
+        """Cross-attention's keys and values of a text, and the RoPE table of a token grid.
+
+        Args:
+          context: text embeddings, zeros after the last token; all `S` positions are attended to,
+            as published.
+          grid: tokens `T H W`.
+        """
+        text = self.condition_embedder.text(context)
+        graph, params = nnx.split(self.blocks.attn2)
+
+        def of_layer(layer: Any) -> KVCache:
+            k, v = nnx.merge(graph, layer).keys_values(text)
+            return KVCache(k=k.astype(self.dtype), v=v.astype(self.dtype))
+
+        keys_values = jax.lax.map(of_layer, params)
+        return Conditioning(keys_values, rope_table(grid, self.config.attention_head_dim))
+
+    def __call__(
+        self,
+        latents: Latents,
+        timestep: PerEdit,
+        conditioning: Conditioning,
+        lock: Lock | None = None,
+    ) -> Latents:
+        """The velocity `v = eps - x` of noisy latents (METHOD.md section 1), float32.
+
+        Args:
+          latents: normalised, at noise level sigma; `H` and `W` multiples of the patch.
+          timestep: `1000 sigma`.
+          conditioning: of `condition`.
+          lock: cache of all layers, and what to fuse where; rows as `kvlock_jax.lock.fuse` takes
+            them. `None` runs the plain model.
+        """
+        velocity, _ = self._run(latents, timestep, conditioning, lock, keep=False)
+        return velocity
+
+    def keys_values(
+        self,
+        latents: Latents,
+        timestep: PerEdit,
+        conditioning: Conditioning,
+        lock: Lock | None = None,
+    ) -> tuple[Latents, KVCache]:
+        """The velocity, and all blocks' self-attention keys and values, `layers B L N K`."""
+        return self._run(latents, timestep, conditioning, lock, keep=True)
+
+    def _run(self, latents, timestep, conditioning, lock, *, keep):
+        time, modulation = self.condition_embedder.time(timestep)
+        graph, params = nnx.split(self.blocks)
+
+        def block(x: Tokens, layer: Any) -> tuple[Tokens, KVCache | None]:
+            weights, text, cache = layer
+            own = lock and dataclasses.replace(lock, cache=cache)
+            x, kv = nnx.merge(graph, weights)(x, modulation, text, conditioning.rope, own)
+            return x, kv if keep else None
+
+        x = self.patch_embedding(patchify(latents, self.config.patch_size))
+        layers = (params, conditioning.text, lock and lock.cache)
+        x, cache = jax.lax.scan(block, x, layers)
+
+        shift, scale = jnp.moveaxis(self.scale_shift_table[...] + time[:, None], 1, 0)
+        x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
+        return unpatchify(x, latents.shape[1:4], self.config.patch_size), cache
+
+
+def patchify(latents: Latents, patch: tuple[int, int, int]) -> Float[Array, "B L P"]:
+    """Tokens, frame-major: the cells of a patch row by row, each with its channels last."""
+    (batch, *space, channels), (p, q, r) = latents.shape, patch
+    t, h, w = (n // s for n, s in zip(space, patch, strict=True))
+    x = latents.reshape(batch, t, p, h, q, w, r, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, t * h * w, -1)
+
+
+def unpatchify(
+    tokens: Float[Array, "B L P"], space: tuple[int, int, int], patch: tuple[int, int, int]
+) -> Latents:
+    """The inverse of `patchify`, for latents of `T H W` cells."""
+    (t, h, w), (p, q, r) = (n // s for n, s in zip(space, patch, strict=True)), patch
+    x = tokens.reshape(tokens.shape[0], t, h, w, p, q, r, -1)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(tokens.shape[0], *space, -1)

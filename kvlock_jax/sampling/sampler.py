@@ -1,0 +1,254 @@
+"""The sampling loop: one jitted function around one `lax.scan` over steps (DESIGN.md section 2).
+
+Three kinds of values meet in it. What is known before the loop (`SolverTable`, the scheduled
+window) is scanned over; what evolves is the carry, `SampleState`; what explains the run comes out
+as `Trace`, a few numbers per step and never latents.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+from kvlock_jax import lock
+from kvlock_jax.lock import Knobs, KVCache, Lock, X0Window
+from kvlock_jax.sampling import solvers
+from kvlock_jax.sampling.solvers import SolverState, SolverTable
+from kvlock_jax.shapes import PATCH, LatentMask, Latents, PerEdit
+
+
+class Model(Protocol):
+    """A pytree of weights with these methods, such as `WanTransformer`; rows are edits.
+
+    `Conditioning` is whatever `condition` makes of a text (and more); the loop only hands it on.
+    """
+
+    def condition(self, context: Any, grid: tuple[int, int, int]) -> Any:
+        """What a pass needs beside latents and timestep, for a token grid `T H W`."""
+
+    def __call__(
+        self, latents: Latents, timestep: PerEdit, conditioning: Any, lock: Lock | None = None
+    ) -> Latents:
+        """The velocity at a timestep (0-1000), with the lock where there is one."""
+
+    def keys_values(
+        self, latents: Latents, timestep: PerEdit, conditioning: Any
+    ) -> tuple[Latents, KVCache]:
+        """The velocity, and every block's self-attention keys and values."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Edits:
+    """A batch of edits, known before the loop.
+
+    Attributes:
+      source: normalised latents of the source videos.
+      noise: of unit variance; the edits start from it, and it noises the source (METHOD.md 3).
+      foreground: latent cells to edit.
+      prompts: what `Model.condition` takes, `2 B` rows: the prompts, then the negative prompts.
+      source_prompts: the same for the source branch, `B` rows.
+    """
+
+    source: Latents
+    noise: Latents
+    foreground: LatentMask
+    prompts: Any
+    source_prompts: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampleState:
+    """What evolves from step to step; the lock's and APG's parts are `None` where unused."""
+
+    latents: Latents
+    solver: SolverState
+    window: X0Window
+    sigma2: Float32[Array, "B"]  # the statistic of the steps before
+    cache: KVCache | None
+    momentum: Latents | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What each step did, leading axis `steps`.
+
+    Attributes:
+      sigma: noise level at which the step called the model.
+      sigma2: statistic that the step went by; 0 while there is none.
+      fusion_ratio: alpha.
+      guidance_scale: omega.
+      uncond_scale: s, the factor of the unconditional velocity.
+      scheduled: whether the step lies in the window of the last kappa.
+      finite: whether all latents after the step are finite numbers.
+    """
+
+    sigma: Float[Array, "steps"]
+    sigma2: Float[Array, "steps B"]
+    fusion_ratio: Float[Array, "steps B"]
+    guidance_scale: Float[Array, "steps B"]
+    uncond_scale: Float[Array, "steps B"]
+    scheduled: Bool[Array, "steps"]
+    finite: Bool[Array, "steps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What decides which program is compiled, beside the shapes; everything else is traced.
+
+    Attributes:
+      locked: whether the source branch and its cache exist at all.
+      guidance: `"cfg"` or `"apg"`.
+      window: clean estimates in the statistic.
+      on_step: called with the number of each finished step, from inside the compiled loop.
+    """
+
+    locked: bool
+    guidance: str
+    window: int
+    on_step: Callable[[int], None] | None = None
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="latents")
+def sample(
+    model: Model,
+    latents: Latents,
+    edits: Edits,
+    table: SolverTable,
+    knobs: Knobs,
+    *,
+    program: Program,
+) -> tuple[Latents, Trace]:
+    """Denoises a batch of edits.
+
+    Compiled once for shapes, number of steps and `program`; solvers, seeds, prompts, masks and all
+    settings in `knobs` are traced.
+
+    Args:
+      model: weights and their functions.
+      latents: what the edits start from, normally a copy of `edits.noise`; donated.
+      edits: sources, noise, masks and texts.
+      table: of the solver.
+      knobs: settings of lock and guidance.
+      program: see `Program`.
+
+    Returns:
+      The edited latents, normalised, float32, and what each step did.
+    """
+    edits = dataclasses.replace(edits, source=edits.source.astype(jnp.float32))
+    grid = tuple(n // p for n, p in zip(latents.shape[1:4], PATCH, strict=True))
+    step = _Step(
+        model=model,
+        edits=edits,
+        tokens=lock.to_token_mask(edits.foreground, PATCH),
+        conditioning=model.condition(edits.prompts, grid),
+        source_conditioning=model.condition(edits.source_prompts, grid) if program.locked else None,
+        knobs=knobs,
+        program=program,
+    )
+    steps = table.sigma.shape[0]
+    scheduled = lock.in_window(steps, knobs.kappa)
+    rows = (jnp.arange(steps), table, scheduled, lock.source_needed(scheduled, knobs))
+    state, trace = jax.lax.scan(step, step.start(latents.astype(jnp.float32)), rows)
+    return state.latents, trace
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    """The scan's body, with all that stays the same from step to step."""
+
+    model: Model
+    edits: Edits
+    tokens: Bool[Array, "B L"]
+    conditioning: Any
+    source_conditioning: Any
+    knobs: Knobs
+    program: Program
+
+    def start(self, latents: Latents) -> SampleState:
+        """The carry before the first step."""
+        cache = None
+        if self.program.locked:
+            shape = jax.eval_shape(self._source_pass, jnp.float32(1), jnp.float32(1000))
+            cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+        return SampleState(
+            latents=latents,
+            solver=solvers.init(latents),
+            window=X0Window.zeros(self.program.window, latents.shape),
+            sigma2=jnp.zeros((latents.shape[0],), jnp.float32),
+            cache=cache,
+            momentum=jnp.zeros_like(latents) if self.program.guidance == "apg" else None,
+        )
+
+    def __call__(self, state: SampleState, row: tuple) -> tuple[SampleState, Trace]:
+        """One step, in the order of the letter of METHOD.md sections 3 to 8."""
+        number, solver, scheduled, needs_source = row
+        knobs, foreground = self.knobs, self.edits.foreground
+        known = lock.ready(state.window)
+        alpha = lock.fusion_ratio(state.sigma2, known, scheduled, knobs)
+        omega = lock.guidance_scale(state.sigma2, known, scheduled, knobs)
+
+        cache = state.cache
+        if self.program.locked:
+            cache = jax.lax.cond(
+                needs_source,
+                lambda: self._source_pass(solver.sigma, solver.timestep),
+                lambda: state.cache,
+            )
+        v_cond, v_uncond = self._branches(state.latents, solver.timestep, cache, alpha)
+        region = lock.projection_region(foreground, knobs)
+        scale = lock.uncond_scale(lock.projection_scale(v_cond, v_uncond, region), knobs)
+        velocity, momentum = self._guide(v_cond, v_uncond, omega, scale, state.momentum)
+        velocity = lock.zero_init(velocity, number, knobs.zero_init_steps)
+
+        x0 = state.latents - solver.sigma * velocity
+        window = lock.push(state.window, x0)
+        latents, solved = solvers.step(solver, state.solver, state.latents, x0)
+        latents = jnp.where(
+            knobs.pin_background & ~foreground[..., None],
+            self._noised_source(solver.sigma_next),
+            latents,
+        )
+        if self.program.on_step is not None:
+            jax.debug.callback(self.program.on_step, number)
+        sigma2 = lock.hallucination(window, lock.detection_region(foreground, knobs))
+        following = SampleState(latents, solved, window, sigma2, cache, momentum)
+        finite = jnp.all(jnp.isfinite(latents))
+        return following, Trace(solver.sigma, state.sigma2, alpha, omega, scale, scheduled, finite)
+
+    def _noised_source(self, sigma: Float[Array, ""]) -> Latents:
+        """The source at a noise level, with the noise the edit started from."""
+        return (1 - sigma) * self.edits.source + sigma * self.edits.noise
+
+    def _source_pass(self, sigma: Float[Array, ""], timestep: Float[Array, ""]) -> KVCache:
+        z = self._noised_source(sigma)
+        _, cache = self.model.keys_values(z, _rows(timestep, z), self.source_conditioning)
+        return cache
+
+    def _branches(
+        self, latents: Latents, timestep: Float[Array, ""], cache: KVCache | None, alpha: PerEdit
+    ) -> list[Latents]:
+        """The conditional and the unconditional velocity, from one pass over both."""
+        z = jnp.concatenate([latents, latents])
+        held = Lock(cache, self.tokens, alpha) if self.program.locked else None
+        velocity = self.model(z, _rows(timestep, z), self.conditioning, held)
+        return jnp.split(velocity, 2)
+
+    def _guide(
+        self, v_cond: Latents, v_uncond: Latents, omega: PerEdit, scale: PerEdit, momentum: Any
+    ) -> tuple[Latents, Any]:
+        knobs = self.knobs
+        if self.program.guidance == "apg":
+            bounds = (knobs.apg_eta, knobs.apg_norm, knobs.apg_momentum)
+            return lock.apg(v_cond, v_uncond, omega, momentum, *bounds)
+        return lock.guide(v_cond, v_uncond, omega, scale), momentum
+
+
+def _rows(timestep: Float[Array, ""], latents: Latents) -> PerEdit:
+    return jnp.broadcast_to(timestep, latents.shape[:1])

@@ -1,0 +1,267 @@
+"""Flow solvers as tables of coefficients: one row per step, one scan body for all of them.
+
+Every solver here is linear in the clean estimates `m_k = x0_k = z_k - sigma_k v_k` (METHOD.md
+section 1), so it is nothing but numbers known before the loop (DESIGN.md section 2). They are made
+in NumPy float64 from the number of steps and the shift, stored in float32, and scanned over:
+
+    corrected_k = c . (z_k, corrected_{k-1}, m_k, m_{k-1}, m_{k-2})
+    z_{k+1}     = p . (corrected_k, m_k, m_{k-1})
+
+With `a = sigma_{k+1} / sigma_k`, `lambda = log((1 - sigma) / sigma)` and `h` a step of lambda, the
+exponential integral of a constant estimate is `a z + (1 - a) m`, which is Euler's step of the flow.
+UniPC (arXiv 2302.04867, B(h) = e^h - 1) and DPM++ 2M (arXiv 2211.01095) add differences of
+estimates to it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kvlock_jax.errors import ConfigError
+from kvlock_jax.shapes import Latents
+
+_TRAIN_STEPS = 1000
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SolverTable:
+    """What a solver knows before the loop, one row per step; a row has no leading axis.
+
+    Attributes:
+      sigma: noise level at which step k calls the model, (0, 1].
+      sigma_next: level after the step; 0 in the last row.
+      timestep: what the model is given for `sigma`, (0, 1000], exactly as Diffusers gives it:
+        `1000 sigma` for Euler, but cut to a whole number for UniPC and DPM++ (999 at the start).
+      corrector: weights of `(z_k, corrected_{k-1}, m_k, m_{k-1}, m_{k-2})`; `(1, 0, 0, 0, 0)` where
+        nothing is corrected.
+      predictor: weights of `(corrected_k, m_k, m_{k-1})`.
+    """
+
+    sigma: Float[Array | np.ndarray, "*steps"]
+    sigma_next: Float[Array | np.ndarray, "*steps"]
+    timestep: Float[Array | np.ndarray, "*steps"]
+    corrector: Float[Array | np.ndarray, "*steps 5"]
+    predictor: Float[Array | np.ndarray, "*steps 3"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SolverState:
+    """What a solver remembers between steps, float32, of one shape for all solvers.
+
+    Attributes:
+      corrected: the sample that the last predictor started from.
+      history: the last two clean estimates, newest first.
+    """
+
+    corrected: Latents
+    history: Float[Array, "2 B T H W C"]
+
+
+def flow_sigmas(levels: Float[np.ndarray, "steps"], shift: float) -> Float[np.ndarray, "steps"]:
+    """The noise levels of a grid after the shift, `s sigma / (1 + (s - 1) sigma)` (section 1).
+
+    Args:
+      levels: unshifted levels, 0 to 1; 0 and 1 stay where they are.
+      shift: `s`, over 0; 1 changes nothing, more spends more steps on high noise.
+    """
+    return shift * levels / (1.0 + (shift - 1.0) * levels)
+
+
+def euler(steps: int, shift: float) -> SolverTable:
+    """Euler's method for the flow, `z + (sigma' - sigma) v` (METHOD.md section 1).
+
+    The grid is that of Diffusers' `FlowMatchEulerDiscreteScheduler`: from 1 to the shifted 1/1000
+    in equal parts, then shifted, so that its last level is shifted twice.
+
+    Raises:
+      ConfigError: steps under 1, shift not over 0, or levels that float32 cannot tell apart.
+    """
+    _check(steps, shift)
+    # Diffusers makes the last level in float32; 50 steps at shift 3 are one float32 digit
+    # off with a float64 one.
+    last = flow_sigmas(np.array([1 / _TRAIN_STEPS], np.float32), shift).item()
+    grid = np.linspace(_TRAIN_STEPS, _TRAIN_STEPS * last, steps) / _TRAIN_STEPS
+    sigma = _with_zero(flow_sigmas(grid, shift), steps, shift)
+    timestep = np.float32(_TRAIN_STEPS) * sigma[:-1].astype(np.float32)
+    return _table(sigma, timestep, _no_corrector(steps), _first_order(sigma))
+
+
+def unipc(steps: int, shift: float) -> SolverTable:
+    """UniPC of order 2, `bh2`, on clean estimates, lower order at the ends: Wan's settings.
+
+    Step k first rewrites the sample it called the model on (UniC, from the step before, now that
+    `m_k` is known), then predicts from it (UniP). Diffusers' `UniPCMultistepScheduler` with
+    `use_flow_sigmas`: first level `1 - 1e-6`, timesteps cut to whole numbers.
+
+    Raises:
+      ConfigError: steps under 1, shift not over 0, or levels that float32 cannot tell apart.
+    """
+    _check(steps, shift)
+    levels = flow_sigmas(np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:-1], shift)
+    levels[0] = 1.0 - 1e-6  # lambda is infinite at 1
+    sigma = _with_zero(levels, steps, shift)
+    timestep = np.trunc(_TRAIN_STEPS * levels)
+    return _table(sigma, timestep, _unic(sigma), _second_order(sigma))
+
+
+def dpmpp_2m(steps: int, shift: float) -> SolverTable:
+    """DPM-Solver++ (2M): UniPC's predictor without its corrector, on a grid of its own.
+
+    As Diffusers' `DPMSolverMultistepScheduler` (midpoint, order 2) with `use_flow_sigmas`: levels
+    from 0.999 to 0 in equal parts, then shifted; timesteps cut to whole numbers.
+
+    Raises:
+      ConfigError: steps under 1, shift not over 0, or levels that float32 cannot tell apart.
+    """
+    _check(steps, shift)
+    # In this order, else 3 steps at shift 1 are cut to timestep 665 where Diffusers has 666.
+    grid = 1.0 - np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:0:-1]
+    levels = flow_sigmas(grid, shift)
+    sigma = _with_zero(levels, steps, shift)
+    timestep = np.trunc(_TRAIN_STEPS * levels)
+    return _table(sigma, timestep, _no_corrector(steps), _second_order(sigma))
+
+
+def table(name: str, steps: int, shift: float) -> SolverTable:
+    """The table of a solver by the name that `SampleConfig.solver` has.
+
+    Raises:
+      ConfigError: unknown name, steps under 1, shift not over 0, or levels too close for float32.
+    """
+    makers: dict[str, Callable[[int, float], SolverTable]] = {
+        "unipc": unipc,
+        "euler": euler,
+        "dpm++": dpmpp_2m,
+    }
+    if name not in makers:
+        raise ConfigError(f"solver must be one of {', '.join(makers)}, found {name!r}")
+    return makers[name](steps, shift)
+
+
+def init(latents: Latents) -> SolverState:
+    """The state before the first step, which gives everything in it the weight 0."""
+    start = latents.astype(jnp.float32)
+    return SolverState(start, jnp.zeros((2, *start.shape), jnp.float32))
+
+
+def step(
+    row: SolverTable, state: SolverState, latents: Latents, x0: Latents
+) -> tuple[Latents, SolverState]:
+    """One step of any solver: the latents at `row.sigma_next`, and the state after it.
+
+    It acts on every element alone, so a caller may overwrite some of the latents it returns (the
+    pinned background of METHOD.md section 8) without any effect on the others, and the state needs
+    no mending. Such elements must be overwritten after *every* step: a corrector gives `z_k` itself
+    the weight 0 and goes back to the corrected sample of the step before.
+
+    Args:
+      row: of the step, as a scan over a `SolverTable` hands it out.
+      state: of the step before, or `init`.
+      latents: `z_k`, what the model was called on.
+      x0: the clean estimate `z_k - sigma_k v_k` of that call.
+
+    Returns:
+      `z_{k+1}` and the state, both float32.
+    """
+    c, p = row.corrector, row.predictor
+    z, m = latents.astype(jnp.float32), x0.astype(jnp.float32)
+    m1, m2 = state.history[0], state.history[1]
+    corrected = c[0] * z + c[1] * state.corrected + c[2] * m + c[3] * m1 + c[4] * m2
+    following = p[0] * corrected + p[1] * m + p[2] * m1
+    return following, SolverState(corrected, jnp.stack([m, m1]))
+
+
+def _check(steps: int, shift: float) -> None:
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, found {steps!r}")
+    if not 0 < shift < float("inf"):
+        raise ConfigError(f"shift must be over 0 and finite, found {shift!r}")
+
+
+def _with_zero(
+    levels: Float[np.ndarray, "steps"], steps: int, shift: float
+) -> Float[np.ndarray, "steps+1"]:
+    """The levels and a last 0, rounded to float32 before any coefficient is made of them.
+
+    1 - 1e-6 in float32 is 1 - 1.0133e-6, and UniPC takes the logarithm of that difference:
+    of the unrounded level, the weights of old estimates in steps 1 and 2 would be 0.1-0.3% off.
+    """
+    sigma = np.append(levels, 0.0).astype(np.float32).astype(np.float64)
+    if not np.all(np.diff(sigma) < 0):
+        raise ConfigError(
+            f"shift must leave {steps} steps apart in float32, found {shift!r}, which does not"
+        )
+    return sigma
+
+
+def _table(
+    sigma: Float[np.ndarray, "steps+1"],
+    timestep: Float[np.ndarray, "steps"],
+    corrector: Float[np.ndarray, "steps 5"],
+    predictor: Float[np.ndarray, "steps 3"],
+) -> SolverTable:
+    columns = (sigma[:-1], sigma[1:], timestep, corrector, predictor)
+    return SolverTable(*(np.asarray(column, np.float32) for column in columns))
+
+
+def _no_corrector(steps: int) -> Float[np.ndarray, "steps 5"]:
+    return np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (steps, 1))
+
+
+def _first_order(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "steps 3"]:
+    a = sigma[1:] / sigma[:-1]
+    return np.stack([a, 1.0 - a, np.zeros_like(a)], axis=1)
+
+
+def _lambda_steps(
+    sigma: Float[np.ndarray, "steps+1"],
+) -> tuple[Float[np.ndarray, "steps-1"], Float[np.ndarray, "steps-2"]]:
+    """`h_k = lambda_{k+1} - lambda_k`, and the place `r` of the estimate before in units of it.
+
+    `r_k = (lambda_{k-1} - lambda_k) / h_k` starts with k = 1. The step to sigma 0, where lambda is
+    infinite, is always of first order and has neither.
+    """
+    with np.errstate(divide="ignore"):  # shift over 3e4 rounds DPM++'s first level to 1: r is -inf
+        h = np.diff(np.log1p(-sigma[:-1]) - np.log(sigma[:-1]))
+    return h, -h[:-1] / h[1:]
+
+
+def _second_order(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "steps 3"]:
+    """`a z + (1 - a) (m_k + (m_{k-1} - m_k) / (2 r))`; first order in the first and last row."""
+    rows = _first_order(sigma)
+    _, r = _lambda_steps(sigma)
+    extrapolation = rows[1:-1, 1] / (2.0 * r)
+    rows[1:-1, 1] -= extrapolation
+    rows[1:-1, 2] = extrapolation
+    return rows
+
+
+def _unic(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "steps 5"]:
+    """UniC's rows: row k redoes the step from k - 1 to k with `m_k` known; row 0 leaves all as is.
+
+    `a z + (1 - a) (m_{k-1} + rho (m_k - m_{k-1}) + rho_old (m_{k-2} - m_{k-1}) / r)`. In row 1
+    there is no `m_{k-2}` and rho is 1/2; after it `rho_old + rho = b_1` and
+    `r rho_old + rho = b_2`, where `b_1 = 1 / (-h) - 1 / B`, `b_2 = 2 b_1 / (-h) - 1 / B` and
+    `B = e^{-h} - 1` (section 3 of the paper), so that a quadratic in lambda is integrated exactly.
+    """
+    rows = _no_corrector(len(sigma) - 1)
+    if len(rows) == 1:
+        return rows
+    h, r = _lambda_steps(sigma)
+    b1 = -1.0 / h - 1.0 / np.expm1(-h)
+    b2 = -2.0 * b1 / h - 1.0 / np.expm1(-h)
+    rho, old = np.full_like(h, 0.5), np.zeros_like(h)
+    old[1:] = (b1[1:] - b2[1:]) / (1.0 - r)
+    rho[1:] = b1[1:] - old[1:]
+    old[1:] /= r
+    a = sigma[1:-1] / sigma[:-2]
+    rest = 1.0 - a
+    columns = [np.zeros_like(a), a, rest * rho, rest * (1.0 - rho - old), rest * old]
+    rows[1:] = np.stack(columns, axis=1)
+    return rows

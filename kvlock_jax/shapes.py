@@ -1,0 +1,30 @@
+"""The letters that shape annotations, einsum strings and sharding rules share.
+
+| letter | what it counts |
+|---|---|
+| `B` | edits in a batch |
+| `T H W` | latent frames, rows and columns; of a token grid where a docstring says so |
+| `L` | tokens, `T*H*W` of the token grid, frame-major |
+| `S` | key tokens; text tokens in cross-attention |
+| `D` | width of the model |
+| `N` | attention heads |
+| `K` | size of one head |
+| `F` | width of the feed-forward layer |
+| `C` | latent channels |
+
+Pixel space writes its sizes out: `frames height width`. Shapes are channels-last throughout.
+"""
+
+from jaxtyping import Array, Bool, Float
+
+Latents = Float[Array, "B T H W C"]
+LatentMask = Bool[Array, "B T H W"]
+TokenMask = Bool[Array, "B L"]
+Heads = Float[Array, "B L N K"]
+PerEdit = Float[Array, "B"]
+
+VAE_STRIDES = (4, 8, 8)
+"""Pixels per latent cell along time, height and width (Wan 2.1's VAE, METHOD.md section 2)."""
+
+PATCH = (1, 2, 2)
+"""Latent cells per token along time, height and width (Wan 2.1's transformer)."""

@@ -1,0 +1,54 @@
+"""The demo model's sizes, and how the training scripts pass its parts on."""
+
+import pathlib
+
+import numpy as np
+from flax import nnx
+
+from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
+from kvlock_jax.demo.world import COLOURS, SHAPES
+from kvlock_jax.models.umt5 import UMT5Encoder
+
+VAE = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1)
+TRANSFORMER = WanConfig(
+    num_attention_heads=4,
+    attention_head_dim=48,
+    num_layers=6,
+    ffn_dim=768,
+    text_dim=64,
+    freq_dim=128,
+)
+TEXT_ENCODER = UMT5Config(
+    vocab_size=3 + 1 + len(SHAPES) + len(COLOURS),  # pad, end, unknown; "a"
+    d_model=64,
+    d_kv=16,
+    d_ff=128,
+    num_layers=1,
+    num_heads=4,
+)
+TEXT_LEN = 8
+WORDS = ("a", *COLOURS, *SHAPES)
+
+
+def text_encoder() -> UMT5Encoder:
+    """A small encoder with random weights: it only has to tell a dozen words apart."""
+    return UMT5Encoder(TEXT_ENCODER, rngs=nnx.Rngs(7))
+
+
+def save_params(path: pathlib.Path, state: nnx.State) -> None:
+    """Writes parameters as one `.npz`, whole or not at all."""
+    flat = {".".join(map(str, k)): np.asarray(v[...]) for k, v in nnx.to_flat_state(state)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **flat)
+    part.rename(path)
+
+
+def load_params(path: pathlib.Path, state: nnx.State) -> nnx.State:
+    """Parameters of `save_params`, in the structure of `state`."""
+    with np.load(path) as saved:
+        flat = [
+            (k, v.replace(np.asarray(saved[".".join(map(str, k))])))
+            for k, v in nnx.to_flat_state(state)
+        ]
+    return nnx.from_flat_state(flat)

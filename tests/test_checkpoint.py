@@ -1,0 +1,308 @@
+"""Converted checkpoints: bit-equal restores, placement, interruption, every kind of damage."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from kvlock_jax import checkpoint, text
+from kvlock_jax.checkpoint import MODELS, Checkpoint, Configs
+from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
+from kvlock_jax.errors import CheckpointError
+
+CONFIGS = Configs(
+    WanConfig(2, 12, 2, 16, in_channels=4, out_channels=4, text_dim=8, freq_dim=8),
+    VAEConfig(
+        base_dim=2,
+        z_dim=4,
+        num_res_blocks=1,
+        latents_mean=(0.1, -0.2, 0.3, 0.0),
+        latents_std=(1.5, 1.0, 0.5, 2.0),
+    ),
+    UMT5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2),
+    {"flow_shift": 3.0, "use_flow_sigmas": True},
+)
+SOURCE = {"folder": "tiny", "files": ["a.safetensors"]}
+
+
+def values(model) -> dict:
+    return {
+        ".".join(map(str, path)): np.asarray(variable[...])
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def random_model(name: str, seed: int) -> nnx.Module:
+    """Parameters in float32, kernels in bfloat16, none alike."""
+    rng = np.random.default_rng(seed)
+    config, kind = getattr(CONFIGS, name), MODELS[name][1]
+    graph, state = nnx.split(checkpoint.abstract(kind, config))
+    full = [
+        (
+            path,
+            variable.replace(
+                jnp.asarray(
+                    rng.normal(size=variable.shape).astype(
+                        ml_dtypes.bfloat16 if path[-1] == "kernel" else np.float32
+                    )
+                )
+            ),
+        )
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(full))
+
+
+def random_checkpoint(tokenizer, seed: int) -> Checkpoint:
+    return Checkpoint(CONFIGS, **{n: random_model(n, seed) for n in MODELS}, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    text.write_word_tokenizer(folder, ["a", "red", "star"], 12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(tokenizer):
+    return random_checkpoint(tokenizer, 0)
+
+
+@pytest.fixture(scope="module")
+def saved(original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "out" / "wan"
+    checkpoint.save(folder, original, SOURCE)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(saved, tmp_path / "wan")
+
+
+def assert_same(got: Checkpoint, want: Checkpoint) -> None:
+    for name in MODELS:
+        left, right = values(getattr(got, name)), values(getattr(want, name))
+        assert left.keys() == right.keys()
+        for path in right:
+            assert left[path].dtype == right[path].dtype
+            np.testing.assert_array_equal(left[path], right[path], err_msg=path)
+
+
+def data_of(folder):
+    return folder / json.loads((folder / checkpoint.METADATA).read_text())["data"]
+
+
+def test_restored_is_bit_equal(folder, original):
+    got = checkpoint.load(folder)
+    assert_same(got, original)
+    assert got.configs == CONFIGS
+    prompts = ["a red star", "red"]
+    for want, have in zip(
+        text.Tokenizer(original.tokenizer)(prompts),
+        text.Tokenizer(got.tokenizer)(prompts),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(have, want)
+
+
+def test_restored_models_compute_the_same(folder, original):
+    got = checkpoint.load(folder)
+    latents = jnp.asarray(np.random.default_rng(1).normal(size=(1, 2, 2, 4, 4)), jnp.float32)
+    context = jnp.ones((1, 3, 8), jnp.float32)
+
+    @nnx.jit
+    def velocity(model):
+        return model(latents, jnp.full((1,), 500.0), model.condition(context, (2, 1, 2)))
+
+    np.testing.assert_array_equal(velocity(got.transformer), velocity(original.transformer))
+
+
+def test_dtypes(folder, original):
+    got = checkpoint.load(folder, jnp.bfloat16, compute_dtype=jnp.bfloat16)
+    for name in MODELS:
+        assert getattr(got, name).dtype == jnp.bfloat16
+        want = values(getattr(original, name))
+        for path, array in values(getattr(got, name)).items():
+            np.testing.assert_array_equal(array, want[path].astype(ml_dtypes.bfloat16))
+    assert checkpoint.load(folder).transformer.dtype == jnp.float32
+
+
+def test_parameters_go_where_they_are_placed(folder, original):
+    mesh = jax.make_mesh((8,), ("model",))
+    asked = {}
+
+    def place(name, shape):
+        split = ["model" if size % 8 == 0 else None for size in shape[-1:]]
+        asked[name] = NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), *split))
+        return asked[name]
+
+    got = checkpoint.load(folder, place=place)
+    assert_same(got, original)
+    for name in MODELS:
+        for path, variable in nnx.to_flat_state(nnx.state(getattr(got, name))):
+            assert variable.sharding == asked.pop(".".join(map(str, (name, *path))))
+    assert not asked
+    kernel = got.transformer.proj_out.kernel
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(24, 2)}
+
+    by_default = checkpoint.load(folder).transformer.proj_out.kernel
+    assert by_default.sharding == SingleDeviceSharding(jax.devices()[0])
+
+
+def test_metadata(folder):
+    got = checkpoint.read_metadata(folder)
+    assert (got.family, got.source, got.configs) == ("wan2.1-t2v", SOURCE, CONFIGS)
+    assert got.dtypes["transformer"] == ["bfloat16", "float32"]
+    on_disk = {p for p in (folder / got.data).rglob("*") if p.is_file()}
+    assert {folder / got.data / name for name in got.files} == on_disk
+    assert checkpoint.is_checkpoint(folder) and not checkpoint.is_checkpoint(folder.parent)
+
+
+def test_save_again_replaces(folder, tokenizer):
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("kept")
+    second = random_checkpoint(tokenizer, 1)
+    checkpoint.save(folder, second, SOURCE)
+    assert_same(checkpoint.load(folder), second)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        ["kvlock.json", "notes", data_of(folder).name]
+    )
+    assert (folder / "notes" / "mine.txt").read_text() == "kept"
+
+
+def test_save_onto_itself(folder, original):
+    """Its tokenizer lies in the data that the save replaces."""
+    checkpoint.save(folder, checkpoint.load(folder), SOURCE)
+    assert_same(checkpoint.load(folder), original)
+
+
+class Killed(BaseException):
+    """Nothing in the package catches it: the disk is left as a kill leaves it."""
+
+
+@pytest.mark.parametrize("at", ["vae", "text_encoder", "kvlock.json"])
+def test_interrupted_save(folder, original, tokenizer, tmp_path, monkeypatch, at):
+    write, second = checkpoint._write, random_checkpoint(tokenizer, 1)
+
+    def until(target, arrays):
+        if target.name == at:
+            raise Killed
+        write(target, arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", until)
+        if at == checkpoint.METADATA:
+            patch.setattr(checkpoint, "_sums", lambda data: until(folder / at, None))
+        for target in (folder, tmp_path / "new"):
+            with pytest.raises(Killed):
+                checkpoint.save(target, second, SOURCE)
+    assert_same(checkpoint.load(folder), original)
+    assert not checkpoint.is_checkpoint(tmp_path / "new")
+    with pytest.raises(CheckpointError, match=r"new/kvlock\.json"):
+        checkpoint.load(tmp_path / "new")
+    for target in (folder, tmp_path / "new"):
+        checkpoint.save(target, second, SOURCE)
+        assert_same(checkpoint.load(target), second)
+        assert len(list(target.iterdir())) == 2  # nothing is left of the first try
+
+
+def test_missing_cut_and_changed_files_are_all_named(folder):
+    data = data_of(folder)
+    (data / "tokenizer" / "tokenizer.json").unlink()
+    cut, flipped = (
+        max((data / name / "ocdbt.process_0" / "d").iterdir(), key=lambda p: p.stat().st_size)
+        for name in ("vae", "transformer")
+    )
+    cut.write_bytes(cut.read_bytes()[:-1])
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1  # Orbax alone would give back another weight
+    flipped.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(folder)
+    _, *lines = str(caught.value).splitlines()
+    assert lines[0] == "  missing: tokenizer/tokenizer.json"
+    assert sorted(line.split(": ")[1].split()[0] for line in lines[1:]) == sorted(
+        path.relative_to(data).as_posix() for path in (cut, flipped)
+    )
+
+
+def test_missing_data(folder):
+    shutil.rmtree(data_of(folder))
+    with pytest.raises(CheckpointError, match=r"missing: vae/_METADATA"):
+        checkpoint.load(folder)
+
+
+def rewrite(folder, **changes) -> None:
+    path = folder / checkpoint.METADATA
+    found = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in found.items() if v != "drop"}))
+
+
+def test_parameters_that_do_not_fit_are_all_listed(folder):
+    configs = dataclasses.asdict(CONFIGS)
+    configs["transformer"] |= {"ffn_dim": 20, "cross_attn_norm": False}
+    configs["vae"] |= {"num_res_blocks": 2}
+    rewrite(folder, configs=configs)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(folder)
+    lines = str(caught.value).splitlines()
+    assert (
+        "  misshapen: transformer.blocks.ffn.net_0.bias is (2, 16), the model has (2, 20)" in lines
+    )
+    assert "  unexpected: transformer.blocks.norm2.bias" in lines
+    assert "  missing: vae.decoder.up_blocks.3.resnets.2.conv1.bias" in lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "wan2.2"}, r"kvlock\.json is of family 'wan2\.2', expected 'wan2\.1-t2v'"),
+        ({"data": "drop", "files": "drop"}, r"kvlock\.json has no data, files"),
+        ({"configs": {"vae": {}}}, r"kvlock\.json: configs must have"),
+        ({"configs": []}, r"kvlock\.json: configs must have"),
+        (
+            {"configs": dataclasses.asdict(CONFIGS) | {"vae": {"depth": 3}}},
+            r"kvlock\.json: unknown key 'depth' of VAEConfig",
+        ),
+    ],
+)
+def test_metadata_that_does_not_fit(folder, changes, message):
+    rewrite(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3"])
+def test_metadata_that_is_not_json(folder, content):
+    (folder / checkpoint.METADATA).write_text(content)
+    with pytest.raises(CheckpointError, match=r"kvlock\.json does not hold a JSON object"):
+        checkpoint.load(folder)
+
+
+def test_folder_that_cannot_be_made(original, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write to .*file/wan: Not a directory"):
+        checkpoint.save(tmp_path / "file" / "wan", original, SOURCE)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot read .*nothing/kvlock\.json"):
+        checkpoint.load(tmp_path / "nothing")
+
+
+def test_import_leaves_orbax_alone():
+    program = "import sys, kvlock_jax.checkpoint; print('orbax.checkpoint' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout.strip() == "False", ran.stderr

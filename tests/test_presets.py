@@ -1,0 +1,91 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvlock_jax.errors import ConfigError
+from kvlock_jax.lock import (
+    PRESETS,
+    fusion_ratio,
+    guidance_scale,
+    in_window,
+    knobs,
+    preset,
+    source_needed,
+    uncond_scale,
+)
+
+OMEGA_0 = 5.0
+
+# METHOD.md section 9 as behaviour, for omega_0 = 5, tau = 0.01 and a projection s* = 0.8:
+# alpha before the window, alpha and omega in it for sigma2 = 0.001 and 0.0025, s.
+TABLE = {
+    "kvlock": (0, [0.1, 0.25], [0.5, 1.25], 0.8),
+    "kvlock_anchor": (1, [0.1, 0.25], [1.0, 1.25], 0.8),
+    "hard_lock": (1, [1, 1], [5, 5], 1),
+    "fixed_half": (0, [0.5, 0.5], [0.5, 1.25], 0.8),
+    "kv_only": (0, [0.1, 0.25], [5, 5], 1),
+    "omega_only": (0, [0, 0], [0.5, 1.25], 1),
+    "s_only": (0, [0, 0], [5, 5], 0.8),
+    "s_omega": (0, [0, 0], [0.5, 1.25], 0.8),
+    "global_detection": (0, [0.1, 0.25], [0.5, 1.25], 0.8),
+    "cfg": (0, [0, 0], [5, 5], 1),
+    "cfg_zero_star": (0, [0, 0], [5, 5], 0.8),
+    "apg": (0, [0, 0], [5, 5], 1),
+}
+LOCKED = {"kvlock", "kvlock_anchor", "hard_lock", "fixed_half", "kv_only", "global_detection"}
+
+
+def test_every_preset_is_listed_and_described():
+    assert list(PRESETS) == list(TABLE)
+    for description in PRESETS.values():
+        assert description and "\n" not in description
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_presets_do_what_the_table_says(name):
+    warmup, alphas, omegas, s = TABLE[name]
+    lock = preset(name, OMEGA_0)
+    traced = knobs(lock, OMEGA_0)
+    sigma2, yes, no = jnp.asarray([0.001, 0.0025]), jnp.asarray(True), jnp.asarray(False)
+    np.testing.assert_allclose(fusion_ratio(sigma2, yes, no, traced), [warmup] * 2)
+    np.testing.assert_allclose(guidance_scale(sigma2, yes, no, traced), [OMEGA_0] * 2)
+    np.testing.assert_allclose(fusion_ratio(sigma2, yes, yes, traced), alphas, rtol=1e-6)
+    np.testing.assert_allclose(guidance_scale(sigma2, yes, yes, traced), omegas, rtol=1e-6)
+    np.testing.assert_allclose(uncond_scale(jnp.asarray([0.8]), traced), [s])
+
+    pinned = name in ("kvlock_anchor", "hard_lock")
+    assert lock.background == ("source" if pinned else "model")
+    assert lock.detection == ("global" if name == "global_detection" else "local")
+    assert lock.zero_init_steps == (2 if name == "cfg_zero_star" else 0)
+    assert lock.guidance == ("apg" if name == "apg" else "cfg")
+    assert (lock.tau, lock.window, lock.kappa, lock.omega_ceiling) == (0.01, 10, 20, 2)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_source_passes_of_a_run_of_fifty_steps(name):
+    traced = knobs(preset(name, OMEGA_0), OMEGA_0)
+    passes = source_needed(in_window(50, traced.kappa), traced).sum()
+    every_step = name in ("kvlock_anchor", "hard_lock")
+    assert passes == (50 if every_step else 20 if name in LOCKED else 0)
+
+
+@pytest.mark.parametrize(
+    ("omega_0", "lowest"), [(5.0, 1.0), (1.0, 1.0), (0.8, 1.0), (0.25, 0.5), (0.0, 0.0)]
+)
+def test_anchor_never_lets_the_prompt_fade(omega_0, lowest):
+    traced = knobs(preset("kvlock_anchor", omega_0), omega_0)
+    yes = jnp.asarray(True)
+    omega = guidance_scale(jnp.zeros(1), yes, yes, traced)
+    np.testing.assert_allclose(omega, [lowest], rtol=1e-6)
+
+
+def test_apg_follows_its_public_code_for_wan():
+    lock = preset("apg", OMEGA_0)
+    assert (lock.apg_eta, lock.apg_norm, lock.apg_momentum) == (0, 55, -0.75)
+
+
+def test_an_unknown_preset_is_an_error_that_lists_them():
+    with pytest.raises(ConfigError, match="'kv_lock'") as caught:
+        preset("kv_lock", OMEGA_0)
+    for name in PRESETS:
+        assert name in str(caught.value)

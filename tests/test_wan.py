@@ -1,0 +1,400 @@
+"""The transformer against Diffusers and the publisher's outputs; its lock, dtypes, full sizes."""
+
+import dataclasses
+import functools
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers import transformer_wan
+from flax import nnx
+
+from kvlock_jax.config import WanConfig
+from kvlock_jax.convert import diffusers, original, table, weights
+from kvlock_jax.lock import KVCache, Lock
+
+DATA = Path(__file__).parent / "data"
+
+
+class Case(NamedTuple):
+    """Sizes of a model and of what it is given."""
+
+    config: WanConfig
+    latents: tuple[int, int, int, int]  # B T H W
+    tokens: int  # of text
+    timestep: tuple[float, ...]
+
+
+CASES = {
+    "batch of 2, turning 8 6 6 of a head": Case(
+        WanConfig(2, 20, 3, 36, in_channels=4, out_channels=4, text_dim=24, freq_dim=16),
+        (2, 3, 4, 6),
+        7,
+        (900.0, 30.5),
+    ),
+    "one frame, three heads, 10 6 6": Case(
+        WanConfig(3, 22, 2, 40, in_channels=5, out_channels=3, text_dim=12, freq_dim=10),
+        (1, 1, 8, 4),
+        1,
+        (0.0,),
+    ),
+    "no norm before cross-attention, 10 8 8": Case(
+        WanConfig(1, 26, 2, 30, text_dim=16, freq_dim=256, cross_attn_norm=False, eps=1e-5),
+        (2, 2, 2, 10),
+        19,
+        (999.7, 501.25),
+    ),
+    "another patch, one layer, 8 4 4": Case(
+        WanConfig(*(4, 16, 1, 24), in_channels=3, out_channels=2, text_dim=8, patch_size=(2, 3, 1)),
+        (3, 4, 6, 5),
+        4,
+        (1000.0, 999.0, 1.0),
+    ),
+}
+LOCKED = next(iter(CASES))
+
+
+def relative_l2(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+# -- the peer and ours, from the same files ------------------------------------------------------
+
+
+def peer_of(config: WanConfig) -> WanTransformer3DModel:
+    """Diffusers' transformer with every parameter far from its initial value."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(**dataclasses.asdict(config)).eval()
+    for name, parameter in model.named_parameters():
+        scale = math.prod(parameter.shape[1:]) ** -0.5 if "weight" in name else 0.4
+        norm = "norm" in name and name.endswith("weight")
+        torch.nn.init.normal_(parameter, float(norm), 0.4 if norm else scale)
+    return model
+
+
+@functools.cache
+def built(name, dtype=jnp.float32):
+    """The peer of a case and our model, loaded from what the peer saved."""
+    peer = peer_of(CASES[name].config)
+    with tempfile.TemporaryDirectory() as folder:
+        peer.save_pretrained(folder)
+        ours = diffusers.load_model(folder, diffusers.TRANSFORMER, compute_dtype=dtype)
+    assert ours.config == CASES[name].config
+    return peer, ours
+
+
+def inputs(name, seed=0):
+    """Latents, timesteps and context of a case."""
+    case, rng = CASES[name], np.random.default_rng(seed)
+    latents = rng.normal(size=(*case.latents, case.config.in_channels))
+    context = rng.normal(size=(case.latents[0], case.tokens, case.config.text_dim))
+    arrays = (latents, np.array(case.timestep), context)
+    return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
+
+
+def run_peer(peer, latents, timestep, context, fuse=lambda block, k, v: (k, v)):
+    """The peer's velocity, and the K/V that each block's self-attention attended to.
+
+    `fuse` may change them. Blocks call self-attention, then cross-attention, in turn.
+    """
+    attend, seen, calls = transformer_wan.dispatch_attention_fn, [], []
+
+    def spy(q, k, v, **options):
+        if len(calls) % 2 == 0:
+            seen.append(fuse(len(calls) // 2, k.numpy().copy(), v.numpy().copy()))
+            k, v = map(torch.tensor, seen[-1])
+        calls.append(q.shape)
+        return attend(q, k, v, **options)
+
+    arrays = [torch.tensor(np.asarray(a)) for a in (latents, timestep, context)]
+    with mock.patch.object(transformer_wan, "dispatch_attention_fn", spy), torch.no_grad():
+        velocity = peer(arrays[0].permute(0, 4, 1, 2, 3), *arrays[1:]).sample
+    keys, values = (np.stack(x) for x in zip(*seen, strict=True))
+    return velocity.permute(0, 2, 3, 4, 1).numpy(), keys, values
+
+
+def conditioning(model, latents, context):
+    patch = model.config.patch_size
+    grid = tuple(n // p for n, p in zip(latents.shape[1:4], patch, strict=True))
+    return model.condition(context, grid)
+
+
+@nnx.jit
+def velocity_of(model, latents, timestep, context, lock=None):
+    """What the sampling loop calls."""
+    return model(latents, timestep, conditioning(model, latents, context), lock)
+
+
+@nnx.jit
+def keys_values_of(model, latents, timestep, context, lock=None):
+    return model.keys_values(latents, timestep, conditioning(model, latents, context), lock)
+
+
+def source_cache(model, seed=5):
+    """The cache of a pass over other latents, under another text."""
+    return keys_values_of(model, *inputs(LOCKED, seed))[1]
+
+
+def half_mask(cache):
+    """A mask with foreground and background in both edits, not the same in each."""
+    return jnp.asarray(np.random.default_rng(3).random(cache.k.shape[1:3]) < 0.4)
+
+
+def assert_same_cache(got, want):
+    np.testing.assert_array_equal(got.k, want.k)
+    np.testing.assert_array_equal(got.v, want.v)
+
+
+# -- parity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_diffusers(name):
+    peer, ours = built(name)
+    given = inputs(name)
+    want, keys, values = run_peer(peer, *given)
+    got, cache = keys_values_of(ours, *given)
+    assert got.dtype == cache.k.dtype == cache.v.dtype == jnp.float32
+    assert relative_l2(got, want) < 1e-5
+    for layer in range(CASES[name].config.num_layers):
+        assert relative_l2(cache.k[layer], keys[layer]) < 1e-5
+        assert relative_l2(cache.v[layer], values[layer]) < 1e-5
+
+
+def test_equals_the_publisher():
+    sizes = json.loads((DATA / "original" / "config.json").read_text())["dit"]
+    config = WanConfig(
+        num_attention_heads=sizes["num_heads"],
+        attention_head_dim=sizes["dim"] // sizes["num_heads"],
+        num_layers=sizes["num_layers"],
+        ffn_dim=sizes["ffn_dim"],
+        in_channels=sizes["in_dim"],
+        out_channels=sizes["out_dim"],
+        text_dim=sizes["text_dim"],
+        freq_dim=sizes["freq_dim"],
+        patch_size=tuple(sizes["patch_size"]),
+        cross_attn_norm=sizes["cross_attn_norm"],
+        eps=sizes["eps"],
+    )
+    graph, abstract = nnx.split(diffusers.abstract(diffusers.TRANSFORMER, config))
+    tensors = weights.open_file(DATA / "original" / "t2v.safetensors")
+    model = nnx.merge(graph, table.fill(abstract, tensors, original.WAN, "t2v"))
+    with np.load(DATA / "original" / "t2v_io.npz") as data:
+        latents, timestep, context, want = (
+            data[key] for key in ("latents", "timestep", "context", "velocity")
+        )
+    padding = sizes["text_len"] - context.shape[0]
+    context = np.pad(context, ((0, padding), (0, 0)))[None]
+    latents = np.moveaxis(latents, 0, -1)[None]
+    got = velocity_of(model, *map(jnp.asarray, (latents, timestep, context)))
+    assert relative_l2(np.moveaxis(got[0], -1, 0), want) < 1e-5
+
+
+FULL = {
+    "1.3b": (WanConfig(12, 128, num_layers=30, ffn_dim=8960), 5.6),
+    "14b": (WanConfig(40, 128, num_layers=40, ffn_dim=13824), 25.0),
+}
+
+
+@pytest.mark.parametrize("size", FULL)
+def test_every_key_of_the_publisher_lands_on_one_parameter(size):
+    shapes = json.loads((DATA / "layouts" / f"wan2.1-t2v-{size}.original.json").read_text())
+    tensors = {
+        key: table.LazyTensor(tuple(shape), np.dtype(np.float32), pytest.fail)
+        for key, shape in shapes.items()
+    }
+    model = nnx.state(diffusers.abstract(diffusers.TRANSFORMER, FULL[size][0]))
+    sources = table.plan(model, tensors, original.WAN, size)
+    assert sorted(key for source in sources for key in source.keys) == sorted(shapes)
+
+
+# -- the lock (METHOD.md sections 3 and 4) -------------------------------------------------------
+
+
+def test_locked_pass_equals_a_locked_peer():
+    peer, ours = built(LOCKED)
+    given, source = inputs(LOCKED), inputs(LOCKED, 5)
+    _, keys, values = run_peer(peer, *source)
+    cache = source_cache(ours)
+    foreground, alpha = half_mask(cache), np.array([0.3, 0.85], np.float32)
+
+    def fuse(block, k, v):
+        for mine, theirs in ((k, keys[block]), (v, values[block])):
+            for edit, token in np.argwhere(~np.asarray(foreground)):
+                mine[edit, token] *= 1 - alpha[edit]
+                mine[edit, token] += alpha[edit] * theirs[edit, token]
+        return k, v
+
+    want, fused_keys, fused_values = run_peer(peer, *given, fuse)
+    assert relative_l2(want, run_peer(peer, *given)[0]) > 1e-2  # the lock does something
+    lock = Lock(cache, foreground, jnp.asarray(alpha))
+    got, fused = keys_values_of(ours, *given, lock)
+    assert relative_l2(got, want) < 1e-5
+    assert relative_l2(fused.k, fused_keys) < 1e-5
+    assert relative_l2(fused.v, fused_values) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_ratio_0_is_bit_for_bit_the_plain_pass(dtype):
+    _, ours = built(LOCKED, dtype)
+    given, cache = inputs(LOCKED), source_cache(ours)
+    off = Lock(cache, jnp.zeros(cache.k.shape[1:3], bool), jnp.zeros(2))
+    plain = velocity_of(ours, *given)
+    np.testing.assert_array_equal(velocity_of(ours, *given, off), plain)
+    velocity, kept = keys_values_of(ours, *given)
+    np.testing.assert_array_equal(velocity, plain)  # asking for the cache changes nothing
+    velocity, fused = keys_values_of(ours, *given, off)
+    np.testing.assert_array_equal(velocity, plain)
+    assert_same_cache(fused, kept)
+
+
+def test_ratio_is_each_edits_own():
+    _, ours = built(LOCKED)
+    given, cache = inputs(LOCKED), source_cache(ours)
+    lock = Lock(cache, jnp.zeros(cache.k.shape[1:3], bool), jnp.array([0.0, 0.7]))
+    plain, locked = velocity_of(ours, *given), velocity_of(ours, *given, lock)
+    np.testing.assert_array_equal(locked[0], plain[0])
+    assert relative_l2(locked[1], plain[1]) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_ratio_1_without_foreground_attends_to_the_cache(dtype):
+    _, ours = built(LOCKED, dtype)
+    cache = source_cache(ours)
+    full = Lock(cache, jnp.zeros(cache.k.shape[1:3], bool), jnp.ones(2))
+    velocity, fused = keys_values_of(ours, *inputs(LOCKED), full)
+    assert fused.k.dtype == dtype
+    assert_same_cache(fused, cache)
+    assert relative_l2(velocity, velocity_of(ours, *inputs(LOCKED))) > 1e-2
+
+
+def test_source_locked_onto_itself_is_the_source():
+    _, ours = built(LOCKED)
+    source = inputs(LOCKED, 5)
+    velocity, cache = keys_values_of(ours, *source)
+    lock = Lock(cache, half_mask(cache), jnp.ones(2))
+    np.testing.assert_array_equal(velocity_of(ours, *source, lock), velocity)
+
+
+def test_foreground_keeps_its_own():
+    _, ours = built(LOCKED)
+    given, cache = inputs(LOCKED), source_cache(ours)
+    foreground = half_mask(cache)
+    _, own = keys_values_of(ours, *given)
+    _, fused = keys_values_of(ours, *given, Lock(cache, foreground, jnp.ones(2)))
+    for got, mine, theirs in ((fused.k, own.k, cache.k), (fused.v, own.v, cache.v)):
+        np.testing.assert_array_equal(got[:, ~foreground], theirs[:, ~foreground])
+        np.testing.assert_array_equal(got[0, foreground], mine[0, foreground])
+        # further blocks see a stream that the lock has moved
+        assert relative_l2(got[1:, foreground], mine[1:, foreground]) > 1e-3
+        assert relative_l2(got[:, foreground], theirs[:, foreground]) > 0.1
+
+
+def test_stacked_branches_share_the_cache():
+    _, ours = built(LOCKED)
+    latents, timestep, context = inputs(LOCKED)
+    other = inputs(LOCKED, 8)[2]
+    cache = source_cache(ours)
+    lock = Lock(cache, half_mask(cache), jnp.array([0.4, 0.9]))
+    rows = [jnp.concatenate(x) for x in ([latents] * 2, [timestep] * 2, [context, other])]
+    both = velocity_of(ours, *rows, lock)
+    for branch, text in zip(jnp.split(both, 2), (context, other), strict=True):
+        assert relative_l2(branch, velocity_of(ours, latents, timestep, text, lock)) < 1e-6
+    assert relative_l2(both[:2], both[2:]) > 1e-2
+
+
+def test_another_source_gives_another_velocity():
+    _, ours = built(LOCKED)
+    one, other = (
+        Lock(cache, half_mask(cache), jnp.ones(2))
+        for cache in (source_cache(ours, 5), source_cache(ours, 6))
+    )
+    a, b = (velocity_of(ours, *inputs(LOCKED), lock) for lock in (one, other))
+    assert relative_l2(a, b) > 1e-2
+
+
+# -- dtypes (DESIGN.md section 3) ----------------------------------------------------------------
+
+
+def equations(jaxpr):
+    """All equations of a program, those of its loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+MOVES = {
+    *("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze", "copy"),
+    *("scan", "jit", "custom_vjp_call", "custom_jvp_call", "concatenate", "split"),
+}
+
+
+def test_bfloat16_is_only_multiplied():
+    _, ours = built(LOCKED, jnp.bfloat16)
+    given, cache = inputs(LOCKED), source_cache(ours)
+    lock = Lock(cache, half_mask(cache), jnp.full(2, 0.5))
+    graph, params = nnx.split(ours)
+
+    def program(params):
+        model = nnx.merge(graph, params)
+        return model(*given[:2], conditioning(model, given[0], given[2]), lock)
+
+    seen = list(equations(jax.make_jaxpr(program)(params).jaxpr))
+    names = {equation.primitive.name for equation in seen}
+    assert {"exp", "tanh", "rsqrt", "dot_general"} <= names  # the walk goes into the blocks
+    for equation in seen:
+        if any(out.aval.dtype == jnp.bfloat16 for out in equation.outvars):
+            assert equation.primitive.name in MOVES, equation
+    products = [equation for equation in seen if equation.primitive.name == "dot_general"]
+    wide = [p for p in products if p.invars[0].aval.dtype == p.invars[1].aval.dtype != jnp.bfloat16]
+    assert len(wide) == 3  # the timestep's embedding, where modulation comes from
+    assert all(product.outvars[0].aval.dtype == jnp.float32 for product in products)
+    (blocks,) = (e for e in seen if e.primitive.name == "scan" and e.params["num_carry"])
+    carried = blocks.outvars[: blocks.params["num_carry"]]
+    assert [stream.aval.dtype for stream in carried] == [jnp.float32]
+
+
+def test_bfloat16_is_near_float32():
+    given = inputs(LOCKED)
+    exact, cache = keys_values_of(built(LOCKED)[1], *given)
+    rounded, halves = keys_values_of(built(LOCKED, jnp.bfloat16)[1], *given)
+    assert rounded.dtype == jnp.float32
+    assert halves.k.dtype == halves.v.dtype == jnp.bfloat16
+    assert 1e-4 < relative_l2(rounded, exact) < 2e-2
+    assert relative_l2(halves.k, cache.k) < 2e-2
+
+
+# -- published sizes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", FULL)
+def test_published_size_without_memory(size):
+    config, gibibytes = FULL[size]
+    model = diffusers.abstract(diffusers.TRANSFORMER, config, jnp.bfloat16)
+    shapes = ((1, 21, 60, 104, 16), (1,), (1, 512, 4096))  # 81 frames of 480x832
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    velocity, cache = nnx.eval_shape(
+        lambda model, latents, timestep, context: model.keys_values(
+            latents, timestep, conditioning(model, latents, context)
+        ),
+        model,
+        *given,
+    )
+    assert velocity.shape == shapes[0] and velocity.dtype == jnp.float32
+    heads = (config.num_layers, 1, 32_760, config.num_attention_heads, 128)
+    assert cache == KVCache.abstract(heads, jnp.dtype(jnp.bfloat16))
+    assert cache.nbytes / 2**30 == pytest.approx(gibibytes, abs=0.05)
