@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import Checkpoint, Configs
+from kvlock_jax.checkpoint import Checkpoint, Configs, Contents
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig, from_config_dict
 from kvlock_jax.convert.table import (
     Row,
@@ -188,6 +188,18 @@ def _check_family(path: Path, values: dict, family: str, fixed: Mapping[str, Any
         # model_index.json writes a component that is not there as two nulls
         if value != expected and not (expected is None and value == [None, None]):
             raise CheckpointError(f"{path}: {name} is {value!r}, supported is only {expected!r}")
+
+
+def describe(folder: str | Path) -> Contents:
+    """What a Diffusers folder holds, without reading its weights.
+
+    Raises:
+      CheckpointError: if it is not a Wan 2.1 text-to-video folder, or a file is missing or damaged.
+    """
+    folder = Path(folder)
+    configs = read_configs(folder)
+    tensors = {c.name: open_folder(folder / c.name, c.stem).values() for c in COMPONENTS}
+    return checkpoint.contents(configs, tensors)
 
 
 def load(folder: str | Path, dtype: Any = None, compute_dtype: Any = jnp.float32) -> Checkpoint:

@@ -12,10 +12,11 @@ import concurrent.futures
 import dataclasses
 import importlib.metadata
 import json
+import math
 import re
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -67,6 +68,15 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stored:
+    """One model of a checkpoint: its parameters, and dtypes and bytes of what is on disk."""
+
+    parameters: int
+    dtypes: tuple[str, ...]
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Metadata:
     """What `kvlock.json` says.
 
@@ -75,7 +85,7 @@ class Metadata:
       version: of the package that wrote the checkpoint.
       source: what it was converted from, in the words of who saved it.
       configs: sizes of the models, and the published scheduler.
-      dtypes: dtypes of each model's parameters.
+      models: what there is of each model.
       data: name of the folder with the models and the tokenizer.
       files: CRC-32 of each file in it, by relative path. (Orbax's store keeps none of its values:
         a flipped bit would come back as another weight.)
@@ -85,9 +95,46 @@ class Metadata:
     version: str
     source: Mapping[str, Any]
     configs: Configs
-    dtypes: Mapping[str, list[str]]
+    models: Mapping[str, Stored]
     data: str
     files: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, known without reading its weights."""
+
+    family: str
+    configs: Configs
+    models: Mapping[str, Stored]
+
+
+def contents(configs: Configs, arrays: Mapping[str, Iterable[Any]]) -> Contents:
+    """What there is of each model, of arrays (or anything with their shape and dtype) on disk."""
+    models = {}
+    for name, (_, kind) in MODELS.items():
+        # An array on disk may be another one's copy, so what the model has is counted.
+        model = nnx.state(abstract(kind, getattr(configs, name)))
+        found = list(arrays[name])
+        models[name] = Stored(
+            sum(leaf.size for leaf in jax.tree.leaves(model)),
+            tuple(sorted({str(array.dtype) for array in found})),
+            sum(math.prod(array.shape) * array.dtype.itemsize for array in found),
+        )
+    return Contents(FAMILY, configs, models)
+
+
+def describe(folder: epath.PathLike) -> Contents:
+    """What a checkpoint of `save` holds.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or files are missing.
+    """
+    metadata = read_metadata(folder)
+    data = epath.Path(folder) / metadata.data
+    if absent := [f"  missing: {name}" for name in metadata.files if not (data / name).exists()]:
+        raise CheckpointError("\n".join([f"{data} is damaged:", *absent]))
+    return Contents(metadata.family, metadata.configs, metadata.models)
 
 
 def abstract(kind: type[nnx.Module], config: Any, compute_dtype: Any = jnp.float32) -> nnx.Module:
@@ -119,11 +166,9 @@ def save(folder: epath.PathLike, checkpoint: Checkpoint, source: Mapping[str, An
     _remove_data(folder, keep=_current(folder))
     data = folder / f"kvlock-{uuid.uuid4().hex[:8]}"
     data.mkdir()
-    dtypes = {}
-    for name in MODELS:
-        parameters = _flat(nnx.state(getattr(checkpoint, name)))
-        _write(data / name, parameters)
-        dtypes[name] = sorted({str(array.dtype) for array in parameters.values()})
+    parameters = {name: _flat(nnx.state(getattr(checkpoint, name))) for name in MODELS}
+    for name, arrays in parameters.items():
+        _write(data / name, arrays)
     (data / "tokenizer").mkdir()
     for file in epath.Path(checkpoint.tokenizer).iterdir():
         if file.is_file():
@@ -133,7 +178,7 @@ def save(folder: epath.PathLike, checkpoint: Checkpoint, source: Mapping[str, An
         importlib.metadata.version("kvlock-jax"),
         source,
         checkpoint.configs,
-        dtypes,
+        contents(checkpoint.configs, {n: p.values() for n, p in parameters.items()}).models,
         data.name,
         _sums(data),
     )
@@ -165,10 +210,15 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
         given = values["configs"]
         configs = {n: from_config_dict(kind, given[n]) for n, (kind, _) in MODELS.items()}
         values["configs"] = Configs(**configs, scheduler=given["scheduler"])
+        found = {name: dict(values["models"][name]) for name in MODELS}
+        values["models"] = {
+            n: Stored(**m | {"dtypes": tuple(m["dtypes"])}) for n, m in found.items()
+        }
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: configs must have {[*MODELS, 'scheduler']}") from error
+        message = f"{path} does not describe {', '.join(MODELS)} in full: {error!r}"
+        raise CheckpointError(message) from error
     return Metadata(**{name: values[name] for name in names})
 
 

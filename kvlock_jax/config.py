@@ -246,7 +246,7 @@ def run_config(preset: str, **sample: Any) -> ConfigDict:
     return ConfigDict(
         {
             "preset": preset,
-            "sample": dataclasses.asdict(SampleConfig(**sample)),
+            "sample": dataclasses.asdict(from_config_dict(SampleConfig, sample)),
             "edit": dataclasses.asdict(EditConfig()),
             "kvlock": {name: config_dict.placeholder(kind) for name, kind in kinds.items()},
         }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 
 from kvlock_jax import lock, metrics
 from kvlock_jax import video as files
-from kvlock_jax.checkpoint import Checkpoint
+from kvlock_jax.checkpoint import Checkpoint, Configs, Contents
 from kvlock_jax.config import EditConfig, LockConfig, SampleConfig, from_config_dict
 from kvlock_jax.errors import CheckpointError, ConfigError, InputError, SamplingError
 from kvlock_jax.sampling import solvers
@@ -92,6 +93,23 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """A video as it is edited: shortened or resized where the settings say so.
+
+    Attributes:
+      source: its frames.
+      mask: of the same size; true is edited.
+      fps: frames per second; 16, Wan's own rate, where the video came as an array.
+      prompt: what the masked part should show.
+    """
+
+    source: Frames
+    mask: Mask
+    fps: Fraction
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Result:
     """An edited video and what there is to know about it.
 
@@ -126,17 +144,26 @@ def load(source: Path_, dtype: Any = jnp.float32) -> Model:
     Raises:
       CheckpointError: if it is none of these, or is damaged.
     """
+    reader, folder = _reader(source)
+    loaded = reader.load(folder, compute_dtype=dtype)
+    return Model(os.fspath(source), loaded, Tokenizer(loaded.tokenizer))
+
+
+def describe(source: Path_) -> Contents:
+    """What a checkpoint of `load` holds, without reading its weights; errors as in `load`."""
+    reader, folder = _reader(source)
+    return reader.describe(folder)
+
+
+def _reader(source: Path_) -> tuple[ModuleType, Path]:
+    """The module that reads a checkpoint, and the checkpoint's folder."""
     from kvlock_jax import checkpoint
     from kvlock_jax.convert import diffusers
 
     folder = _DEMO if os.fspath(source) == "demo" else Path(source).expanduser()
-    if (folder / "model_index.json").is_file():
-        loaded = diffusers.load(folder, compute_dtype=dtype)
-    elif folder.is_dir():
-        loaded = checkpoint.load(folder, compute_dtype=dtype)
-    else:
+    if not folder.is_dir():
         raise CheckpointError(f"{source}: no such folder; give 'demo' or a checkpoint's folder")
-    return Model(os.fspath(source), loaded, Tokenizer(loaded.tokenizer))
+    return (diffusers if (folder / "model_index.json").is_file() else checkpoint), folder
 
 
 def config(name: str) -> ConfigDict:
@@ -156,10 +183,14 @@ def config(name: str) -> ConfigDict:
 
 def default_config(model: Model) -> ConfigDict:
     """The settings for a model that was loaded: the publisher's for its size."""
-    if model.name == "demo":
-        return config("demo")
-    wide = model.checkpoint.configs.transformer.dim >= 5120
-    return config("t2v_14b" if wide else "t2v_1_3b")
+    return config(config_name(model.name, model.checkpoint.configs))
+
+
+def config_name(source: Path_, configs: Configs) -> str:
+    """Which of the settings there are (`config`) are a checkpoint's."""
+    if os.fspath(source) == "demo":
+        return "demo"
+    return "t2v_14b" if configs.transformer.dim >= 5120 else "t2v_1_3b"
 
 
 def settle(run: ConfigDict) -> Settings:
@@ -172,6 +203,8 @@ def settle(run: ConfigDict) -> Settings:
     for key in run:
         if key not in parts:
             raise ConfigError(f"unknown key {key!r} of the config; it has {', '.join(parts)}")
+    if absent := [part for part in parts if part not in run]:
+        raise ConfigError(f"the config has no {', '.join(absent)}; it must have {', '.join(parts)}")
     sampling = from_config_dict(SampleConfig, run.sample)
     preset = dataclasses.asdict(lock.preset(run.preset, sampling.guidance_scale))
     changed = {name: value for name, value in run.kvlock.items() if value is not None}
@@ -209,48 +242,65 @@ def edit(
       Error: if a setting, a file or the checkpoint cannot be used, or sampling diverges.
     """
     settings = settle(config if config is not None else default_config(model))
+    inputs = read(video, mask, prompt, settings.edit)
+    return run(model, inputs, settings, noise=noise, on_step=on_step)
+
+
+def run(
+    model: Model,
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    noise: Latents | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Result:
+    """`edit` of a video that was read, with settings that were checked."""
     clock = _Clock()
-    if not prompt.strip():
-        raise InputError("the prompt is empty: say what the masked part should show")
-    source, region, fps = _read(video, mask, settings.edit)
+    source, region = inputs.source, inputs.mask
     fit = files.Fit(*source.shape[:3])
     checkpoint = model.checkpoint
 
     with clock.stage("encode text"):
-        texts = [prompt, settings.edit.negative_prompt, settings.edit.source_prompt]
+        texts = [inputs.prompt, settings.edit.negative_prompt, settings.edit.source_prompt]
         context = encode_prompts(checkpoint.text_encoder, model.tokenizer, texts)
     with clock.stage("encode video"):
         pixels = jnp.asarray(fit.apply(source))[None]
         latents = jax.block_until_ready(_encode(checkpoint.vae, pixels))
     foreground = lock.to_latent_mask(jnp.asarray(fit.apply_mask(region)))[None]
     if noise is None:
-        noise = jax.random.normal(jax.random.key(settings.sample.seed), latents.shape)
-    elif noise.shape != latents.shape:
+        noise = jax.random.normal(jax.random.key(settings.sample.seed), latents.shape, jnp.float32)
+    noise = jnp.asarray(noise, jnp.float32)
+    if noise.shape != latents.shape:
         raise InputError(f"noise must have the shape {latents.shape}, found {noise.shape}")
 
     edits = Edits(latents, noise, foreground, context[:2], context[2:])
     edited, trace = _sample(model, settings, edits, clock, on_step)
     with clock.stage("decode video"):
-        decoded = np.asarray(_decode(checkpoint.vae, edited))[0]
-    result = fit.undo(decoded)
+        result = fit.undo(_decoded(model, edited))
     if settings.edit.composite:
         result = np.where(region[..., None], result, source)
-    trace = jax.tree.map(lambda x: np.asarray(x[:, 0] if x.ndim > 1 else x), trace)
+    trace = jax.tree.map(lambda x: np.asarray(x)[:, 0] if x.ndim > 1 else np.asarray(x), trace)
     measured = metrics.measure(source, result, region)
-    return Result(result, source, region, fps, trace, measured, clock.seconds, settings)
+    return Result(result, source, region, inputs.fps, trace, measured, clock.seconds, settings)
 
 
 def round_trip(model: Model, video: Frames) -> Frames:
     """The video through the VAE and back: the ceiling of any edit's background."""
     fit = files.Fit(*video.shape[:3])
     latents = _encode(model.checkpoint.vae, jnp.asarray(fit.apply(video))[None])
-    return fit.undo(np.asarray(_decode(model.checkpoint.vae, latents))[0])
+    return fit.undo(_decoded(model, latents))
 
 
-def _read(
-    video: Path_ | Frames, mask: Path_ | Box | np.ndarray, settings: EditConfig
-) -> tuple[Frames, Mask, Fraction]:
-    """Frames and mask as they are edited, and the frame rate."""
+def read(
+    video: Path_ | Frames, mask: Path_ | Box | np.ndarray, prompt: str, settings: EditConfig
+) -> Inputs:
+    """What `edit` edits; arguments as there. A model need not be loaded to find faults in it.
+
+    Raises:
+      InputError: the prompt is empty, or a file cannot be used.
+    """
+    if not prompt.strip():
+        raise InputError("the prompt is empty: say what the masked part should show")
     if isinstance(video, (str, os.PathLike)):
         loaded = files.read_video(video)
         frames, fps = loaded.frames, loaded.fps
@@ -276,7 +326,7 @@ def _read(
             f"{len(frames)} frames: the model was trained on {TRAINED_FRAMES}, longer ones flicker",
             stacklevel=3,
         )
-    return frames, region, fps
+    return Inputs(frames, region, fps, prompt)
 
 
 @jax.jit
@@ -285,9 +335,18 @@ def _encode(vae: nnx.Module, video: jax.Array) -> Latents:
 
 
 @jax.jit
-def _decode(vae: nnx.Module, latents: Latents) -> jax.Array:
-    pixels = jnp.clip(vae.decode(latents), -1.0, 1.0)
-    return jnp.round((pixels + 1.0) * 127.5).astype(jnp.uint8)
+def _decode(vae: nnx.Module, latents: Latents) -> tuple[jax.Array, jax.Array]:
+    pixels = vae.decode(latents)
+    levels = jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
+    return levels.astype(jnp.uint8), jnp.isfinite(pixels).all()
+
+
+def _decoded(model: Model, latents: Latents) -> Frames:
+    """The one video of `latents`, as the model made it."""
+    video, finite = _decode(model.checkpoint.vae, latents)
+    if not finite:  # uint8 has no NaN: they would pass for some grey
+        raise SamplingError("the VAE's pixels are not finite: compute in float32")
+    return np.asarray(video)[0]
 
 
 def _sample(
@@ -309,8 +368,9 @@ def _sample(
         sample.lower(*args, program=program).compile()
     with clock.stage("sample"), model.ticker.listening(on_step):
         latents, trace = jax.block_until_ready(sample(*args, program=program))
-    if not np.all(trace.finite):
-        step = int(np.argmin(trace.finite))
+    finite = np.asarray(trace.finite).all(axis=1)
+    if not finite.all():
+        step = int(np.argmin(finite))
         raise SamplingError(
             f"latents are not finite after step {step + 1} of {settings.sample.steps}: "
             f"lower the guidance scale, or compute in float32"

@@ -2,7 +2,7 @@
 
 
 class Error(Exception):
-    """Something the caller can mend: the message names the thing, what was expected and what was found.
+    """Something the caller can mend: the message names the thing, the expected and the found.
 
     The command line prints it as one line and exits with status 2; every other exception is a bug
     and keeps its traceback (DESIGN.md section 5).

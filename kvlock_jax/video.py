@@ -251,7 +251,7 @@ def write_video(
     if not (math.isfinite(fps) and fps > 0):
         raise InputError(f"{path}: the frame rate must be over 0, found {fps}")
     rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 and its kin survive a float
-    with _replacing(target) as part:
+    with replacing(target) as part:
         _encode(part, CONTAINERS[target.suffix.lower()], images, rate, lossless, crf)
 
 
@@ -262,12 +262,12 @@ def write_png(path: Path, image: Image) -> None:
     codec.height, codec.width = image.shape[:2]
     codec.pix_fmt, codec.time_base = "rgb24", Fraction(1)
     packets = [*codec.encode(_frame(np.asarray(image))), *codec.encode(None)]
-    with _replacing(target) as part:
+    with replacing(target) as part:
         part.write_bytes(b"".join(bytes(packet) for packet in packets))
 
 
 @contextlib.contextmanager
-def _replacing(target: epath.Path) -> Iterator[epath.Path]:
+def replacing(target: epath.Path) -> Iterator[epath.Path]:
     """A temporary name beside the target, renamed to it on success, removed on anything else."""
     part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     try:

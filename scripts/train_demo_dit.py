@@ -2,9 +2,9 @@
 
     python scripts/train_demo_dit.py --vae runs/vae/params.npz --run runs/dit --steps 12000
 
-First it encodes the clips (kept under `--run`, so only once), then it trains; started again, it goes
-on from the state it saved. The log's `gauge` is the share of held-out clips whose denoising error at
-sigma 0.93 is lowest under the right shape word: it moves long before samples do.
+First it encodes the clips (kept under `--run`, so only once), then it trains; started again, it
+goes on from the state it saved. The log's `gauge` is the share of held-out clips whose denoising
+error at sigma 0.93 is lowest under the right shape word: it moves long before samples do.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from kvlock_jax.models.vae import WanVAE
 from kvlock_jax.models.wan import WanTransformer
 from kvlock_jax.text import Tokenizer, encode_prompts, write_word_tokenizer
 
-BATCH, SHARD = 32, 500
+BATCH, SHARD = 16, 500
 GRID = (3, 6, 6)
 OBJECT_WEIGHT = 3.0  # of the loss on the object's latents
 SHIFT = 2.0  # of the noise levels trained at
@@ -36,16 +36,21 @@ HELD_OUT_START = 900_001_000
 PROMPTS = [caption(s, c) for s in SHAPES for c in COLOURS]
 
 
+@jax.jit
+def encode(vae: WanVAE, video: jax.Array) -> jax.Array:
+    """Latents of uint8 clips, not normalised: the VAE's statistics are not known yet."""
+    return vae.encode(video.astype(jnp.float32) / 127.5 - 1.0, chunk=2)
+
+
 def encode_shard(vae: WanVAE, start: int, held_out: bool) -> dict[str, np.ndarray]:
     """Latents, captions' numbers and object masks of `SHARD` clips, from seed `start` on."""
-    encode = jax.jit(lambda video: vae.encode(video.astype(jnp.float32) / 127.5 - 1.0, 2))
     parts = []
     for first in range(start, start + SHARD, 20):
         scenes = [random_scene(s, held_out=held_out) for s in range(first, first + 20)]
         clips = [render(scene) for scene in scenes]
         parts.append(
             {
-                "latents": np.asarray(encode(np.stack([c.video for c in clips])), np.float16),
+                "latents": np.asarray(encode(vae, np.stack([c.video for c in clips])), np.float16),
                 "prompt": np.array([PROMPTS.index(c.caption) for c in clips], np.int32),
                 "mask": np.asarray(to_latent_mask(np.stack([c.mask for c in clips]))),
             }
@@ -94,7 +99,8 @@ def main() -> None:
     np.savez(flags.run / "latent_stats.npz", mean=mean, std=std)
     context = contexts()
 
-    dit = WanTransformer(demo_models.TRANSFORMER, dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+    sizes = demo_models.TRANSFORMER
+    dit = WanTransformer(sizes, dtype=jnp.bfloat16, unroll=sizes.num_layers, rngs=nnx.Rngs(1))
     dit.proj_out.kernel[...] = jnp.zeros_like(dit.proj_out.kernel[...])
     graph, params = nnx.split(dit)
     schedule = optax.warmup_cosine_decay_schedule(

@@ -1,9 +1,10 @@
 """Trains the demo model's VAE on crops of the demo world.
 
-    python scripts/train_demo_vae.py --run runs/vae --steps 4000
+    python scripts/train_demo_vae.py --run runs/vae --steps 2400
+    python scripts/train_demo_vae.py --run runs/decoder --decoder_of runs/vae/params.npz
 
-Saves its state under `--run` and goes on from there when started again. `export_demo.py` writes the
-averaged weights out as a Diffusers folder.
+Saves its state under `--run` and goes on from there when started again; `params.npz` there holds
+the averaged weights. The second command trains the decoder alone, so latents stay what they were.
 """
 
 import argparse
@@ -82,6 +83,30 @@ def batch(step: int) -> np.ndarray:
     return np.stack(crops)
 
 
+def spliced(z: jax.Array, x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Every other clip with a box of its neighbour in it: latents, pixels, and where to compare.
+
+    An edit's latents are such a splice. A decoder that has seen some keeps what lies outside of the
+    box as it was; within 8 px of its edge there is no truth to compare with.
+    """
+    corner, size = jax.random.split(key)
+    low = jax.random.randint(corner, (2, BATCH, 1), 0, 4)
+    high = low + jax.random.randint(size, (2, BATCH, 1), 2, 4)
+
+    def box(cells: int, grow: int) -> jax.Array:
+        scale = cells // z.shape[2]
+        at = jnp.arange(cells)[None]
+        rows, columns = (at >= scale * low - grow) & (at < scale * high + grow)
+        return (rows[:, :, None] & columns[:, None, :])[:, None, :, :, None]
+
+    odd = (jnp.arange(BATCH) % 2 == 1)[:, None, None, None, None]
+    pixels = x.shape[2]
+    mixed = jnp.where(odd & box(z.shape[2], 0), jnp.roll(z, 1, 0), z)
+    target = jnp.where(odd & box(pixels, 0), jnp.roll(x, 1, 0), x)
+    edge = odd & box(pixels, 8) & ~box(pixels, -8)
+    return mixed, target, jnp.broadcast_to(~edge, x[..., :1].shape).astype(jnp.float32)
+
+
 def to_float(video: jax.Array) -> jax.Array:
     """uint8 to [-1, 1]."""
     return video.astype(jnp.float32) / 127.5 - 1.0
@@ -92,12 +117,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/vae"))
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--decoder_of", type=pathlib.Path, help="params.npz to start from")
     flags = parser.parse_args()
+    whole = flags.decoder_of is None
 
     vae = WanVAE(demo_models.VAE, rngs=nnx.Rngs(0))
     initialise(vae, 0)
     graph, params = nnx.split(vae)
     rates = learning_rates(params)
+    if not whole:
+        params = jax.tree.map(jnp.asarray, demo_models.load_params(flags.decoder_of, params))
+        for part in ("encoder", "quant_conv"):
+            rates[part] = jax.tree.map(lambda _: 0.0, rates[part])
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, 50, flags.steps, 0.02)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -108,14 +139,19 @@ def main() -> None:
 
     def loss_fn(params: nnx.State, video: jax.Array, key: jax.Array):
         model = nnx.merge(graph, params)
+        keys = jax.random.split(key)
         x = to_float(video)
         mean, logvar = model.moments(x, chunk=2)
         logvar = jnp.clip(logvar, -20.0, 10.0)
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        error = model.decode(z, chunk=2) - x
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys[0], mean.shape)
+        weight = jnp.ones_like(x[..., :1])
+        if not whole:
+            z, x, weight = spliced(jax.lax.stop_gradient(z), x, keys[1])
+        error = model.decode(z, chunk=2) - x  # the latent statistics are 0 and 1 here
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
-        square = jnp.mean(jnp.square(error))
-        loss = jnp.mean(jnp.abs(error)) + square + KL_WEIGHT * kl
+        total = 3 * jnp.sum(weight)
+        square = jnp.sum(weight * jnp.square(error)) / total
+        loss = jnp.sum(weight * jnp.abs(error)) / total + square + KL_WEIGHT * kl
         return loss, {"loss": loss, "psnr": -10 * jnp.log10(square / 4), "kl": kl}
 
     @jax.jit
@@ -142,6 +178,7 @@ def main() -> None:
         "opt_state": optimizer.init(params),
         "step": jnp.zeros((), jnp.int32),
     }
+
     def evaluate(state):
         demo_models.save_params(flags.run / "params.npz", state["ema"])
         return {"held_out_psnr": held_out_psnr(state["ema"])}

@@ -9,5 +9,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A tiny Wan 2.1 in a Diffusers folder (tests/tiny.py); a test that damages it copies it."""
+    import tiny
+
+    return tiny.write_folder(tmp_path_factory.mktemp("tiny"))

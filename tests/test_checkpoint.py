@@ -164,10 +164,22 @@ def test_parameters_go_where_they_are_placed(folder, original):
 def test_metadata(folder):
     got = checkpoint.read_metadata(folder)
     assert (got.family, got.source, got.configs) == ("wan2.1-t2v", SOURCE, CONFIGS)
-    assert got.dtypes["transformer"] == ["bfloat16", "float32"]
     on_disk = {p for p in (folder / got.data).rglob("*") if p.is_file()}
     assert {folder / got.data / name for name in got.files} == on_disk
     assert checkpoint.is_checkpoint(folder) and not checkpoint.is_checkpoint(folder.parent)
+
+
+def test_describe(folder, original):
+    got = checkpoint.describe(folder)
+    assert (got.family, got.configs) == ("wan2.1-t2v", CONFIGS)
+    for name in MODELS:
+        arrays = values(getattr(original, name)).values()
+        assert got.models[name].parameters == sum(array.size for array in arrays)
+        assert got.models[name].size == sum(array.nbytes for array in arrays)
+        assert got.models[name].dtypes == ("bfloat16", "float32")
+    (data_of(folder) / "vae" / "manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match=r"missing: vae/manifest\.ocdbt"):
+        checkpoint.describe(folder)
 
 
 def test_save_again_replaces(folder, tokenizer):
@@ -270,8 +282,9 @@ def test_parameters_that_do_not_fit_are_all_listed(folder):
     [
         ({"family": "wan2.2"}, r"kvlock\.json is of family 'wan2\.2', expected 'wan2\.1-t2v'"),
         ({"data": "drop", "files": "drop"}, r"kvlock\.json has no data, files"),
-        ({"configs": {"vae": {}}}, r"kvlock\.json: configs must have"),
-        ({"configs": []}, r"kvlock\.json: configs must have"),
+        ({"configs": {"vae": {}}}, r"kvlock\.json does not describe transformer, vae"),
+        ({"configs": []}, r"kvlock\.json does not describe transformer, vae"),
+        ({"models": {"vae": {}}}, r"kvlock\.json does not describe transformer, vae"),
         (
             {"configs": dataclasses.asdict(CONFIGS) | {"vae": {"depth": 3}}},
             r"kvlock\.json: unknown key 'depth' of VAEConfig",

@@ -1,6 +1,7 @@
 """The house rules that can be read off the source: who imports whom, docstrings, sizes."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"kvlock_jax": "kvlock_jax", "convert": "kvlock_jax.convert"} | {
-    "configs": "kvlock_jax.configs"
+PACKAGES = {
+    "kvlock_jax": "kvlock_jax",
+    "convert": "kvlock_jax.convert",
+    "configs": "kvlock_jax.configs",
 }
 
 ROWS = (
@@ -29,69 +32,169 @@ ROWS = (
     "demo",
     "metrics",
     "edit",
+    "report",
     "batch",
+    "report",
     "",  # the package itself
     "cli",
 )
-"""DESIGN.md section 1, with the rows that its table leaves out; each imports only rows above it."""
+"""The table of DESIGN.md section 1, with the rows that it leaves out."""
 
 FOREIGN = {"torch", "diffusers", "transformers", "tensorflow"}
-"""Nothing of the package needs them to run; Torch reads `.pth` originals, in `convert` only."""
+"""What users need not install. Torch reads `.pth` originals, in `convert` and when it is needed."""
 
 
-def name_of(path: Path) -> str:
-    """Dotted name under which a source file is imported."""
-    top, *rest = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join([FOLDERS[top], *rest]).removesuffix(".__init__")
+def _name(path: Path) -> str:
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([PACKAGES[folder], *rest]).removesuffix(".__init__")
 
 
-SOURCES = {name_of(p): p for top in FOLDERS for p in sorted((ROOT / top).rglob("*.py"))}
+SOURCES = {
+    _name(path): path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 
-def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, ...]]:
-    """For every import statement's name, what it may mean: `a.b`, or `a` where `b` is an object."""
+def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, ...]]:
+    """What each imported name may mean: `from a import b` names the module `a.b`, or `a`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name,) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             parts = module.split(".")
-            base = parts[: len(parts) - node.level + is_package] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
+            above = parts[: len(parts) - node.level + is_package] if node.level else []
+            source = ".".join(above + ([node.module] if node.module else []))
             yield from ((f"{source}.{alias.name}", source) for alias in node.names)
 
 
 def own_imports(module: str) -> set[str]:
-    """The package's modules that a module imports, wherever in its code."""
-    path = SOURCES[module]
-    found = set()
-    for meanings in imports(ast.parse(path.read_text()), module, path.stem == "__init__"):
-        if meanings[0].split(".")[0] == "kvlock_jax":
-            found.add(next(name for name in meanings if name in SOURCES))
-    return found
+    """The modules of the package that a module imports, at its top or later."""
+    names = imported(TREES[module], module, SOURCES[module].stem == "__init__")
+    return {next(n for n in meanings if n in SOURCES) for meanings in names if is_own(meanings[0])}
+
+
+def is_own(name: str) -> bool:
+    return name.split(".")[0] == "kvlock_jax"
 
 
 def row(module: str) -> str:
     return module.removeprefix("kvlock_jax").removeprefix(".").split(".")[0]
 
 
-def breaches(module: str, imported: set[str]) -> list[str]:
-    """What `module` may not import of `imported`."""
-    own = ROWS.index(row(module))
-    return sorted(name for name in imported if ROWS.index(row(name)) >= own != row(name) and
-                  row(name) != row(module))
+def breaches(module: str, others: set[str]) -> list[str]:
+    """Which of `others` stand in rows below a module's; those of its own row are beside it."""
+    return sorted(other for other in others if ROWS.index(row(other)) > ROWS.index(row(module)))
 
 
 @pytest.mark.parametrize(
-    ("code", "module", "is_package", "expected"),
+    ("code", "module", "is_package", "meanings"),
     [
-        ("import a.b as c, d", "kvlock_jax.edit", False, [("a.b",), ("d",)]),
-        ("from a import b", "kvlock_jax.edit", False, [("a.b", "a")]),
-        ("from . import x", "kvlock_jax.lock.masks", False, [("kvlock_jax.lock.x",)]),
-        ("from . import x", "kvlock_jax.lock", True, [("kvlock_jax.lock.x",)]),
-        ("from ..errors import E", "kvlock_jax.lock.masks", False, [("kvlock_jax.errors.E",)]),
-        ("def f():\n  if 1: import late", "kvlock_jax.edit", False, [("late",)]),
+        ("import a.b as c", "kvlock_jax.edit", False, ("a.b",)),
+        ("from a import b", "kvlock_jax.edit", False, ("a.b", "a")),
+        (
+            "from . import x",
+            "kvlock_jax.lock.masks",
+            False,
+            ("kvlock_jax.lock.x", "kvlock_jax.lock"),
+        ),
+        ("from . import x", "kvlock_jax.lock", True, ("kvlock_jax.lock.x", "kvlock_jax.lock")),
+        (
+            "from ..errors import E",
+            "kvlock_jax.lock.masks",
+            False,
+            ("kvlock_jax.errors.E", "kvlock_jax.errors"),
+        ),
+        ("def f():\n    if f:\n        import late", "kvlock_jax.edit", False, ("late",)),
     ],
 )
-def test_imports_are_found(code, module, is_package, expected):
-    found = imports(ast.parse(code), module, is_package)
-    assert [m[: len(e)] for m, e in zip(found, expected, strict=True)] == expected
+def test_every_form_of_import_is_seen(code, module, is_package, meanings):
+    assert list(imported(ast.parse(code), module, is_package)) == [meanings]
+
+
+def test_a_breach_is_seen():
+    others = {"kvlock_jax.models.wan", "kvlock_jax.shapes", "kvlock_jax.lock.cache"}
+    assert breaches("kvlock_jax.lock.masks", others) == ["kvlock_jax.models.wan"]
+    assert breaches("kvlock_jax.config", {"kvlock_jax"}) == ["kvlock_jax"]
+
+
+def test_every_module_has_a_row():
+    assert len(SOURCES) > 20
+    assert {name for name in SOURCES if row(name) not in ROWS} == set()
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_only_rows_above(module):
+    assert breaches(module, own_imports(module)) == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "allowed"),
+    [
+        ("lock", {"errors", "shapes", "config", "lock"}),
+        ("sampling", {"errors", "shapes", "config", "sharding", "lock", "sampling"}),
+    ],
+)
+def test_method_and_loop_know_no_model(importer, allowed):
+    for module in SOURCES:
+        if row(module) == importer:
+            assert {row(name) for name in own_imports(module)} <= allowed, module
+
+
+def test_only_edit_converts():
+    users = {m for m in SOURCES if any(row(name) == "convert" for name in own_imports(m))}
+    assert {m for m in users if row(m) != "convert"} <= {"kvlock_jax.edit"}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_foreign_imports(module):
+    tree, is_package = TREES[module], SOURCES[module].stem == "__init__"
+    found = {names[0].split(".")[0] for names in imported(tree, module, is_package)} & FOREIGN
+    assert found <= ({"torch"} if row(module) == "convert" else set())
+    functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
+    lazy = {names[0] for f in functions for names in imported(f, module, is_package)}
+    assert all(any(name.split(".")[0] == foreign for name in lazy) for foreign in found)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_environment_is_not_read(module):
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("environ", "environb", "getenv"), f"line {node.lineno}"
+    assert not {"os.environ", "os.getenv"} & {
+        meanings[0] for meanings in imported(TREES[module], module, False)
+    }
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_docstrings_and_length(module):
+    assert len(SOURCES[module].read_text().splitlines()) < 400
+    assert list(undocumented(TREES[module], module)) == []
+
+
+def undocumented(node: ast.AST, name: str) -> Iterator[str]:
+    """Public modules, classes, functions and methods without a docstring."""
+    if not ast.get_docstring(node):
+        yield name
+    if not isinstance(node, ast.FunctionDef):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef)) and child.name[0] != "_":
+                yield from undocumented(child, f"{name}.{child.name}")
+
+
+def test_import_is_light():
+    """Nothing heavy is loaded, and no device is asked for: `no such platform` would be an error."""
+    program = (
+        "import sys, time; start = time.perf_counter(); import kvlock_jax;"
+        "print(time.perf_counter() - start);"
+        "print(*{name.split('.')[0] for name in sys.modules})"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"JAX_PLATFORMS": "no such platform"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    seconds, names = ran.stdout.splitlines()
+    print(f"import kvlock_jax: {float(seconds):.2f} s")
+    assert not set(names.split()) & (FOREIGN | {"matplotlib", "orbax"})

@@ -1,9 +1,9 @@
 """Wan 2.1's causal video VAE.
 
-Time is causal: a frame sees itself and earlier frames only, so a clip is encoded and decoded chunk by
-chunk, each convolution handing its last input frames on as a cache. Memory therefore does not grow
-with the clip's length. The first chunk is one frame and has no cache (`None`); every later chunk is
-a whole number of latent frames, and a `lax.scan` runs over them.
+Time is causal: a frame sees itself and earlier frames only, so a clip is encoded and decoded chunk
+by chunk, each convolution handing its last input frames on as a cache. Memory therefore does not
+grow with the clip's length. The first chunk is one frame and has no cache (`None`); every later
+chunk is a whole number of latent frames, and a `lax.scan` runs over them.
 
 Layout and arithmetic are those of the published checkpoint (Wan-Video/Wan2.1, `AutoencoderKLWan` in
 Diffusers); attributes keep its names.
@@ -43,7 +43,7 @@ def _conv2d(x: Feature, kernel: Float[Array, "h w I O"], stride: int, padding: A
 
 
 class Conv2d(nnx.Module):
-    """A 3x3 convolution of every frame; `padding` as (before, after), alike for rows and columns."""
+    """A 3x3 convolution of every frame; `padding` is (before, after), of rows and of columns."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, padding: tuple[int, int], *, rngs):
         self.kernel = nnx.Param(_KERNEL_INIT(rngs.params(), (3, 3, c_in, c_out), jnp.float32))
@@ -98,7 +98,7 @@ class RMSNorm(nnx.Module):
         square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
         # max inside the root: the gradient of the root at 0 is infinite
         unit = wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-        return (unit * (x.shape[-1] ** 0.5) * self.gamma[...]).astype(x.dtype)
+        return (unit * (x.shape[-1] ** 0.5) * self.gamma[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):
@@ -157,7 +157,7 @@ class MidBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves rows and columns; where `temporal`, frames too, except that the first frame stands alone."""
+    """Halves rows and columns; where `temporal`, frames too, but the first frame stands alone."""
 
     def __init__(self, channels: int, temporal: bool, *, rngs):
         self.resample = Conv2d(channels, channels, 2, (0, 1), rngs=rngs)
@@ -175,7 +175,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles rows and columns and halves channels; where `temporal`, doubles all frames but the first."""
+    """Doubles rows and columns, halves channels; where `temporal`, doubles frames but the first."""
 
     def __init__(self, channels: int, temporal: bool, *, rngs):
         self.resample = Conv2d(channels, channels // 2, 1, (1, 1), rngs=rngs)
@@ -304,7 +304,7 @@ class WanVAE(nnx.Module):
           chunk: latent frames to encode at once after the first; must divide n.
 
         Raises:
-          InputError: if the video's size does not fit the VAE's strides.
+          InputError: if the video's size does not fit the VAE's strides, or the chunk its length.
         """
         frames, *sides = video.shape[1:4]
         time, *space = VAE_STRIDES
@@ -332,9 +332,13 @@ class WanVAE(nnx.Module):
 
 def _over_chunks(coder: nnx.Module, x: Feature, size: int) -> Feature:
     """Runs a coder over the first frame, then over chunks of `size` frames in a scan."""
-    first, cache = coder(x[:, :1], None)
     rest = x[:, 1:]
-    count = rest.shape[1] // size
+    count, left = divmod(rest.shape[1], size)
+    if left:
+        raise InputError(
+            f"a chunk must divide the frames after the first, found {rest.shape[1]} in {size}s"
+        )
+    first, cache = coder(x[:, :1], None)
     if count == 0:
         return first
     if count == 1:  # a loop of one step makes the gradient 30 times slower on CPU

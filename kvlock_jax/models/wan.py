@@ -144,7 +144,7 @@ class Block(nnx.Module):
         Returns its output and the keys (after norm and RoPE) and values that its self-attention
         attended to: fused ones where there is a lock.
         """
-        table = modulation + self.scale_shift_table[...]
+        table = modulation + self.scale_shift_table[...].astype(jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             m[:, None] for m in jnp.moveaxis(table, 1, 0)
         )
@@ -172,11 +172,15 @@ class WanTransformer(nnx.Module):
       config: sizes.
       dtype: compute dtype of matrix products and of the K/V cache; norms, modulation, RoPE,
         softmax and the residual stream are float32.
+      unroll: blocks that one turn of the scan runs. More compile longer; on CPU, gradients through
+        a small model are 1.5 times faster with all of them in one turn.
       rngs: source of the initial parameters.
     """
 
-    def __init__(self, config: WanConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.config, self.dtype = config, dtype
+    def __init__(
+        self, config: WanConfig, *, dtype: Any = jnp.float32, unroll: int = 1, rngs: nnx.Rngs
+    ):
+        self.config, self.dtype, self.unroll = config, dtype, unroll
         cells = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.patch_embedding = Linear(
             cells * config.in_channels, config.dim, dtype=dtype, rngs=rngs
@@ -253,9 +257,10 @@ class WanTransformer(nnx.Module):
 
         x = self.patch_embedding(patchify(latents, self.config.patch_size))
         layers = (params, conditioning.text, lock and lock.cache)
-        x, cache = jax.lax.scan(block, x, layers)
+        x, cache = jax.lax.scan(block, x, layers, unroll=self.unroll)
 
-        shift, scale = jnp.moveaxis(self.scale_shift_table[...] + time[:, None], 1, 0)
+        table = self.scale_shift_table[...].astype(jnp.float32) + time[:, None]
+        shift, scale = jnp.moveaxis(table, 1, 0)
         x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
         return unpatchify(x, latents.shape[1:4], self.config.patch_size), cache
 

@@ -86,7 +86,7 @@ class Trace:
       guidance_scale: omega.
       uncond_scale: s, the factor of the unconditional velocity.
       scheduled: whether the step lies in the window of the last kappa.
-      finite: whether all latents after the step are finite numbers.
+      finite: whether all latents of an edit are finite numbers after the step.
     """
 
     sigma: Float[Array, "steps"]
@@ -95,7 +95,7 @@ class Trace:
     guidance_scale: Float[Array, "steps B"]
     uncond_scale: Float[Array, "steps B"]
     scheduled: Bool[Array, "steps"]
-    finite: Bool[Array, "steps"]
+    finite: Bool[Array, "steps B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,8 @@ def sample(
     Returns:
       The edited latents, normalised, float32, and what each step did.
     """
-    edits = dataclasses.replace(edits, source=edits.source.astype(jnp.float32))
+    source, noise = edits.source.astype(jnp.float32), edits.noise.astype(jnp.float32)
+    edits = dataclasses.replace(edits, source=source, noise=noise)
     grid = tuple(n // p for n, p in zip(latents.shape[1:4], PATCH, strict=True))
     step = _Step(
         model=model,
@@ -187,7 +188,7 @@ class _Step:
         )
 
     def __call__(self, state: SampleState, row: tuple) -> tuple[SampleState, Trace]:
-        """One step, in the order of the letter of METHOD.md sections 3 to 8."""
+        """One step: METHOD.md sections 3 to 8, in the order of a run."""
         number, solver, scheduled, needs_source = row
         knobs, foreground = self.knobs, self.edits.foreground
         known = lock.ready(state.window)
@@ -215,11 +216,12 @@ class _Step:
             self._noised_source(solver.sigma_next),
             latents,
         )
+        finite = jnp.isfinite(latents).all(axis=(1, 2, 3, 4))
         if self.program.on_step is not None:
-            jax.debug.callback(self.program.on_step, number)
+            # `finite` orders the call: of the number alone it could come before the step is done.
+            jax.debug.callback(lambda n, _: self.program.on_step(n), number, finite)
         sigma2 = lock.hallucination(window, lock.detection_region(foreground, knobs))
         following = SampleState(latents, solved, window, sigma2, cache, momentum)
-        finite = jnp.all(jnp.isfinite(latents))
         return following, Trace(solver.sigma, state.sigma2, alpha, omega, scale, scheduled, finite)
 
     def _noised_source(self, sigma: Float[Array, ""]) -> Latents:

@@ -1,0 +1,169 @@
+"""Prints the demo model's figures, from seeds and photos it was not trained on.
+
+    python scripts/eval_demo.py [--model DIR] [--presets kvlock_anchor,cfg] [--png DIR]
+
+Texts to video are judged on 4 seeds of each of the 24 captions; edits on 48 clips, each to another
+colour and another shape inside a box 4 px wider than the object. Background PSNR is that of
+METHOD.md section 13, beside its ceiling: the same clips through the VAE and back.
+"""
+
+import argparse
+import copy
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvlock_jax as kvl
+from kvlock_jax import lock, metrics
+from kvlock_jax.demo.judge import judge
+from kvlock_jax.demo.world import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    caption,
+    random_scene,
+    render,
+    render_background,
+)
+from kvlock_jax.edit import _decode, _encode, settle
+from kvlock_jax.sampling import solvers
+from kvlock_jax.sampling.sampler import Edits, Program, sample
+from kvlock_jax.text import encode_prompts
+from kvlock_jax.video import write_png
+
+FIRST_SEED = 910_000_000  # training never comes near
+BATCH = 16
+MARGIN = 4
+
+
+def box_mask(scene: Scene) -> np.ndarray:
+    """A square around the object in every frame, so that the mask does not tell the shape."""
+    y, x = np.mgrid[:96, :96]
+    reach = scene.radius + MARGIN
+    return np.stack([np.maximum(abs(x - cx), abs(y - cy)) <= reach for cx, cy in scene.centres])
+
+
+def another(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same scene with another colour and another shape."""
+    colour = rng.choice([c for c in COLOURS if c != scene.colour])
+    shape = rng.choice([s for s in SHAPES if s != scene.shape])
+    return dataclasses.replace(scene, colour=str(colour), shape=str(shape))
+
+
+def generate(model, config, prompts, seeds, source=None, foreground=None):
+    """Decoded videos for prompts, batch by batch, and the traces' means inside the window."""
+    settings = settle(config)
+    networks = model.checkpoint
+    table = solvers.table(settings.sample.solver, settings.sample.steps, settings.sample.shift)
+    knobs = lock.knobs(settings.lock, settings.sample.guidance_scale)
+    program = Program(settings.lock.enabled, settings.lock.guidance, settings.lock.window)
+    videos, traces = [], []
+    for i in range(0, len(prompts), BATCH):
+        part = slice(i, i + BATCH)
+        texts = [*prompts[part], *[""] * BATCH, *[""] * BATCH]
+        context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
+        draw = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (3, 12, 12, 16)))
+        noise = draw(jnp.asarray(seeds[part], jnp.uint32))
+        clean = jnp.zeros_like(noise) if source is None else source[part]
+        region = jnp.ones(noise.shape[:-1], bool) if foreground is None else foreground[part]
+        edits = Edits(clean, noise, region, context[: 2 * BATCH], context[2 * BATCH :])
+        start = jnp.array(noise, copy=True)
+        latents, trace = sample(networks.transformer, start, edits, table, knobs, program=program)
+        videos.append(np.asarray(_decode(networks.vae, latents)[0]))
+        window = np.asarray(trace.scheduled)
+        fields = (trace.sigma2, trace.fusion_ratio, trace.guidance_scale)
+        traces.append([np.asarray(f)[window].mean() for f in fields])
+    return np.concatenate(videos), np.mean(traces, 0)
+
+
+def score(videos, scenes) -> tuple[float, float]:
+    """Shares of videos with the right colour and shape, and with the right colour."""
+    verdicts = [judge(video) for video in videos]
+    colour = [v.colour == s.colour for v, s in zip(verdicts, scenes, strict=True)]
+    both = [
+        right and v.shape == s.shape for right, v, s in zip(colour, verdicts, scenes, strict=True)
+    ]
+    return float(np.mean(both)), float(np.mean(colour))
+
+
+def main() -> None:
+    """Parses the flags and prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--presets", default="kvlock_anchor,cfg")
+    parser.add_argument("--guidance", type=float, help="instead of the config's guidance scale")
+    parser.add_argument("--shift", type=float, help="instead of the config's shift")
+    parser.add_argument("--png", type=pathlib.Path, help="folder for sheets of frames")
+    flags = parser.parse_args()
+    model = kvl.load(flags.model)
+    config = kvl.config("demo")
+    if flags.guidance is not None:
+        config.sample.guidance_scale = flags.guidance
+    if flags.shift is not None:
+        config.sample.shift = flags.shift
+
+    scenes = [random_scene(FIRST_SEED + i, held_out=True) for i in range(48)]
+    clips = [render(s).video for s in scenes]
+    latents = jnp.concatenate(
+        [_encode(model.checkpoint.vae, np.stack(clips[i : i + 8])) for i in range(0, 48, 8)]
+    )
+    back = np.concatenate(
+        [_decode(model.checkpoint.vae, latents[i : i + 16])[0] for i in range(0, 48, 16)]
+    )
+    print(
+        f"VAE round trip, 48 held-out clips: {metrics.psnr(np.concatenate(clips), np.concatenate(back)):.2f} dB"
+    )
+    real, after = score(clips, scenes), score(back, scenes)
+    empty = [judge(render_background(s)).colour is None for s in scenes]
+    print(
+        f"judge: renders {real[0]:.1%}, after the round trip {after[0]:.1%}, "
+        f"empty backgrounds {np.mean(empty):.1%}"
+    )
+
+    wanted = [dataclasses.replace(scenes[0], shape=s, colour=c) for s in SHAPES for c in COLOURS]
+    wanted = wanted * 4
+    plain = copy.deepcopy(config)
+    plain.preset = "cfg"
+    seeds = [FIRST_SEED + i for i in range(len(wanted))]
+    videos, _ = generate(model, plain, [caption(s.shape, s.colour) for s in wanted], seeds)
+    both, colour = score(videos, wanted)
+    print(f"text to video, {len(wanted)}: both right {both:.1%}, colour {colour:.1%}")
+    sheet(flags.png, "text_to_video", videos)
+
+    rng = np.random.default_rng(FIRST_SEED)
+    targets = [another(s, rng) for s in scenes]
+    masks = [box_mask(s) for s in scenes]
+    foreground = jnp.stack([lock.to_latent_mask(m) for m in masks])
+    ceiling = np.mean([metrics.background_psnr(*x) for x in zip(clips, back, masks, strict=True)])
+    print(f"edits, 48: ceiling of background PSNR {ceiling:.2f} dB")
+    for preset in flags.presets.split(","):
+        config.preset = preset
+        prompts = [caption(s.shape, s.colour) for s in targets]
+        videos, means = generate(model, config, prompts, seeds[:48], latents, foreground)
+        both, colour = score(videos, targets)
+        kept = np.mean(
+            [metrics.background_psnr(*x) for x in zip(clips, videos, masks, strict=True)]
+        )
+        print(
+            f"  {preset}: both right {both:.1%}, colour {colour:.1%}, background {kept:.2f} dB; "
+            f"window means sigma2 {means[0]:.4f}, alpha {means[1]:.2f}, omega {means[2]:.2f}"
+        )
+        sheet(flags.png, f"edits_{preset}", np.concatenate([np.stack(clips), videos], 3))
+    print(f"compiled loops: {sample._cache_size()}")
+
+
+def sheet(folder, name, videos) -> None:
+    """The middle frames of up to 48 videos as one picture."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [
+            np.concatenate(list(videos[i : i + 8, 4]), 1) for i in range(0, min(48, len(videos)), 8)
+        ]
+        write_png(folder / f"{name}.png", np.concatenate(rows, 0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Writes the trained demo model as a Diffusers folder, in float16.
+
+    python scripts/export_demo.py --vae runs/decoder/params.npz --dit runs/dit --dst FOLDER
+
+Diffusers itself makes the folder (it is in the `test` extra), so the layout is its own and it loads
+there too.
+"""
+
+import argparse
+import pathlib
+import tempfile
+
+import demo_models
+import numpy as np
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from flax import nnx
+
+from kvlock_jax.convert import diffusers as layout
+from kvlock_jax.convert.table import LazyTensor, Table, plan
+from kvlock_jax.models.vae import WanVAE
+from kvlock_jax.models.wan import WanTransformer
+from kvlock_jax.text import write_word_tokenizer
+
+
+def publish(module: torch.nn.Module, state: nnx.State, table: Table) -> None:
+    """Puts our parameters into a published module: the converter's table, read backwards.
+
+    A table's transforms only move elements, so what one does to an array of positions says where
+    each of our elements belongs.
+    """
+    target = {k: v for k, v in module.state_dict().items() if not k.startswith("encoder.embed")}
+    shapes = {k: LazyTensor(tuple(v.shape), np.dtype(np.float32), None) for k, v in target.items()}
+    ours = {path: np.asarray(v[...], np.float32) for path, v in nnx.to_flat_state(state)}
+    for source in plan(state, shapes, table, "the published module"):
+        layers = ours[source.path] if source.stacked else ours[source.path][None]
+        for key, layer in zip(source.keys, layers, strict=True):
+            shape = shapes[key].shape
+            positions = np.arange(np.prod(shape)).reshape(shape)
+            flat = np.empty(positions.size, np.float32)
+            flat[source.transform(positions).ravel()] = layer.ravel()
+            target[key] = torch.from_numpy(flat.reshape(shape))
+    module.load_state_dict(target, strict=False)
+
+
+def main() -> None:
+    """Parses the flags and exports."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=pathlib.Path, required=True)
+    parser.add_argument("--dit", type=pathlib.Path, required=True, help="the run's folder")
+    parser.add_argument("--dst", type=pathlib.Path, required=True)
+    flags = parser.parse_args()
+
+    sizes, wan, text = demo_models.VAE, demo_models.TRANSFORMER, demo_models.TEXT_ENCODER
+    stats = np.load(flags.dit / "latent_stats.npz")
+    vae = AutoencoderKLWan(
+        base_dim=sizes.base_dim,
+        z_dim=sizes.z_dim,
+        dim_mult=list(sizes.dim_mult),
+        num_res_blocks=sizes.num_res_blocks,
+        temperal_downsample=list(sizes.temperal_downsample),
+        latents_mean=stats["mean"].tolist(),
+        latents_std=stats["std"].tolist(),
+    )
+    params = nnx.state(nnx.eval_shape(lambda: WanVAE(sizes, rngs=nnx.Rngs(0))))
+    publish(vae, demo_models.load_params(flags.vae, params), layout.VAE)
+
+    transformer = WanTransformer3DModel(
+        num_attention_heads=wan.num_attention_heads,
+        attention_head_dim=wan.attention_head_dim,
+        in_channels=wan.in_channels,
+        out_channels=wan.out_channels,
+        text_dim=wan.text_dim,
+        freq_dim=wan.freq_dim,
+        ffn_dim=wan.ffn_dim,
+        num_layers=wan.num_layers,
+    )
+    params = nnx.state(nnx.eval_shape(lambda: WanTransformer(wan, rngs=nnx.Rngs(0))))
+    trained = demo_models.load_params(flags.dit / "params.npz", params)
+    publish(transformer, trained, layout.WAN)
+
+    encoder = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=text.vocab_size,
+            d_model=text.d_model,
+            d_kv=text.d_kv,
+            d_ff=text.d_ff,
+            num_layers=text.num_layers,
+            num_heads=text.num_heads,
+        )
+    )
+    publish(encoder, nnx.state(demo_models.text_encoder()), layout.UMT5)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_word_tokenizer(folder, demo_models.WORDS, demo_models.TEXT_LEN)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        # As Wan's; the shift is the demo's own (configs/demo.py).
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+        models = [m.half() for m in (encoder, vae, transformer)]
+        pipeline = WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=models[0],
+            vae=models[1],
+            transformer=models[2],
+            scheduler=scheduler,
+        )
+        pipeline.save_pretrained(flags.dst)
+        for name in ("tokenizer.json", "tokenizer_config.json"):  # ours, as `text.Tokenizer` reads
+            source = pathlib.Path(folder) / name
+            (flags.dst / "tokenizer" / name).write_bytes(source.read_bytes())
+    size = sum(p.stat().st_size for p in flags.dst.rglob("*") if p.is_file())
+    print(f"{flags.dst}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

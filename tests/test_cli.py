@@ -1,0 +1,595 @@
+"""`kvlock edit` and `kvlock info`, case by case, on a tiny model of random weights."""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from kvlock_jax import checkpoint, cli, video
+from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
+from kvlock_jax.convert import weights
+from kvlock_jax.edit import TRAINED_FRAMES, load
+from kvlock_jax.errors import CheckpointError, SamplingError
+
+MODULE = sys.modules["kvlock_jax.edit"]  # `kvlock_jax.edit` as an attribute is the function
+FILES = ["in.mkv", "mask.mkv"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return load(tiny_checkpoint)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with a clip and its mask."""
+    monkeypatch.chdir(tmp_path)
+    video.write_video("in.mkv", tiny.clip(), 12, lossless=True)
+    video.write_video("mask.mkv", tiny.mask(), 12, lossless=True)
+    return tmp_path
+
+
+@pytest.fixture
+def loads(monkeypatch, model):
+    """Puts `model` in place of loading, so that its loop compiles once; lists what was loaded."""
+    calls = []
+    monkeypatch.setattr(cli, "load", lambda *args: calls.append(args) or model)
+    return calls
+
+
+@pytest.fixture
+def kvlock(folder, loads, tiny_checkpoint, capsys):
+    """Runs `kvlock edit`; flags of the defaults are set by keyword, and left out by None."""
+
+    def run(*flags: str, **changes: str | None) -> tuple[int, str, str]:
+        defaults = {
+            "ckpt_dir": str(tiny_checkpoint),
+            "src_video": "in.mkv",
+            "src_mask": "mask.mkv",
+            "prompt": "a red star",
+            "save_file": "out.mkv",
+            "sample_steps": "2",
+        }
+        named = [f"--{k}={v}" for k, v in (defaults | changes).items() if v is not None]
+        status = cli.main(["edit", *named, *flags])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(kvlock, folder, loads):
+    """Runs what must fail before a model is loaded; returns the one line of its error."""
+
+    def run(*flags: str, **changes: str | None) -> str:
+        before = only(folder)
+        status, _, errors = kvlock(*flags, **changes)
+        assert status == 2
+        assert re.fullmatch(r"error: [^\n]+\n", errors), errors
+        assert loads == []
+        assert only(folder) == before
+        return errors
+
+    return run
+
+
+def only(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def edited(path: str = "out.mkv") -> np.ndarray:
+    return video.read_video(path).frames
+
+
+def settings_of(path: str = "t.json") -> dict:
+    return json.loads(Path(path).read_text())["settings"]
+
+
+# --- an edit ----------------------------------------------------------------------------------
+
+
+def test_an_edit_with_all_it_writes(folder, tiny_checkpoint, capsys):
+    arguments = (
+        f"edit --ckpt {tiny_checkpoint} --video in.mkv --mask mask.mkv --save_file out.mp4 "
+        "--trace t.json --plot t.png --compare c.mp4 --preset kvlock --steps 2"
+    ).split()
+    status = cli.main([*arguments, "--prompt", "a red star"])
+    output, errors = capsys.readouterr()
+    assert status == 0
+    assert only(folder) == ["c.mp4", "in.mkv", "mask.mkv", "out.mp4", "t.json", "t.png"]
+    found = video.read_video("out.mp4")
+    assert found.frames.shape == (5, 32, 48, 3) and found.fps == 12
+    assert edited("c.mp4").shape == (5, 32, 3 * 48 + 2 * 2, 3)
+    assert video.read_image("t.png").shape == (600, 900, 3)
+    trace = json.loads(Path("t.json").read_text())
+    assert trace["prompt"] == "a red star" and trace["src_video"] == "in.mkv"
+    assert len(trace["steps"]["sigma"]) == 2
+    assert 0 < trace["metrics"]["background_psnr"] < 100
+
+    lines = dict(line.split(maxsplit=1) for line in output.splitlines())
+    assert list(lines) == ["video", "mask", "preset", "loaded", "times", "kept", "wrote"]
+    assert lines["mask"].startswith("4.2 % ")  # 64 of 1536
+    assert lines["preset"].startswith("kvlock: the paper")
+    assert re.search(r"wan2\.1-t2v, [\d,]+ parameters in float32, .*float32$", lines["loaded"])
+    stages = re.findall(r"([a-z ]+) [\d.]+ s", lines["times"])
+    assert [stage.strip() for stage in stages] == [
+        "load",
+        "encode text",
+        "encode video",
+        "compile",
+        "sample",
+        "decode video",
+    ]
+    assert f"{trace['metrics']['background_psnr']:.2f} dB" in lines["kept"]
+    assert lines["wrote"] == "out.mp4, t.json, t.png, c.mp4"
+    assert errors.splitlines() == ["step 1 of 2", "step 2 of 2"]
+    assert not re.search(r"[^\x20-\x7e\n]", output + errors)
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 48), (5, 31, 45)])
+def test_any_length_and_size_is_kept(kvlock, shape):
+    video.write_video("in.mkv", tiny.clip(*shape), 12, lossless=True)
+    video.write_video("mask.mkv", tiny.mask(*shape), 12, lossless=True)
+    assert kvlock()[0] == 0
+    assert edited().shape == (*shape, 3)
+
+
+def test_size_resizes_video_and_mask(kvlock):
+    video.write_video("in.mkv", tiny.clip(7, 64, 96), 12, lossless=True)
+    video.write_video("mask.mkv", tiny.mask(7, 64, 96), 12, lossless=True)
+    status, output, _ = kvlock("--size=48*32", "--frame_num=5")
+    assert status == 0
+    assert edited().shape == (5, 32, 48, 3)
+    assert "5 frames of 48x32" in output and "1.0 %" in output  # 8x8 of 64x96
+
+
+def test_a_box_is_the_mask_of_its_pixels(kvlock):
+    status, output, _ = kvlock("--lossless", src_mask=None, bbox="8,8,16,16")
+    assert status == 0 and "4.2 %" in output
+    assert kvlock("--lossless", save_file="by_mask.mkv")[0] == 0
+    np.testing.assert_array_equal(edited(), edited("by_mask.mkv"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "coverage"),
+    [
+        (["--invert_mask"], "95.8 %"),
+        (["--dilate=2"], "9.4 %"),  # 12x12 of 1536
+        (["--dilate=2", "--invert_mask"], "99.0 %"),  # the inverse grows: 4x4 of 1536 are left
+    ],
+)
+def test_mask_flags(kvlock, monkeypatch, flags, coverage):
+    monkeypatch.setattr(cli, "run_edit", interrupt)
+    status, output, _ = kvlock(*flags)
+    assert status == 130 and f"mask     {coverage}" in output
+
+
+def test_an_all_white_mask_works(kvlock):
+    video.write_video("mask.mkv", np.full((1, 32, 48, 3), 255, np.uint8), 12, lossless=True)
+    status, output, _ = kvlock()
+    assert status == 0 and "100.0 %" in output
+    assert "no background to measure\n" in output
+
+
+def test_composite_keeps_every_pixel_outside(kvlock):
+    status, output, _ = kvlock("--composite", "--lossless")
+    assert status == 0 and "PSNR inf dB" in output
+    source, found, outside = tiny.clip(), edited(), tiny.mask()[..., 0] == 0
+    np.testing.assert_array_equal(found[outside], source[outside])
+    assert (found[~outside] != source[~outside]).any()
+
+
+def test_dtype_is_that_of_the_model(kvlock, loads, monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr(cli, "run_edit", interrupt)
+    assert kvlock("--dtype=bfloat16")[0] == 130
+    assert loads == [(str(tiny_checkpoint), cli.jnp.bfloat16)]
+
+
+def test_many_frames_are_warned_of(kvlock, monkeypatch):
+    monkeypatch.setattr(cli, "run_edit", interrupt)
+    video.write_video("in.mkv", tiny.clip(TRAINED_FRAMES + 1, 16, 16), 12)
+    _, _, errors = kvlock(src_mask=None, bbox="0,0,8,8")
+    assert re.match(r"warning: 82 frames: .* 81.*\n", errors)
+
+
+# --- settings ---------------------------------------------------------------------------------
+
+CONFIG = """
+from kvlock_jax.config import run_config
+def get_config():
+    config = run_config("hard_lock", steps=2, shift=3.0, guidance_scale=2.0)
+    config.kvlock.tau = 0.5
+    return config
+"""
+
+
+def chosen(kvlock, monkeypatch, *flags: str, **changes: str | None):
+    """The settings of a run that stops there."""
+    seen = []
+    monkeypatch.setattr(cli, "run_edit", lambda *args, **_: seen.append(args[2]) or interrupt())
+    status, _, errors = kvlock(*flags, **changes)
+    assert status == 130, errors
+    return seen[0]
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_file_then_overrides_then_flags(kvlock, folder, monkeypatch):
+    (folder / "run.py").write_text(CONFIG)
+    flags = [
+        "--config=run.py",
+        "--config.sample.shift=5",
+        "--config.sample.guidance_scale",
+        "1.5",
+        "--config.kvlock.kappa=7",
+        "--config.edit.negative_prompt=blue and red",
+        "--config.edit.composite",
+        "--sample_guide_scale=1.25",
+    ]
+    got = chosen(kvlock, monkeypatch, *flags, sample_steps=None)
+    assert got.preset == "hard_lock"  # of the file
+    assert (got.sample.steps, got.lock.tau) == (2, 0.5)
+    assert (got.sample.shift, got.lock.kappa) == (5.0, 7)  # overridden
+    assert got.edit.negative_prompt == "blue and red" and got.edit.composite
+    assert got.sample.guidance_scale == 1.25  # named
+
+
+def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
+    flags = (
+        "--preset=cfg --shift=2.5 --solver=dpm++ --base_seed=3 --src_prompt=one --dilate=1 "
+        "--negative_prompt=two --size=64*32 --frame_num=4 --invert_mask --no-composite"
+    )
+    got = chosen(kvlock, monkeypatch, *flags.split(), "--config.edit.composite")
+    assert dataclasses.asdict(got.edit) == {
+        "negative_prompt": "two",
+        "source_prompt": "one",
+        "invert_mask": True,
+        "dilate": 1,
+        "composite": False,
+        "size": "64*32",
+        "frame_num": 4,
+    }
+    assert (got.preset, got.lock.enabled) == ("cfg", False)
+    assert dataclasses.asdict(got.sample) == {
+        "steps": 2,
+        "shift": 2.5,
+        "guidance_scale": 6.0,  # of configs/t2v_1_3b.py, since the model is narrow
+        "solver": "dpm++",
+        "seed": 3,
+    }
+
+
+def test_settings_are_those_of_the_run(kvlock):
+    assert kvlock("--config.kvlock.tau=0.02", "--config.kvlock.kappa=1", "--trace=t.json")[0] == 0
+    found = settings_of()
+    assert found["lock"]["tau"] == 0.02
+    assert json.loads(Path("t.json").read_text())["steps"]["scheduled"] == [False, True]
+
+
+def test_a_number_in_a_file_may_be_whole(kvlock, folder, monkeypatch):
+    text = CONFIG.replace("shift=3.0", "shift=3")
+    (folder / "run.py").write_text(text)
+    got = chosen(kvlock, monkeypatch, "--config=run.py", "--sample_shift=2.5")
+    assert got.sample.shift == 2.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--preset=kvlok"], r"no preset 'kvlok'; .*kvlock, kvlock_anchor, .*apg"),
+        (["--config.preset=kvlok"], r"no preset 'kvlok'"),
+        (["--config.sample.step=4"], r"--config\.sample\.step: sample has guidance_scale, seed"),
+        (["--config.lock.tau=4"], r"--config\.lock\.tau: the config has .*kvlock"),
+        (["--config.sample.steps.x=4"], r"--config\.sample\.steps\.x: steps has no keys"),
+        (["--config.sample.steps=four"], r"--config\.sample\.steps=four"),
+        (["--config.kvlock.tau=small"], r"--config\.kvlock\.tau=small"),
+        (["--config.kvlock.tau=-1"], r"LockConfig\.tau must be over 0, found -1\.0"),
+        (["--config.sample.shift=0"], r"SampleConfig\.shift must be over 0"),
+        (["--config.sample.shift"], r"--config\.sample\.shift"),
+        (["--sample_solver=heun"], r"SampleConfig\.solver must be 'unipc', .*found 'heun'"),
+        (["--sample_steps=0"], r"SampleConfig\.steps must be at least 1, found 0"),
+        (["--sample_steps=many"], r"--sample_steps.*'many'"),
+        (["--size=832"], r"EditConfig\.size must be width\*height"),
+        (["--dilate=-1"], r"EditConfig\.dilate must be 0 or more"),
+        (["--dtype=int8"], r"--dtype.*'int8'.*float32"),
+        (["--sample_step=3"], r"unknown flag --sample_step;"),
+        (["stray"], r"'stray'"),
+        (["--config=absent.py"], r"absent\.py: no such file"),
+        (["--config=run.py"], r"run\.py: it must have a get_config"),
+        (["--config=part.py", "--steps=2"], r"the config has no .*edit, kvlock"),
+    ],
+)
+def test_settings_that_cannot_be(fails, folder, flags, says):
+    (folder / "run.py").write_text("")
+    (folder / "part.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(): return ConfigDict({'preset': 'cfg', 'sample': {}})\n"
+    )
+    assert re.search(says, fails(*flags))
+
+
+def test_what_must_be_given(capsys):
+    assert cli.main(["edit", "--prompt=a star"]) == 2
+    assert re.match(r"error: .*--src_video.*--save_file.*\n", capsys.readouterr().err)
+    assert cli.main([]) == 2
+    assert "edit|info" in capsys.readouterr().err
+    assert cli.main(["convert"]) == 2
+    assert "'convert'" in capsys.readouterr().err
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def write_sound(path: str) -> None:
+    with av.open(path, "w") as output:
+        stream = output.add_stream("pcm_s16le", rate=8000)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        frame.sample_rate = 8000
+        output.mux([*stream.encode(frame), *stream.encode(None)])
+
+
+def test_not_a_video(fails):
+    Path("text.mp4").write_text("a story, not a film")
+    assert "text.mp4: not a readable video" in fails(src_video="text.mp4")
+
+
+def test_no_such_video(fails):
+    assert "absent.mp4: no such file" in fails(src_video="absent.mp4")
+
+
+def test_only_sound(fails):
+    write_sound("sound.mkv")
+    assert "sound.mkv: no video stream, only audio" in fails(src_video="sound.mkv")
+
+
+@pytest.mark.parametrize("flag", ["src_video", "src_mask"])
+def test_empty_file(fails, flag):
+    Path("empty.mp4").touch()
+    assert "empty.mp4: the file is empty" in fails(**{flag: "empty.mp4"})
+
+
+def test_mask_of_another_length(fails):
+    video.write_video("mask.mkv", tiny.mask(3), 12, lossless=True)
+    assert "mask mask.mkv: 3 frames, but the video has 5" in fails()
+
+
+def test_mask_of_another_size(fails):
+    video.write_video("mask.mkv", tiny.mask(5, 32, 64), 12, lossless=True)
+    assert "mask mask.mkv: 64x32 pixels, but the video has 48x32" in fails()
+
+
+def test_empty_mask(fails):
+    video.write_video("mask.mkv", np.zeros((5, 32, 48, 3), np.uint8), 12, lossless=True)
+    assert "the mask is empty, nothing to edit" in fails()
+
+
+@pytest.mark.parametrize("box", ["1,2,3", "a,2,3,4", "8,8,4,16", "0,0,49,32"])
+def test_bad_box(fails, box):
+    assert "bbox" in fails(src_mask=None, bbox=box)
+
+
+@pytest.mark.parametrize("changes", [{"src_mask": None}, {"bbox": "0,0,8,8"}])
+def test_mask_and_box_exclude_each_other(fails, changes):
+    assert "give either --src_mask FILE or --bbox" in fails(**changes)
+
+
+@pytest.mark.parametrize("prompt", ["", "  "])
+def test_empty_prompt(fails, prompt):
+    assert "the prompt is empty" in fails(prompt=prompt)
+
+
+# --- bad checkpoints --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tiny_checkpoint, folder):
+    return shutil.copytree(tiny_checkpoint, folder / "wan")
+
+
+def test_truncated_weights(fails, damaged):
+    file = damaged / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "model.safetensors is damaged or cut short" in fails(ckpt_dir="wan")
+
+
+def test_missing_shard(fails, damaged):
+    shard = sorted(damaged.glob("transformer/*-00002-*.safetensors"))[0]
+    shard.unlink()
+    assert f"not in the folder: {shard.name}" in fails(ckpt_dir="wan")
+
+
+def test_no_checkpoint(fails, folder):
+    assert "absent: no such folder; give 'demo'" in fails(ckpt_dir="absent")
+    (folder / "void").mkdir()
+    assert "kvlock.json: it is no converted checkpoint" in fails(ckpt_dir="void")
+
+
+def test_further_lines_are_indented(kvlock, monkeypatch):
+    def broken(*_):
+        raise CheckpointError("wan does not fit:\n  missing: a.weight\nunexpected: b.weight")
+
+    monkeypatch.setattr(cli, "load", broken)
+    status, _, errors = kvlock()
+    assert status == 2
+    assert errors == "error: wan does not fit:\n  missing: a.weight\n  unexpected: b.weight\n"
+
+
+# --- outputs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--save_file=absent/out.mp4"], "output folder absent does not exist"),
+        (["--trace=absent/t.json"], "output folder absent does not exist"),
+        (["--plot=absent/t.png"], "output folder absent does not exist"),
+        (["--compare=absent/c.mp4"], "output folder absent does not exist"),
+        (["--save_file=out.avi"], "out.avi: the name must end in .mp4"),
+        (["--trace=t.txt"], "t.txt: the name must end in .json"),
+        (["--plot=t.jpg"], "t.jpg: the name must end in .png"),
+        (["--save_file=in.mkv"], "--save_file and --src_video are the same file"),
+        (["--compare=./out.mkv"], "--compare and --save_file are the same file"),
+    ],
+)
+def test_outputs_are_checked_first(fails, flags, says):
+    assert says in fails(*flags)
+
+
+def test_diverged_sampling_writes_nothing(kvlock, folder, monkeypatch):
+    def diverges(*_, **__):
+        raise SamplingError("latents are not finite after step 1 of 2")
+
+    monkeypatch.setattr(cli, "run_edit", diverges)
+    status, _, errors = kvlock("--trace=t.json")
+    assert (status, errors) == (2, "error: latents are not finite after step 1 of 2\n")
+    assert only(folder) == FILES
+
+
+def test_a_bug_keeps_its_traceback(kvlock, monkeypatch):
+    monkeypatch.setattr(cli, "run_edit", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        kvlock()
+    assert caught.traceback[-1].name == "<lambda>"
+
+
+def test_interruption_while_writing_leaves_nothing(kvlock, folder, monkeypatch):
+    encode = video._encode
+
+    def half(*args):
+        encode(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video, "_encode", half)
+    status, _, errors = kvlock()
+    assert status == 130 and errors.endswith("interrupted\n")
+    assert only(folder) == FILES
+
+
+def test_killed_while_sampling(folder, tiny_checkpoint):
+    """Two real processes, each with thousands of steps to go."""
+    (folder / "out.mp4").write_text("the film before")
+    command = [sys.executable, "-m", "kvlock_jax.cli", "edit", f"--ckpt={tiny_checkpoint}"]
+    command += "--video=in.mkv --mask=mask.mkv --output=out.mp4 --trace=t.json".split()
+    command += "--frame_num=1 --steps=4000 --preset=cfg --prompt=star".split()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ends = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+    processes = {sent: subprocess.Popen(command, **pipes) for sent in ends}
+    try:
+        for sent, process in processes.items():
+            while "step 400 of 4000" not in (line := process.stderr.readline()):
+                assert line, "it ended before its time"
+            process.send_signal(sent)
+            output, errors = process.communicate()
+            assert process.returncode == ends[sent], errors
+            assert "step 4000 of 4000" not in errors  # at once, not when the loop is through
+            assert "Traceback" not in errors and "wrote" not in output
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.communicate()
+    assert only(folder) == [*FILES, "out.mp4"]
+    assert (folder / "out.mp4").read_text() == "the film before"
+
+
+# --- progress ---------------------------------------------------------------------------------
+
+
+def test_progress_without_a_terminal(capsys):
+    with cli._ticking(50) as tick:
+        for step in range(50):
+            tick(step)
+    assert capsys.readouterr().err.splitlines() == [f"step {n} of 50" for n in range(5, 51, 5)]
+
+
+def test_progress_on_a_terminal(monkeypatch, tmp_path):
+    with open(tmp_path / "screen", "w+") as screen:
+        terminal = Console(file=screen, force_terminal=True, force_interactive=True, width=90)
+        monkeypatch.setattr(cli, "Console", lambda stderr: terminal)
+        with cli._ticking(3) as tick:
+            for step in range(3):
+                tick(step)
+        screen.seek(0)
+        text = screen.read()
+    assert "sampling" in text and "3/3" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is back
+
+
+# --- info -------------------------------------------------------------------------------------
+
+
+def info(capsys, *arguments: str) -> dict[str, str]:
+    assert cli.main(["info", *arguments]) == 0, capsys.readouterr().err
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_info_of_a_diffusers_folder(capsys, monkeypatch, tiny_checkpoint):
+    def unread(file, key, _):
+        entry = file.get_slice(key)
+        return weights.LazyTensor(tuple(entry.get_shape()), np.dtype(np.float32), pytest.fail)
+
+    count = {
+        part: sum(
+            a.size
+            for f in tiny_checkpoint.glob(f"{part}/*.safetensors")
+            for a in load_file(f).values()
+        )
+        for part in ("transformer", "vae", "text_encoder")
+    }
+    monkeypatch.setattr(weights, "_lazy", unread)
+    lines = info(capsys, str(tiny_checkpoint))
+    assert lines["family"] == "wan2.1-t2v"
+    for part, parameters in count.items():
+        assert lines[part].startswith(f"{parameters:,} parameters, float32, ")
+        assert f"{4 * parameters:,} bytes" in lines[part]
+    assert lines["sizes"] == "2 layers, width 24, 2 heads of 12, feed-forward 20"
+    assert f"({4 * sum(count.values()):,} bytes)" in lines["weights"]
+
+
+def test_info_of_demo_is_that_of_its_folder(capsys, monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr(MODULE, "_DEMO", tiny_checkpoint)
+    assert info(capsys, "demo") == info(capsys, str(tiny_checkpoint))
+
+
+def test_info_of_a_converted_checkpoint(capsys, monkeypatch, tmp_path, tiny_checkpoint, model):
+    checkpoint.save(tmp_path / "own", model.checkpoint, {})
+    monkeypatch.setattr(checkpoint, "_read", pytest.fail)
+    assert info(capsys, str(tmp_path / "own")) == info(capsys, str(tiny_checkpoint))
+    data = next(p for p in (tmp_path / "own").iterdir() if p.is_dir())
+    shutil.rmtree(data / "vae")
+    assert cli.main(["info", str(tmp_path / "own")]) == 2
+    assert re.match(r"error: .* is damaged:\n(  missing: vae/.*\n)+$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("heads", "layers", "ffn", "gib"), [(12, 30, 8960, "5.6 GiB"), (40, 40, 13824, "25.0 GiB")]
+)
+def test_cache_of_published_sizes(capsys, monkeypatch, heads, layers, ffn, gib):
+    """81 frames of 480x832 in bfloat16, DESIGN.md section 2."""
+    wan = WanConfig(heads, 128, layers, ffn)
+    text = UMT5Config(8, 16, 4, 24, 1, 2)
+    configs = checkpoint.Configs(wan, VAEConfig(), text, {})
+    monkeypatch.setattr(cli, "describe", lambda _: checkpoint.Contents("wan2.1-t2v", configs, {}))
+    lines = info(capsys, "big", "--dtype=bfloat16")
+    assert lines["cache"].startswith(gib) and "32,760 tokens" in lines["cache"]
+    # padded to 5 frames of 32x48, 2 x 2 x 3 tokens
+    assert "12 tokens" in info(capsys, "big", "--size=45*31", "--frame_num=4")["cache"]
+
+
+@pytest.mark.parametrize("flags", [["--size=832"], ["--frame_num=0"], ["--preset=cfg"]])
+def test_info_that_cannot_be(capsys, flags):
+    assert cli.main(["info", "demo", *flags]) == 2
+    assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)

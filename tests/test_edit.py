@@ -1,0 +1,353 @@
+"""Edits from end to end on a tiny Diffusers folder: forms of input, sizes, settings, failures."""
+
+import dataclasses
+import importlib
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+import kvlock_jax as kvl
+from kvlock_jax import checkpoint, metrics, video
+from kvlock_jax.config import run_config
+from kvlock_jax.errors import CheckpointError, ConfigError, InputError, SamplingError
+from kvlock_jax.sampling.sampler import sample
+
+editing = importlib.import_module("kvlock_jax.edit")  # kvl.edit is its function
+
+STEPS, PROMPT = 3, "a blue star"
+FRAMES, HEIGHT, WIDTH = tiny.SHAPE
+BOX = (8, 8, 16, 16)
+CLIP, MASK = tiny.clip(), tiny.mask()[..., 0] > 127
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return kvl.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """The edit that others are compared with."""
+    return edit(model)
+
+
+def config_of(preset="kvlock_anchor", steps=STEPS, **edit_settings):
+    config = run_config(preset, steps=steps, shift=3.0, guidance_scale=4.0)
+    config.edit.update(edit_settings)
+    return config
+
+
+def edit(model, clip=CLIP, mask=MASK, prompt=PROMPT, *, config=None, **rest):
+    return kvl.edit(model, clip, mask, prompt, config=config or config_of(), **rest)
+
+
+# -- what goes in and what comes out -------------------------------------------------------------
+
+
+def test_a_result_tells_everything(model, plain):
+    assert plain.video.dtype == np.uint8 and plain.video.shape == CLIP.shape
+    np.testing.assert_array_equal(plain.source, CLIP)
+    np.testing.assert_array_equal(plain.mask, MASK)
+    assert plain.fps == 16
+    assert set(plain.seconds) == {
+        "encode text",
+        "encode video",
+        "compile",
+        "sample",
+        "decode video",
+    }
+    for field in dataclasses.fields(plain.trace):
+        value = getattr(plain.trace, field.name)
+        assert isinstance(value, np.ndarray) and value.shape == (STEPS,), field.name
+    np.testing.assert_array_equal(plain.trace.fusion_ratio[:2], 1)
+    assert plain.trace.sigma2[2] > 0 and plain.trace.finite.all()
+    assert plain.metrics == metrics.measure(CLIP, plain.video, MASK)
+    assert plain.settings.lock.omega_floor == 0.25 and plain.settings.sample.steps == STEPS
+
+
+@pytest.mark.parametrize("form", ["box", "one frame", "files", "folder and .npy", "0 to 255"])
+def test_every_form_of_input_gives_the_same(model, plain, form, tmp_path):
+    clip, mask, fps = CLIP, MASK, Fraction(16)
+    if form == "box":
+        mask = BOX
+    elif form == "one frame":
+        mask = MASK[0]
+    elif form == "0 to 255":
+        mask = tiny.mask()
+    elif form == "files":
+        clip, mask, fps = tmp_path / "clip.mkv", tmp_path / "mask.mkv", Fraction(24)
+        video.write_video(clip, CLIP, fps, lossless=True)
+        video.write_video(mask, tiny.mask(), fps, lossless=True)
+    else:
+        clip, mask = str(tmp_path / "frames"), str(tmp_path / "mask.npy")
+        (tmp_path / "frames").mkdir()
+        for i, frame in enumerate(CLIP):
+            video.write_png(tmp_path / "frames" / f"{i}.png", frame)
+        np.save(mask, MASK)
+    result = edit(model, clip, mask)
+    np.testing.assert_array_equal(result.video, plain.video)
+    np.testing.assert_array_equal(result.mask, MASK)
+    assert result.fps == fps
+
+
+@pytest.mark.parametrize("size", [(1, 20, 34), (4, 32, 48), (6, 31, 33), (9, 17, 48)])
+def test_as_many_frames_of_the_same_size_come_out(model, size):
+    clip, mask = tiny.clip(*size), tiny.mask(*size)
+    result = edit(model, clip, mask)
+    assert result.video.shape == clip.shape
+    np.testing.assert_array_equal(result.source, clip)
+    np.testing.assert_array_equal(result.mask, mask[..., 0] > 127)
+    assert kvl.round_trip(model, clip).shape == clip.shape
+
+
+def test_frames_and_size_of_ones_choice(model):
+    clip, mask = tiny.clip(7, 40, 60), tiny.mask(7, 40, 60)
+    result = edit(model, clip, mask, config=config_of(frame_num=5, size="48*32"))
+    assert result.video.shape == result.source.shape == (5, 32, 48, 3)
+    np.testing.assert_array_equal(result.source, video.resize(clip[:5], 32, 48))
+    np.testing.assert_array_equal(result.mask, video.resize_mask(mask[:5, ..., 0] > 0, 32, 48))
+
+
+def test_inverted_and_grown_masks(model):
+    grown = np.zeros_like(MASK)
+    grown[:, 5:19, 5:19] = True
+    np.testing.assert_array_equal(edit(model, config=config_of(dilate=3)).mask, grown)
+    inverted = edit(model, config=config_of(invert_mask=True))
+    np.testing.assert_array_equal(inverted.mask, ~MASK)
+    # white is what is edited, so growing follows inverting
+    both = edit(model, config=config_of(invert_mask=True, dilate=3))
+    shrunk = np.ones_like(MASK)
+    shrunk[:, 11:13, 11:13] = False
+    np.testing.assert_array_equal(both.mask, shrunk)
+
+
+def test_composite_takes_the_rest_from_the_source(model, plain):
+    result = edit(model, config=config_of(composite=True))
+    np.testing.assert_array_equal(result.video[~MASK], CLIP[~MASK])
+    np.testing.assert_array_equal(result.video[MASK], plain.video[MASK])
+    assert (plain.video[~MASK] != CLIP[~MASK]).any()
+
+
+# -- what decides the result ---------------------------------------------------------------------
+
+
+def test_a_seed_is_one_edit(model, plain):
+    again = edit(model)
+    np.testing.assert_array_equal(again.video, plain.video)
+    np.testing.assert_array_equal(again.trace.sigma2, plain.trace.sigma2)
+    config = config_of()
+    config.sample.seed = 1
+    assert (edit(model, config=config).video[MASK] != plain.video[MASK]).mean() > 0.2
+
+
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray, lambda x: np.asarray(x, np.float64)])
+def test_noise_handed_in(model, plain, kind):
+    shape = (1, 2, 4, 6, 4)
+    noise = kind(jax.random.normal(jax.random.key(0), shape))  # what seed 0 draws
+    np.testing.assert_array_equal(edit(model, noise=noise).video, plain.video)
+    assert (edit(model, noise=noise[:, ::-1]).video != plain.video).any()
+
+
+@pytest.mark.parametrize("preset", ["hard_lock", "kvlock_anchor"])
+def test_background_latents_are_those_of_the_source(model, preset, monkeypatch):
+    seen, decoded = [], editing._decoded
+    monkeypatch.setattr(
+        editing, "_decoded", lambda model, latents: seen.append(latents) or decoded(model, latents)
+    )
+    result = edit(model, config=config_of(preset))
+    (source,) = np.asarray(editing._encode(model.checkpoint.vae, jnp.asarray(CLIP)[None]))
+    cells = np.zeros((2, 4, 6), bool)
+    cells[:, 1, 1] = True  # the box is one cell of 8x8 pixels
+    (latents,) = np.asarray(seen[0])
+    np.testing.assert_array_equal(latents[~cells], source[~cells])
+    assert np.abs(latents - source)[cells].max() > 0.1
+    # so far from the box the edit is the VAE's round trip
+    trip = kvl.round_trip(model, CLIP)
+    without = edit(model, config=config_of("cfg"))
+    kept, lost = (metrics.background_psnr(trip, r.video, MASK) for r in (result, without))
+    assert kept > lost + 6
+
+
+def test_each_step_is_heard_once(model, plain):
+    steps: list[int] = []
+    heard = edit(model, on_step=steps.append)
+    assert steps == [0, 1, 2]
+    edit(model)  # nobody listens any more
+    assert steps == [0, 1, 2]
+    np.testing.assert_array_equal(heard.video, plain.video)
+
+
+def test_bfloat16_from_end_to_end(tiny_checkpoint, model):
+    short = kvl.load(tiny_checkpoint, dtype=jnp.bfloat16)
+    got, want = (edit(m, CLIP[:1], MASK[:1]).video.astype(float) for m in (short, model))
+    assert 0 < np.abs(got - want).mean() < 4
+
+
+def test_five_edits_are_compiled_once(model, monkeypatch, capsys):
+    compiled: list[str] = []
+
+    def listener(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about.get("fun_name", "?"))
+
+    config = config_of(steps=4)  # of no other test
+    before = sample._cache_size()
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        first = edit(model, config=config)
+        loops = [name for name in compiled if "sample" in name]
+        compiled.clear()
+        results = [first]
+        config.sample.update(seed=5, guidance_scale=7.5)
+        results.append(edit(model, CLIP[::-1], prompt="a red circle", config=config))
+        config.sample.update(shift=8.0, solver="euler")
+        results.append(edit(model, mask=(0, 0, 40, 9), config=config))
+        config.kvlock.update(tau=0.5, kappa=2, omega_floor=0.5)
+        config.edit.update(negative_prompt="square", source_prompt="the circle")
+        results.append(edit(model, config=config, on_step=lambda step: None))
+        config.preset = "hard_lock"
+        results.append(edit(model, config=config, noise=np.ones((1, 2, 4, 6, 4))))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    with capsys.disabled():
+        count = sample._cache_size() - before
+        print(f"\n5 edits of one shape: {len(loops)} compilation of the loop, then {compiled}")
+    assert count == 1 and len(loops) == 1 and not compiled
+    for i, one in enumerate(results):
+        assert all((one.video != other.video).any() for other in results[:i])
+
+
+# -- loading, settings ---------------------------------------------------------------------------
+
+
+def test_a_converted_checkpoint_loads(model, tmp_path):
+    checkpoint.save(tmp_path, model.checkpoint, {})
+    loaded = kvl.load(str(tmp_path))
+    assert loaded.name == str(tmp_path)
+    assert loaded.checkpoint.configs == model.checkpoint.configs
+    got, want = (jax.tree.leaves(nnx.state(m.checkpoint.transformer)) for m in (loaded, model))
+    assert len(got) == len(want) > 0
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no/where: no such folder; give 'demo' or"):
+        kvl.load(tmp_path / "no" / "where")
+    with pytest.raises(CheckpointError, match=r"kvlock\.json"):
+        kvl.load(tmp_path)
+
+
+def test_default_settings(model):
+    assert kvl.default_config(model).sample.shift == 8.0
+    demo = dataclasses.replace(model, name="demo")
+    assert kvl.default_config(demo).sample.to_dict() == kvl.config("demo").sample.to_dict()
+    configs = model.checkpoint.configs
+    wide = dataclasses.replace(configs.transformer, num_attention_heads=40, attention_head_dim=128)
+    big = dataclasses.replace(
+        model.checkpoint, configs=dataclasses.replace(configs, transformer=wide)
+    )
+    assert kvl.default_config(dataclasses.replace(model, checkpoint=big)).sample.shift == 5.0
+
+
+def test_no_such_config():
+    with pytest.raises(ConfigError, match=r"no config 'none'; there are demo, t2v_14b, t2v_1_3b"):
+        kvl.config("none")
+
+
+# -- what cannot be used -------------------------------------------------------------------------
+
+
+def spoiled(**kvlock):
+    config = config_of()
+    config.kvlock.update(kvlock)
+    return config
+
+
+BAD = {
+    "empty prompt": (dict(prompt=" \n"), InputError, "the prompt is empty"),
+    "noise of another shape": (
+        dict(noise=np.zeros((2, 4, 6, 4))),
+        InputError,
+        r"noise must have the shape \(1, 2, 4, 6, 4\), found \(2, 4, 6, 4\)",
+    ),
+    "unknown key of the lock": (
+        dict(config=spoiled(taw=0.1)),
+        ConfigError,
+        "unknown key 'taw' of LockConfig; it has enabled, .*tau",
+    ),
+    "value out of range": (
+        dict(config=spoiled(tau=-1.0)),
+        ConfigError,
+        r"LockConfig\.tau must be over 0, found -1\.0",
+    ),
+    "unknown part": (
+        dict(config=type(config_of())({"preset": "cfg", "lock": {}})),
+        ConfigError,
+        "unknown key 'lock' of the config; it has preset, sample, edit, kvlock",
+    ),
+    "unknown preset": (dict(config=config_of("kvlok")), ConfigError, "no preset 'kvlok'"),
+    "empty mask": (dict(mask=np.zeros_like(MASK)), InputError, "the mask is empty"),
+    "nothing left to edit": (
+        dict(mask=np.ones_like(MASK), config=config_of(invert_mask=True)),
+        InputError,
+        "the mask is empty",
+    ),
+    "mask of another length": (
+        dict(mask=MASK[:3]),
+        InputError,
+        "mask: 3 frames, but the video has 5",
+    ),
+    "box outside": (dict(mask=(0, 0, 49, 8)), InputError, "not a box inside 48x32 pixels"),
+    "floats": (
+        dict(clip=CLIP / 255),
+        InputError,
+        r"must be uint8 frames height width 3, found float64 of shape \(5, 32, 48, 3\)",
+    ),
+    "one image": (dict(clip=CLIP[0]), InputError, r"found uint8 of shape \(32, 48, 3\)"),
+    "no such file": (dict(clip="missing.mp4"), InputError, "missing.mp4: no such file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_used_is_named(model, case):
+    given, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        edit(model, **given)
+
+
+def test_more_frames_than_the_model_was_trained_on(model, plain, monkeypatch):
+    monkeypatch.setattr(editing, "TRAINED_FRAMES", FRAMES - 1)
+    with pytest.warns(UserWarning, match="5 frames: the model was trained on 4") as warned:
+        result = edit(model)
+    assert warned[0].filename == __file__
+    np.testing.assert_array_equal(result.video, plain.video)
+
+
+def broken(model, part, path, value):
+    """The model with one number of one parameter replaced."""
+    network = nnx.clone(getattr(model.checkpoint, part))
+    parameter = next(v for p, v in nnx.to_flat_state(nnx.state(network)) if p == path)
+    array = parameter.get_value()
+    spoilt = nnx.from_flat_state(
+        [(path, parameter.replace(array.at[(0,) * array.ndim].set(value)))]
+    )
+    nnx.update(network, spoilt)
+    whole = dataclasses.replace(model.checkpoint, **{part: network})
+    return dataclasses.replace(model, checkpoint=whole)
+
+
+def test_latents_that_are_not_finite(model):
+    bad = broken(model, "transformer", ("patch_embedding", "kernel"), jnp.inf)
+    with pytest.raises(SamplingError, match="not finite after step 1 of 3: lower the guidance"):
+        edit(bad)
+
+
+def test_pixels_that_are_not_finite(model):
+    bad = broken(model, "vae", ("decoder", "conv_out", "bias"), jnp.nan)
+    with pytest.raises(SamplingError, match="the VAE's pixels are not finite"):
+        edit(bad)

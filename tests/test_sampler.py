@@ -1,0 +1,496 @@
+"""The loop with a model of a few lines, against a loop of plain NumPy in float64."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvlock_jax import lock
+from kvlock_jax.lock import KVCache
+from kvlock_jax.sampling import solvers
+from kvlock_jax.sampling.sampler import Edits, Program, Trace, sample
+
+EDITS, T, H, W, C = SHAPE = (2, 3, 4, 6, 2)
+LAYERS, HEADS, SIZE = 2, 2, 4  # a patch of 1 x 2 x 2 cells of 2 channels is 2 heads of 4
+LENGTH, WIDTH = T * (H // 2) * (W // 2), HEADS * SIZE
+STEPS, WINDOW, OMEGA, SHIFT = 14, 10, 3.0, 3.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    """A model whose every token feels the keys and values of all, and so the lock.
+
+    Attributes:
+      keys: of each layer.
+      values: of each layer.
+      out: from a token to its velocity.
+      limit: timestep under which the velocity is not finite.
+      on_trace: called whenever Python runs through `__call__`.
+      on_source: called with the timestep of each source pass, from inside the loop.
+      on_model: called with the timestep of each other pass, from inside the loop.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    out: jax.Array
+    limit: jax.Array
+    on_trace: Callable = dataclasses.field(default=id, metadata={"static": True})
+    on_source: Callable | None = dataclasses.field(default=None, metadata={"static": True})
+    on_model: Callable | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def condition(self, context, grid):
+        assert grid == (T, H // 2, W // 2)
+        return jnp.tanh(context)
+
+    def __call__(self, latents, timestep, conditioning, lock=None):
+        self.on_trace(self)
+        velocity = self._velocity(latents, timestep, conditioning, lock)
+        if self.on_model is None:
+            return velocity
+
+        def listened(t, v):
+            self.on_model(float(t[0]))
+            return np.asarray(v)
+
+        return jax.pure_callback(listened, jax.typeof(velocity), timestep, velocity)
+
+    def keys_values(self, latents, timestep, conditioning):
+        if self.on_source is not None:
+            jax.debug.callback(self.on_source, timestep[0])
+        velocity = self._velocity(latents, timestep, conditioning, None)
+        return velocity, self._keys_values(latents, timestep, conditioning)
+
+    def _keys_values(self, latents, timestep, text):
+        x, t = to_tokens(latents), timestep[:, None, None] / 1000
+        k = jnp.stack([jnp.tanh(x @ w + t + text[:, None]) for w in self.keys])
+        v = jnp.stack([(x @ w) * (1 + t) for w in self.values])
+        return KVCache(*(y.reshape(*y.shape[:-1], HEADS, SIZE) for y in (k, v)))
+
+    def _velocity(self, latents, timestep, text, held):
+        own, x = self._keys_values(latents, timestep, text), to_tokens(latents)
+        total = jnp.tanh(text)[:, None]
+        for layer in range(LAYERS):
+            k, v = own.k[layer], own.v[layer]
+            if held is not None:
+                about = held.foreground, held.fusion_ratio
+                k = lock.fuse(k, held.cache.k[layer], *about)
+                v = lock.fuse(v, held.cache.v[layer], *about)
+            total = total + (k * v).reshape(*k.shape[:2], -1).mean(axis=1, keepdims=True)
+        velocity = to_cells(jnp.tanh(x @ self.out + total))
+        over = timestep < self.limit
+        return jnp.where(over[:, None, None, None, None], jnp.inf, velocity)
+
+
+def to_tokens(z):
+    z = z.reshape(-1, T, H // 2, 2, W // 2, 2, C).transpose(0, 1, 2, 4, 3, 5, 6)
+    return z.reshape(-1, LENGTH, WIDTH)
+
+
+def to_cells(x):
+    x = x.reshape(-1, T, H // 2, W // 2, 2, 2, C).transpose(0, 1, 2, 4, 3, 5, 6)
+    return x.reshape(-1, T, H, W, C)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    """A model that answers with the source pass's latents wherever it may."""
+
+    def condition(self, context, grid):
+        return None
+
+    def __call__(self, latents, timestep, conditioning, lock=None):
+        cached = lock.cache.v[0].reshape(-1, LENGTH, WIDTH)
+        seen = to_cells(jnp.where(lock.foreground[..., None], 0.0, cached))
+        return jnp.concatenate([seen, seen])
+
+    def keys_values(self, latents, timestep, conditioning):
+        x = to_tokens(latents).reshape(1, -1, LENGTH, HEADS, SIZE)
+        return latents, KVCache(k=jnp.zeros_like(x), v=x)
+
+
+def make_fake(seed=0, **fields) -> Fake:
+    rng = np.random.default_rng(seed)
+    weights = (rng.normal(0, 0.4, (n, WIDTH, WIDTH)) for n in (LAYERS, LAYERS, 1))
+    keys, values, out = (jnp.asarray(w, jnp.float32) for w in weights)
+    return Fake(**{"keys": keys, "values": values, "out": out[0], "limit": jnp.float32(0)} | fields)
+
+
+def make_edits(seed=1) -> Edits:
+    rng = np.random.default_rng(seed)
+    foreground = np.zeros(SHAPE[:4], bool)
+    foreground[0, :, 1:3, 2:5] = True  # its borders run through patches
+    foreground[1, 1:, :2, :1] = True
+    normal = (rng.normal(size=s) for s in (SHAPE, SHAPE, (2 * EDITS, WIDTH), (EDITS, WIDTH)))
+    source, noise, prompts, source_prompts = (jnp.asarray(x, jnp.float32) for x in normal)
+    return Edits(source, noise, jnp.asarray(foreground), prompts, source_prompts)
+
+
+def one_edit(edits: Edits, i: int) -> Edits:
+    rows = jnp.array([i, i + edits.source.shape[0]])
+    alone = jax.tree.map(lambda x: x[i : i + 1], edits)
+    return dataclasses.replace(alone, prompts=edits.prompts[rows])
+
+
+def run(model, edits, settings, table=None, omega=OMEGA, on_step=None):
+    table = solvers.euler(STEPS, SHIFT) if table is None else table
+    program = Program(settings.enabled, settings.guidance, settings.window, on_step)
+    latents = jnp.array(edits.noise, copy=True)
+    return sample(model, latents, edits, table, lock.knobs(settings, omega), program=program)
+
+
+# -- the same in NumPy ---------------------------------------------------------------------------
+
+
+def np_tokens(z):
+    cells = [(t, h, w) for t in range(T) for h in range(0, H, 2) for w in range(0, W, 2)]
+    return np.stack([z[t, h : h + 2, w : w + 2].reshape(-1) for t, h, w in cells])
+
+
+def np_keys_values(weights, z, level, text):
+    x = np_tokens(z)
+    k = [np.tanh(x @ w + level + text) for w in weights["keys"]]
+    return k, [(x @ w) * (1 + level) for w in weights["values"]]
+
+
+def np_velocity(weights, z, level, text, cached, edited_tokens, alpha):
+    x, total = np_tokens(z), np.tanh(text)
+    own = np_keys_values(weights, z, level, text)
+    for layer in range(LAYERS):
+        mixed = []
+        for new, old in zip((own[0][layer], own[1][layer]), cached, strict=True):
+            rows = [
+                n if edited else (1 - alpha) * n + alpha * o
+                for n, o, edited in zip(new, old[layer], edited_tokens, strict=True)
+            ]
+            mixed.append(np.array(rows))
+        total = total + (mixed[0] * mixed[1]).mean(axis=0)
+    rows, velocity = np.tanh(x @ weights["out"] + total), np.empty(z.shape)
+    for row, (t, h, w) in zip(rows, np.ndindex(T, H // 2, W // 2), strict=True):
+        velocity[t, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2] = row.reshape(2, 2, C)
+    return velocity
+
+
+def oracle(model, edits, i, settings, table, omega_0):
+    """One edit by itself, METHOD.md section by section; its latents and its trace."""
+    weights = {n: np.asarray(getattr(model, n), np.float64) for n in ("keys", "values", "out")}
+    source, noise = (np.asarray(x[i], np.float64) for x in (edits.source, edits.noise))
+    edited = np.asarray(edits.foreground[i])
+    edited_tokens = np_tokens(np.repeat(edited[..., None], C, axis=-1)).any(axis=1)
+    texts = (edits.prompts[i], edits.prompts[EDITS + i], edits.source_prompts[i])
+    cond, uncond, told = (np.tanh(np.asarray(x, np.float64)) for x in texts)
+    everything = np.ones_like(edited)
+    steps = len(table.sigma)
+
+    z, estimates, buffer, rows = noise, [], 0.0, []
+    for k, (sigma, after) in enumerate(zip(table.sigma, table.sigma_next, strict=True)):
+        sigma, after = float(sigma), float(after)
+        scheduled, known = k >= steps - settings.kappa, len(estimates) >= 2
+        sigma2 = 0.0
+        if known:
+            region = everything if settings.detection == "global" else edited
+            recent = np.array(estimates[-settings.window :])
+            sigma2 = recent.var(axis=0, ddof=1)[region].mean()
+        part = sigma2 / settings.tau
+        alpha, omega = settings.warmup_fusion_ratio, omega_0
+        if scheduled and not settings.adapt_fusion_ratio:
+            alpha = settings.fusion_ratio
+        elif scheduled and known:
+            alpha = min(part, 1.0)
+        if not settings.enabled:
+            alpha = 0.0
+        if scheduled and known and settings.adapt_guidance:
+            omega = omega_0 * min(max(part, settings.omega_floor), settings.omega_ceiling)
+
+        seen = (1 - sigma) * source + sigma * noise
+        cached = np_keys_values(weights, seen, sigma, told)
+        branch = (cached, edited_tokens, alpha)
+        v_cond = np_velocity(weights, z, sigma, cond, *branch)
+        v_uncond = np_velocity(weights, z, sigma, uncond, *branch)
+        s, pinned = 1.0, settings.background == "source"
+        if settings.rescale_uncond:
+            a, b = (v[edited if pinned else everything].ravel() for v in (v_cond, v_uncond))
+            s = np.dot(a, b) / (np.dot(b, b) + 1e-8)
+        v = s * v_uncond + omega * (v_cond - s * v_uncond)
+        if settings.guidance == "apg":
+            buffer = v_cond - v_uncond + settings.apg_momentum * buffer
+            d = buffer * min(1.0, settings.apg_norm / np.sqrt((buffer**2).sum()))
+            unit = v_cond / np.sqrt((v_cond**2).sum())
+            parallel = (d * unit).sum() * unit
+            v = v_cond + (omega - 1) * (d - parallel + settings.apg_eta * parallel)
+        if k < settings.zero_init_steps:
+            v = np.zeros_like(v)
+        estimates.append(z - sigma * v)
+        z = z + (after - sigma) * v
+        if pinned:
+            kept = (1 - after) * source + after * noise
+            z = np.where(edited[..., None], z, kept)
+        rows.append((sigma, sigma2, alpha, omega, s, scheduled, True))
+    return z, Trace(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+PRESETS = {
+    "kvlock": {},
+    "kvlock_anchor": {},
+    "hard_lock": {},
+    "fixed_half": {},
+    "global_detection": {},
+    "cfg": {},
+    "cfg_zero_star": {},
+    "apg": {"apg_norm": 2.0, "apg_eta": 0.25},  # a norm that binds in some steps only
+}
+
+
+def settings_of(preset, **changes):
+    return dataclasses.replace(lock.preset(preset, OMEGA), **{"tau": 0.15, **changes})
+
+
+@pytest.mark.parametrize("kappa, tau", [(9, 0.15), (20, 0.03)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_the_method(preset, kappa, tau):
+    model, edits, table = make_fake(), make_edits(), solvers.euler(STEPS, SHIFT)
+    settings = settings_of(preset, kappa=kappa, tau=tau, **PRESETS[preset])
+    latents, trace = run(model, edits, settings, table)
+    for i in range(EDITS):
+        want, rows = oracle(model, edits, i, settings, table, OMEGA)
+        np.testing.assert_allclose(latents[i], want, rtol=2e-4, atol=2e-4)
+        for field in dataclasses.fields(Trace):
+            got = getattr(trace, field.name)
+            got = got[:, i] if got.ndim > 1 else got
+            expected = getattr(rows, field.name)
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6, err_msg=field.name)
+    alpha, omega = np.asarray(trace.fusion_ratio), np.asarray(trace.guidance_scale)
+    if settings.enabled and settings.adapt_fusion_ratio:  # or no schedule was put to the test
+        assert ((alpha > 0.02) & (alpha < 0.98)).sum() >= 4 if tau > 0.1 else (alpha == 1).any()
+    if settings.adapt_guidance:
+        middle = (omega > 1.01) & (omega < 5.9) & (omega != OMEGA)
+        assert middle.sum() >= 4 if tau > 0.1 else (omega == 2 * OMEGA).any()
+
+
+def test_the_lock_changes_the_edit():
+    edits, table = make_edits(), solvers.euler(STEPS, SHIFT)
+    outs = [run(make_fake(), edits, settings_of(n), table)[0] for n in ("hard_lock", "kv_only")]
+    free = run(make_fake(), edits, settings_of("kv_only", kappa=0), table)[0]
+    inside = np.asarray(edits.foreground)
+    assert np.abs(outs[0] - free)[inside].max() > 0.05
+    assert np.abs(outs[1] - free)[inside].max() > 0.01
+
+
+# -- the source pass -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+def test_the_source_pass_is_at_the_level_of_the_step_with_the_noise_of_the_edit(solver):
+    edits, table = make_edits(), solvers.table(solver, STEPS, SHIFT)
+    edits = dataclasses.replace(edits, foreground=jnp.zeros(SHAPE[:4], bool))
+    settings = settings_of("hard_lock", background="model")
+    got = run(Echo(), edits, settings, table)[0]
+    # The velocity is the source branch's own latents, so the result is a sum that needs no model.
+    state, z = solvers.init(edits.noise), edits.noise
+    for k in range(STEPS):
+        row = jax.tree.map(lambda column, k=k: column[k], table)
+        at_level = (1 - row.sigma) * np.asarray(edits.source) + row.sigma * np.asarray(edits.noise)
+        z, state = solvers.step(row, state, z, z - row.sigma * at_level)
+    np.testing.assert_allclose(got, z, rtol=1e-5, atol=1e-5)
+
+
+SOURCE_STEPS = {  # alpha over 0 is possible in these steps of 14
+    "kvlock, the last kappa": (settings_of("kvlock", kappa=4), range(10, 14)),
+    "kvlock, kappa over the steps": (settings_of("kvlock", kappa=99), range(14)),
+    "kvlock, no window": (settings_of("kvlock", kappa=0), range(0)),
+    "kvlock_anchor": (settings_of("kvlock_anchor", kappa=4), range(14)),
+    "hard_lock": (settings_of("hard_lock"), range(14)),
+    "only at first": (settings_of("hard_lock", kappa=11, fusion_ratio=0.0), range(3)),
+    "fixed_half": (settings_of("fixed_half", kappa=5), range(9, 14)),
+}
+source_passes: list[float] = []
+
+
+@pytest.mark.parametrize("case", SOURCE_STEPS)
+def test_the_source_pass_runs_only_where_it_is_needed(case):
+    settings, steps = SOURCE_STEPS[case]
+    table = solvers.euler(STEPS, SHIFT)
+    source_passes.clear()
+    _, trace = run(make_fake(on_source=note_source_pass), make_edits(), settings, table)
+    jax.block_until_ready(trace)
+    jax.effects_barrier()
+    assert sorted(source_passes, reverse=True) == [table.timestep[k] for k in steps]
+    without = np.setdiff1d(np.arange(STEPS), np.array(steps))
+    np.testing.assert_array_equal(np.asarray(trace.fusion_ratio)[without], 0)
+
+
+def note_source_pass(timestep):
+    source_passes.append(float(timestep))
+
+
+def test_without_a_lock_there_is_no_source_branch():
+    class Refusing(Fake):
+        def keys_values(self, latents, timestep, conditioning):
+            pytest.fail("a source pass")
+
+    names = [field.name for field in dataclasses.fields(Fake)]
+    jax.tree_util.register_dataclass(Refusing, names[:4], names[4:])
+    model = Refusing(**{name: getattr(make_fake(), name) for name in names})
+    plain = run(model, make_edits(), settings_of("cfg"))
+    np.testing.assert_array_equal(plain[1].fusion_ratio, 0)
+    # with a lock that is open all the way it is the same edit
+    opened = run(make_fake(), make_edits(), settings_of("kv_only", kappa=0))
+    np.testing.assert_allclose(plain[0], opened[0], rtol=1e-6, atol=1e-6)
+
+
+# -- edits of a batch, and what is kept ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["kvlock", "kvlock_anchor", "apg"])
+def test_edits_are_independent(preset):
+    edits, settings = make_edits(), settings_of(preset, **PRESETS[preset])
+    both, trace = run(make_fake(), edits, settings)
+    for i in range(EDITS):
+        alone, own = run(make_fake(), one_edit(edits, i), settings)
+        np.testing.assert_allclose(both[i], alone[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(trace.sigma2[:, i], own.sigma2[:, 0], rtol=1e-4, atol=1e-7)
+    assert not np.allclose(trace.sigma2[2:, 0], trace.sigma2[2:, 1], rtol=0.05)
+
+    # nothing of another edit gets in, not even what is no number
+    spoiled = jax.tree.map(lambda x: x.at[1::2].set(jnp.nan) if x.dtype != bool else x, edits)
+    got, broken = run(make_fake(), spoiled, settings)
+    np.testing.assert_array_equal(got[0], both[0])
+    np.testing.assert_array_equal(broken.sigma2[:, 0], trace.sigma2[:, 0])
+    np.testing.assert_array_equal(broken.finite, [[True, False]] * STEPS)
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+@pytest.mark.parametrize("preset", ["hard_lock", "kvlock_anchor"])
+def test_a_pinned_background_is_the_source_bit_for_bit(preset, solver):
+    edits = make_edits()
+    latents, _ = run(
+        make_fake(), edits, settings_of(preset), solvers.table(solver, STEPS, SHIFT), 7.5
+    )
+    outside = ~np.asarray(edits.foreground)
+    np.testing.assert_array_equal(np.asarray(latents)[outside], np.asarray(edits.source)[outside])
+    assert np.abs(latents - edits.source)[~outside].min() > 0
+
+
+def test_sixteen_bits_in_float32_inside():
+    edits = make_edits()
+    short = dataclasses.replace(
+        edits, source=edits.source.astype(jnp.bfloat16), noise=edits.noise.astype(jnp.bfloat16)
+    )
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, short)
+    table, knobs = solvers.euler(STEPS, SHIFT), lock.knobs(settings_of("kvlock_anchor"), OMEGA)
+    program = Program(True, "cfg", WINDOW)
+    start = jnp.array(wide.noise, copy=True)
+    got, trace = sample(make_fake(), start, short, table, knobs, program=program)
+    want, _ = run(make_fake(), wide, settings_of("kvlock_anchor"), table)
+    assert got.dtype == trace.sigma2.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+# -- what is compiled, carried, reported ---------------------------------------------------------
+
+traces: list[object] = []
+
+
+def test_one_program_serves_every_setting():
+    model = make_fake(on_trace=traces.append)
+    run(model, make_edits(), settings_of("kvlock"))
+    size, traced = sample._cache_size(), len(traces)
+    assert traced > 0
+    runs = [
+        (make_edits(7), settings_of("kvlock"), None, OMEGA),  # prompts, masks, noise
+        (make_edits(), settings_of("kvlock", tau=0.5, kappa=3, omega_floor=0.5), None, 1.5),
+        (make_edits(), settings_of("kvlock", omega_ceiling=1.0), solvers.euler(STEPS, 9.0), 0.0),
+        (make_edits(), settings_of("kvlock"), solvers.unipc(STEPS, 5.0), OMEGA),
+        (make_edits(), settings_of("kvlock"), solvers.dpmpp_2m(STEPS, 5.0), OMEGA),
+        *(
+            (make_edits(), settings_of(name), None, OMEGA)
+            for name in ("kvlock_anchor", "hard_lock", "fixed_half", "kv_only", "global_detection")
+        ),
+    ]
+    outs = [run(model, edits, *rest)[0] for edits, *rest in runs]
+    run(make_fake(3, on_trace=traces.append), make_edits(), settings_of("kvlock"))  # weights
+    assert (sample._cache_size(), len(traces)) == (size, traced)
+    for i, out in enumerate(outs):  # each setting had its effect
+        assert all(np.abs(out - other).max() > 1e-4 for other in outs[:i]), i
+
+    run(model, make_edits(), settings_of("kvlock"), solvers.euler(STEPS + 1, SHIFT))
+    assert sample._cache_size() == size + 1 and len(traces) > traced
+
+
+log: list[tuple[str, float]] = []
+
+
+def note_step(number):
+    log.append(("step", int(number)))
+
+
+def note_model(timestep):
+    log.append(("model", timestep))
+
+
+def test_each_step_is_reported_after_it_is_done():
+    log.clear()
+    table = solvers.euler(STEPS, SHIFT)
+    model = make_fake(on_model=note_model)
+    out = run(model, make_edits(), settings_of("cfg"), table, on_step=note_step)
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    steps = [(("model", float(table.timestep[k])), ("step", k)) for k in range(STEPS)]
+    assert log == [entry for pair in steps for entry in pair]
+
+
+def test_the_latents_are_donated():
+    edits, settings = make_edits(), settings_of("kvlock")
+    latents = jnp.array(edits.noise, copy=True)
+    program = Program(True, "cfg", WINDOW)
+    table = solvers.euler(STEPS, SHIFT)
+    sample(make_fake(), latents, edits, table, lock.knobs(settings, OMEGA), program=program)
+    assert latents.is_deleted()
+    assert not edits.noise.is_deleted() and not edits.source.is_deleted()
+
+
+@pytest.mark.parametrize("first", [0, 6, STEPS - 1])
+def test_the_first_step_that_is_not_finite_is_told(first):
+    table = solvers.euler(STEPS, SHIFT)
+    limit = float(table.timestep[first]) + 1e-3  # this step and all after it are under it
+    model = make_fake(limit=jnp.float32(limit))
+    # at guidance 1 infinity comes through; else it may meet its own opposite
+    latents, trace = run(model, make_edits(), settings_of("cfg"), table, omega=1.0)
+    np.testing.assert_array_equal(trace.finite, [[k < first] * EDITS for k in range(STEPS)])
+    assert not np.isfinite(latents).any()
+
+
+def test_the_carry_holds_one_step_and_the_trace_no_latents():
+    edits, settings = make_edits(), settings_of("kvlock")
+    args = (make_fake(), jnp.array(edits.noise, copy=True), edits, solvers.euler(STEPS, SHIFT))
+    knobs, program = lock.knobs(settings, OMEGA), Program(True, "cfg", WINDOW)
+    latents, trace = jax.eval_shape(lambda *a: sample(*a, program=program), *args, knobs)
+    assert (latents.shape, latents.dtype) == (SHAPE, jnp.float32)
+    per_step = {"sigma": (STEPS,), "scheduled": (STEPS,)}
+    for field in dataclasses.fields(Trace):
+        expected = per_step.get(field.name, (STEPS, EDITS))
+        assert getattr(trace, field.name).shape == expected
+
+    jaxpr = jax.make_jaxpr(lambda *a: sample(*a, program=program))(*args, knobs)
+    (scan,) = scans(jaxpr.jaxpr, STEPS)
+    outs = [variable.aval for variable in scan.outvars]
+    carried, stacked = outs[: scan.params["num_carry"]], outs[scan.params["num_carry"] :]
+    assert all(out.size <= STEPS * EDITS for out in stacked)
+    # latents, the solver's sample and two estimates, the window; one cache of keys and values
+    elements = int(np.prod(SHAPE)) * (1 + 3 + WINDOW) + 2 * LAYERS * EDITS * LENGTH * WIDTH
+    scalars = 1 + EDITS  # the window's count, the statistic
+    assert sum(out.size for out in carried) in (elements + scalars, elements + scalars + 1)
+
+
+def scans(jaxpr, length):
+    """Every scan of this length, however deep in calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == length:
+            yield equation
+        elif "jaxpr" in equation.params:
+            inner = equation.params["jaxpr"]
+            yield from scans(getattr(inner, "jaxpr", inner), length)

@@ -1,0 +1,76 @@
+"""A tiny Wan 2.1 in a Diffusers folder, written by Diffusers, and clips to edit with it."""
+
+from pathlib import Path
+
+import numpy as np
+
+SHAPE = (5, 32, 48)  # frames, height, width: 2 x 4 x 6 latent cells, 12 tokens
+WORDS = "a red blue star circle square on the".split()
+
+
+def make_pipeline(folder: Path):
+    """2 layers, random weights, float32; Torch and Diffusers load only where this is called.
+
+    `folder` takes the tokenizer's files.
+    """
+    import torch
+    import transformers
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+
+    from kvlock_jax import text
+
+    torch.manual_seed(0)
+    text.write_word_tokenizer(folder / "words", WORDS, 12)
+    return WanPipeline(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "words"),
+        text_encoder=transformers.UMT5EncoderModel(
+            transformers.UMT5Config(
+                vocab_size=16, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2
+            )
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            num_res_blocks=1,
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=8,
+            ffn_dim=20,
+            num_layers=2,
+        ),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def write_folder(folder: Path) -> Path:
+    """The folder of `make_pipeline`, in shards."""
+    make_pipeline(folder).save_pretrained(folder / "wan", max_shard_size="20KB")
+    return folder / "wan"
+
+
+def clip(frames: int = SHAPE[0], height: int = SHAPE[1], width: int = SHAPE[2]) -> np.ndarray:
+    """A smooth picture that moves."""
+    t, y, x = np.mgrid[:frames, :height, :width]
+    picture = np.stack([60 + 3 * y + 4 * t, 200 - 2 * x + t, 40 + y + x], axis=-1)
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def mask(frames: int = SHAPE[0], height: int = SHAPE[1], width: int = SHAPE[2]) -> np.ndarray:
+    """A box of 8x8 pixels at (8, 8), white on black, as RGB frames."""
+    region = np.zeros((frames, height, width, 3), np.uint8)
+    region[:, 8:16, 8:16] = 255
+    return region
