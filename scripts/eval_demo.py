@@ -113,9 +113,8 @@ def main() -> None:
     back = np.concatenate(
         [_decode(model.checkpoint.vae, latents[i : i + 16])[0] for i in range(0, 48, 16)]
     )
-    print(
-        f"VAE round trip, 48 held-out clips: {metrics.psnr(np.concatenate(clips), np.concatenate(back)):.2f} dB"
-    )
+    kept = metrics.psnr(np.concatenate(clips), np.concatenate(back))
+    print(f"VAE round trip, 48 held-out clips: {kept:.2f} dB")
     real, after = score(clips, scenes), score(back, scenes)
     empty = [judge(render_background(s)).colour is None for s in scenes]
     print(
