@@ -106,7 +106,7 @@ class SampleConfig:
     """How a video is sampled.
 
     Attributes:
-      steps: solver steps; the only setting here whose change compiles again, with `solver`.
+      steps: solver steps; the only setting here whose change compiles again.
       shift: `s` of METHOD.md section 1, over 0; more spends more steps on high noise.
       guidance_scale: `omega_0` of METHOD.md section 6; 1 is no guidance.
       solver: `"unipc"`, `"euler"` or `"dpm++"`.
@@ -194,6 +194,13 @@ class LockConfig:
         _require(self.window >= 2, self, "window", "2 or more")
         _require(self.kappa >= 0, self, "kappa", "0 or more")
         _require(self.guidance in ("cfg", "apg"), self, "guidance", "'cfg' or 'apg'")
+        # APG has no factor of the unconditional velocity: s* would be traced and never applied.
+        _require(
+            self.guidance == "cfg" or not self.rescale_uncond,
+            self,
+            "rescale_uncond",
+            "off with guidance 'apg'",
+        )
         _require(self.zero_init_steps >= 0, self, "zero_init_steps", "0 or more")
         _require(self.apg_norm > 0, self, "apg_norm", "over 0")
 

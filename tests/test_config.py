@@ -41,7 +41,8 @@ FINE = [
     (LockConfig, {"tau": 1e-6}),
     (LockConfig, {"window": 2}),
     (LockConfig, {"kappa": 0}),
-    (LockConfig, {"guidance": "apg", "apg_momentum": -0.75, "apg_eta": 1.0}),
+    (LockConfig, {"guidance": "apg", "rescale_uncond": False, "apg_eta": 1.0}),
+    (LockConfig, {"apg_momentum": -0.75}),
     (LockConfig, {"zero_init_steps": 2}),
     (LockConfig, {"apg_norm": math.inf}),
     (EditConfig, {"dilate": 3, "frame_num": 81, "size": "832*480"}),
@@ -217,3 +218,8 @@ def test_run_config_is_complete_and_checked():
     assert from_config_dict(LockConfig, run.kvlock) == LockConfig(tau=0.02)
     with pytest.raises(ConfigError, match=r"SampleConfig\.steps"):
         run_config("hard_lock", steps=0)
+
+
+def test_apg_has_no_factor_of_the_unconditional_velocity():
+    with pytest.raises(ConfigError, match=r"LockConfig\.rescale_uncond must be off"):
+        LockConfig(guidance="apg")
