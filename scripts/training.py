@@ -1,8 +1,7 @@
 """What both demo trainings share: a loop that saves, resumes, averages weights and logs.
 
-Import it before JAX: it makes one CPU device per core, over which `fit` splits every batch. On two
-cores that is 1.35 times faster than one device with two threads, since much of XLA's CPU code runs
-on one thread.
+Import it before JAX: it makes one CPU device per core, over which `fit` splits every batch:
+much of XLA's CPU code runs on one thread of its device.
 """
 
 import json

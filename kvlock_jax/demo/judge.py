@@ -96,8 +96,8 @@ def _fit(blob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             for frame, (x, y) in zip(padded, middles, strict=True)
         ]
     )
-    # 1,400 templates a frame: 2 ms as bits, against 140 ms as a float product when the cores are
-    # busy with something else and BLAS's threads wait for one another.
+    # 1,400 templates a frame: as bits, not as a float product, whose BLAS threads wait for one
+    # another when the cores are busy with something else.
     both = _packed(windows)[:, None] & templates
     shared = np.bitwise_count(both).sum(-1, dtype=np.int64)
     # The whole frame's blob, not the window's: a second blob elsewhere is a fault too.

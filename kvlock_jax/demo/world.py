@@ -188,7 +188,7 @@ def _crop(photo: np.ndarray, x: float, y: float) -> np.ndarray:
 
 @functools.cache
 def _soft_photo(name: str) -> Float[np.ndarray, "height width 3"]:
-    """A photo blurred, half desaturated and drawn towards mid-grey; cached, 0.1 s each."""
+    """A photo blurred, half desaturated and drawn towards mid-grey; cached, being slow to make."""
     with np.load(_PHOTO_FILE) as photos:
         photo = photos[name].astype(np.float32)
     if photo.ndim == 2:

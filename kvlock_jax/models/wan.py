@@ -172,8 +172,8 @@ class WanTransformer(nnx.Module):
       config: sizes.
       dtype: compute dtype of matrix products and of the K/V cache; norms, modulation, RoPE,
         softmax and the residual stream are float32.
-      unroll: blocks that one turn of the scan runs. More compile longer; on CPU, gradients through
-        a small model are 1.5 times faster with all of them in one turn.
+      unroll: blocks that one turn of the scan runs. More compile longer; XLA on CPU compiles
+        gradients of a loop's body badly, so a small model trains faster with all in one turn.
       rngs: source of the initial parameters.
     """
 
