@@ -22,26 +22,29 @@ def _biased(path: str, key: str, transform: Transform = kernel) -> Table:
 def _attention(path: str, key: str) -> Table:
     """One of the two attentions of every block of the transformer."""
     return (
-        *_biased(rf"blocks\.{path}\.to_([qkvo])\w*", rf"blocks.*.{key}.\1"),  # `to_out` is `o`
-        Row(rf"blocks\.{path}\.(norm_[qk])\.scale", rf"blocks.*.{key}.\1.weight"),
+        # `to_out` is `o`
+        *_biased(rf"(\w*blocks)\.{path}\.to_([qkvo])\w*", rf"\1.*.{key}.\2"),
+        Row(rf"(\w*blocks)\.{path}\.(norm_[qk])\.scale", rf"\1.*.{key}.\2.weight"),
     )
 
 
 WAN: Table = (
-    *_biased("patch_embedding", "patch_embedding", patches),
+    *_biased(r"(\w*patch_embedding)", r"\1", patches),
     *_biased(r"condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
     *_biased(r"condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
     *_biased(r"condition_embedder\.time_proj", "time_projection.1"),
     *_attention("attn1", "self_attn"),
     *_attention("attn2", "cross_attn"),
-    Row(r"blocks\.norm2\.scale", "blocks.*.norm3.weight"),  # Diffusers' norm3 has no weights
-    Row(r"blocks\.norm2\.bias", "blocks.*.norm3.bias"),
-    *_biased(r"blocks\.ffn\.net_([02])", r"blocks.*.ffn.\1"),
-    Row(r"blocks\.scale_shift_table", "blocks.*.modulation", unbatched),
+    Row(r"(\w*blocks)\.norm2\.scale", r"\1.*.norm3.weight"),  # Diffusers' norm3 has no weights
+    Row(r"(\w*blocks)\.norm2\.bias", r"\1.*.norm3.bias"),
+    *_biased(r"(\w*blocks)\.ffn\.net_([02])", r"\1.*.ffn.\2"),
+    Row(r"(\w*blocks)\.scale_shift_table", r"\1.*.modulation", unbatched),
     Row(r"scale_shift_table", "head.modulation", unbatched),
+    *_biased("vace_proj_in", "vace_blocks.0.before_proj"),
+    *_biased(r"vace_blocks\.proj_out", "vace_blocks.*.after_proj"),
     *_biased("proj_out", "head.head"),
 )
-"""`diffusion_pytorch_model*.safetensors` of text-to-video."""
+"""`diffusion_pytorch_model*.safetensors` of text-to-video and of VACE."""
 
 
 def _residual(path: str, key: str) -> Table:

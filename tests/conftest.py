@@ -20,3 +20,11 @@ def tiny_checkpoint(tmp_path_factory):
     import tiny
 
     return tiny.write_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_vace_checkpoint(tmp_path_factory):
+    """A tiny Wan 2.1 VACE in a Diffusers folder (tests/tiny.py)."""
+    import tiny
+
+    return tiny.write_vace_folder(tmp_path_factory.mktemp("tiny_vace"))

@@ -75,7 +75,8 @@ def relative_l2(got, want):
 def peer_of(config: WanConfig) -> WanTransformer3DModel:
     """Diffusers' transformer with every parameter far from its initial value."""
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**dataclasses.asdict(config)).eval()
+    sizes = {k: v for k, v in dataclasses.asdict(config).items() if not k.startswith("vace")}
+    model = WanTransformer3DModel(**sizes).eval()
     for name, parameter in model.named_parameters():
         scale = math.prod(parameter.shape[1:]) ** -0.5 if "weight" in name else 0.4
         norm = "norm" in name and name.endswith("weight")
@@ -199,24 +200,6 @@ def test_equals_the_publisher():
     latents = np.moveaxis(latents, 0, -1)[None]
     got = velocity_of(model, *map(jnp.asarray, (latents, timestep, context)))
     assert relative_l2(np.moveaxis(got[0], -1, 0), want) < 1e-5
-
-
-FULL = {
-    "1.3b": (WanConfig(12, 128, num_layers=30, ffn_dim=8960), 5.6),
-    "14b": (WanConfig(40, 128, num_layers=40, ffn_dim=13824), 25.0),
-}
-
-
-@pytest.mark.parametrize("size", FULL)
-def test_every_key_of_the_publisher_lands_on_one_parameter(size):
-    shapes = json.loads((DATA / "layouts" / f"wan2.1-t2v-{size}.original.json").read_text())
-    tensors = {
-        key: table.LazyTensor(tuple(shape), np.dtype(np.float32), pytest.fail)
-        for key, shape in shapes.items()
-    }
-    model = nnx.state(diffusers.abstract(diffusers.TRANSFORMER, FULL[size][0]))
-    sources = table.plan(model, tensors, original.WAN, size)
-    assert sorted(key for source in sources for key in source.keys) == sorted(shapes)
 
 
 # -- the lock (METHOD.md sections 3 and 4) -------------------------------------------------------
@@ -376,6 +359,11 @@ def test_bfloat16_is_near_float32():
 
 
 # -- published sizes -----------------------------------------------------------------------------
+
+FULL = {
+    "1.3b": (WanConfig(12, 128, num_layers=30, ffn_dim=8960), 5.6),
+    "14b": (WanConfig(40, 128, num_layers=40, ffn_dim=13824), 25.0),
+}
 
 
 @pytest.mark.parametrize("size", FULL)

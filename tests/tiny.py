@@ -8,25 +8,50 @@ SHAPE = (5, 32, 48)  # frames, height, width: 2 x 4 x 6 latent cells, 12 tokens
 WORDS = "a red blue star circle square on the".split()
 
 
-def make_pipeline(folder: Path):
-    """2 layers, random weights, float32; Torch and Diffusers load only where this is called.
+SIZES = dict(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=8,
+    ffn_dim=20,
+)
 
-    `folder` takes the tokenizer's files.
+
+def make_pipeline(folder: Path):
+    """Text-to-video of 2 layers, random weights, float32.
+
+    `folder` takes the tokenizer's files. Torch and Diffusers load only where this is called.
     """
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    return _assemble(folder, WanPipeline, lambda: WanTransformer3DModel(**SIZES, num_layers=2))
+
+
+def make_vace_pipeline(folder: Path):
+    """VACE of 3 layers with hints after two of them; the rest is as in `make_pipeline`."""
+    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+
+    return _assemble(
+        folder,
+        WanVACEPipeline,
+        lambda: WanVACETransformer3DModel(
+            **SIZES, num_layers=3, vace_layers=[0, 2], vace_in_channels=4 + 4 + 64
+        ),
+    )
+
+
+def _assemble(folder: Path, pipeline: type, make_transformer):
     import torch
     import transformers
-    from diffusers import (
-        AutoencoderKLWan,
-        UniPCMultistepScheduler,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
     from kvlock_jax import text
 
     torch.manual_seed(0)
     text.write_word_tokenizer(folder / "words", WORDS, 12)
-    return WanPipeline(
+    return pipeline(
         tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "words"),
         text_encoder=transformers.UMT5EncoderModel(
             transformers.UMT5Config(
@@ -40,16 +65,7 @@ def make_pipeline(folder: Path):
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         ),
-        transformer=WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=8,
-            ffn_dim=20,
-            num_layers=2,
-        ),
+        transformer=make_transformer(),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
@@ -59,6 +75,12 @@ def make_pipeline(folder: Path):
 def write_folder(folder: Path) -> Path:
     """The folder of `make_pipeline`, in shards."""
     make_pipeline(folder).save_pretrained(folder / "wan", max_shard_size="20KB")
+    return folder / "wan"
+
+
+def write_vace_folder(folder: Path) -> Path:
+    """The folder of `make_vace_pipeline`, in shards."""
+    make_vace_pipeline(folder).save_pretrained(folder / "wan", max_shard_size="20KB")
     return folder / "wan"
 
 

@@ -8,6 +8,7 @@ stacked module with a leading layer axis, which a `lax.scan` runs over.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -165,6 +166,47 @@ class Block(nnx.Module):
         return x + self.ffn(y) * gate2, KVCache(k=k, v=v)
 
 
+def stacked(
+    kind: type[Block], layers: int, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs
+) -> Block:
+    """Blocks as one module; each of its parameters has a leading axis of `layers`."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap
+    def build(rngs: nnx.Rngs) -> Block:
+        return kind(config, dtype=dtype, rngs=rngs)
+
+    return build(rngs)
+
+
+def text_cache(blocks: Block, text: Float[Array, "B S D"]) -> KVCache:
+    """Cross-attention's keys and values of stacked blocks, `layers B S N K`."""
+    graph, params = nnx.split(blocks.attn2)
+
+    def of_layer(layer: Any) -> KVCache:
+        attention = nnx.merge(graph, layer)
+        k, v = attention.keys_values(text)
+        return KVCache(k=k.astype(attention.dtype), v=v.astype(attention.dtype))
+
+    return jax.lax.map(of_layer, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What runs beside the blocks; after each it may change the residual stream.
+
+    Attributes:
+      state: what it starts from, a tree of arrays.
+      layers: its inputs, a tree of arrays with a leading axis of layers.
+      after: from the stream after a block, the state, and the block's part of `layers` to the
+        stream that the next block takes, and the next state.
+    """
+
+    state: Any = None
+    layers: Any = None
+    after: Callable[[Tokens, Any, Any], tuple[Tokens, Any]] = lambda x, state, layer: (x, state)
+
+
 class WanTransformer(nnx.Module):
     """The transformer; every parameter of `blocks` has a leading axis of `config.num_layers`.
 
@@ -186,13 +228,7 @@ class WanTransformer(nnx.Module):
             cells * config.in_channels, config.dim, dtype=dtype, rngs=rngs
         )
         self.condition_embedder = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
-
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap
-        def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(config, dtype=dtype, rngs=rngs)
-
-        self.blocks = stacked(rngs)
+        self.blocks = stacked(Block, config.num_layers, config, dtype=dtype, rngs=rngs)
         self.norm_out = _layer_norm(config, False, rngs)
         init = nnx.initializers.normal(config.dim**-0.5)
         self.scale_shift_table = nnx.Param(init(rngs.params(), (2, config.dim), jnp.float32))
@@ -206,15 +242,8 @@ class WanTransformer(nnx.Module):
             as published.
           grid: tokens `T H W`.
         """
-        text = self.condition_embedder.text(context)
-        graph, params = nnx.split(self.blocks.attn2)
-
-        def of_layer(layer: Any) -> KVCache:
-            k, v = nnx.merge(graph, layer).keys_values(text)
-            return KVCache(k=k.astype(self.dtype), v=v.astype(self.dtype))
-
-        keys_values = jax.lax.map(of_layer, params)
-        return Conditioning(keys_values, rope_table(grid, self.config.attention_head_dim))
+        text = text_cache(self.blocks, self.condition_embedder.text(context))
+        return Conditioning(text, rope_table(grid, self.config.attention_head_dim))
 
     def __call__(
         self,
@@ -248,21 +277,26 @@ class WanTransformer(nnx.Module):
     def _run(self, latents, timestep, conditioning, lock, *, keep):
         time, modulation = self.condition_embedder.time(timestep)
         graph, params = nnx.split(self.blocks)
+        x = self.patch_embedding(patchify(latents, self.config.patch_size))
+        side = self._side(x, modulation, conditioning)
 
-        def block(x: Tokens, layer: Any) -> tuple[Tokens, KVCache | None]:
-            weights, text, cache = layer
+        def block(carry: tuple[Tokens, Any], layer: Any) -> tuple[Any, KVCache | None]:
+            (x, state), (weights, text, cache, side_layer) = carry, layer
             own = lock and dataclasses.replace(lock, cache=cache)
             x, kv = nnx.merge(graph, weights)(x, modulation, text, conditioning.rope, own)
-            return x, kv if keep else None
+            return side.after(x, state, side_layer), kv if keep else None
 
-        x = self.patch_embedding(patchify(latents, self.config.patch_size))
-        layers = (params, conditioning.text, lock and lock.cache)
-        x, cache = jax.lax.scan(block, x, layers, unroll=self.unroll)
+        layers = (params, conditioning.text, lock and lock.cache, side.layers)
+        (x, _), cache = jax.lax.scan(block, (x, side.state), layers, unroll=self.unroll)
 
         table = self.scale_shift_table[...].astype(jnp.float32) + time[:, None]
         shift, scale = jnp.moveaxis(table, 1, 0)
         x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
         return unpatchify(x, latents.shape[1:4], self.config.patch_size), cache
+
+    def _side(self, x: Tokens, modulation: Modulation, conditioning: Conditioning) -> Side:
+        """What runs beside the blocks of a pass over the patch-embedded latents `x`."""
+        return Side()
 
 
 def patchify(latents: Latents, patch: tuple[int, int, int]) -> Float[Array, "B L P"]:
