@@ -17,40 +17,43 @@ from flax import nnx
 from kvlock_jax import checkpoint
 from kvlock_jax.checkpoint import Checkpoint, Configs, Contents
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig, from_config_dict
+from kvlock_jax.convert.published import Published, Weights, files_in
 from kvlock_jax.convert.table import (
     Row,
     Table,
-    assemble,
+    fill,
     kernel,
     patches,
     per_channel,
-    plan,
     pointwise,
-    stream,
     unbatched,
 )
+from kvlock_jax.convert.weights import files as weight_files
 from kvlock_jax.convert.weights import open_folder, read_json
 from kvlock_jax.errors import CheckpointError, ConfigError
 from kvlock_jax.models.umt5 import UMT5Encoder
+from kvlock_jax.models.vace import wan_transformer
 from kvlock_jax.models.vae import WanVAE
-from kvlock_jax.models.wan import WanTransformer
 
 WAN: Table = (
-    Row(r"patch_embedding\.kernel", "patch_embedding.weight", patches),
+    Row(r"(\w*patch_embedding)\.kernel", r"\1.weight", patches),
+    Row(r"vace_proj_in\.kernel", "vace_blocks.0.proj_in.weight", kernel),
+    Row(r"vace_proj_in\.bias", "vace_blocks.0.proj_in.bias"),
     Row(r"scale_shift_table", "scale_shift_table", unbatched),
-    Row(r"blocks\.scale_shift_table", "blocks.*.scale_shift_table", unbatched),
-    Row(r"blocks\.(.+\.to_out)\.kernel", r"blocks.*.\1.0.weight", kernel),  # 1 is dropout
-    Row(r"blocks\.(.+\.to_out)\.bias", r"blocks.*.\1.0.bias"),
-    Row(r"blocks\.ffn\.net_0\.kernel", "blocks.*.ffn.net.0.proj.weight", kernel),
-    Row(r"blocks\.ffn\.net_0\.bias", "blocks.*.ffn.net.0.proj.bias"),
-    Row(r"blocks\.ffn\.net_2\.kernel", "blocks.*.ffn.net.2.weight", kernel),
-    Row(r"blocks\.ffn\.net_2\.bias", "blocks.*.ffn.net.2.bias"),
-    Row(r"blocks\.(.+)\.kernel", r"blocks.*.\1.weight", kernel),
-    Row(r"blocks\.(.+)\.scale", r"blocks.*.\1.weight"),
-    Row(r"blocks\.(.+\.bias)", r"blocks.*.\1"),
+    Row(r"(\w*blocks)\.scale_shift_table", r"\1.*.scale_shift_table", unbatched),
+    Row(r"(\w*blocks)\.(.+\.to_out)\.kernel", r"\1.*.\2.0.weight", kernel),  # 1 is dropout
+    Row(r"(\w*blocks)\.(.+\.to_out)\.bias", r"\1.*.\2.0.bias"),
+    Row(r"(\w*blocks)\.ffn\.net_0\.kernel", r"\1.*.ffn.net.0.proj.weight", kernel),
+    Row(r"(\w*blocks)\.ffn\.net_0\.bias", r"\1.*.ffn.net.0.proj.bias"),
+    Row(r"(\w*blocks)\.ffn\.net_2\.kernel", r"\1.*.ffn.net.2.weight", kernel),
+    Row(r"(\w*blocks)\.ffn\.net_2\.bias", r"\1.*.ffn.net.2.bias"),
+    Row(r"(\w*blocks)\.(.+)\.kernel", r"\1.*.\2.weight", kernel),
+    Row(r"(\w*blocks)\.(.+)\.scale", r"\1.*.\2.weight"),
+    Row(r"(\w*blocks)\.(.+\.bias)", r"\1.*.\2"),
     Row(r"(.+)\.kernel", r"\1.weight", kernel),
     Row(r"(.+\.bias)", r"\1"),
 )
+"""Main blocks, and VACE's context blocks beside them, are laid out alike."""
 
 VAE: Table = (
     Row(r"(.+\.resample)\.kernel", r"\1.1.weight", kernel),  # 0 is the padding or enlargement
@@ -77,10 +80,11 @@ class Component:
       name: of its folder, and of its field in `Configs` and `Checkpoint`.
       stem: of its weight files.
       family: class that its `config.json` must name.
-      config: dataclass of its sizes; every field must be in `config.json`.
+      config: dataclass of its sizes; every field but the `absent` must be in `config.json`.
       fixed: what our module holds fixed; another value in `config.json` is another architecture.
-      model: module, called with config, `dtype` and `rngs`.
+      model: makes the module of a config, `dtype` and `rngs`.
       table: its layout.
+      absent: fields of `config` that this family does not have.
     """
 
     name: str
@@ -88,8 +92,9 @@ class Component:
     family: str
     config: type
     fixed: Mapping[str, Any]
-    model: type[nnx.Module]
+    model: Callable[..., nnx.Module]
     table: Table
+    absent: tuple[str, ...] = ()
 
 
 TRANSFORMER = Component(
@@ -103,9 +108,12 @@ TRANSFORMER = Component(
         "added_kv_proj_dim": None,
         "pos_embed_seq_len": None,
     },
-    WanTransformer,
+    wan_transformer,
     WAN,
+    absent=("vace_layers", "vace_in_channels"),
 )
+
+VACE_TRANSFORMER = dataclasses.replace(TRANSFORMER, family="WanVACETransformer3DModel", absent=())
 
 AUTOENCODER = Component(
     "vae",
@@ -134,26 +142,40 @@ TEXT_ENCODER = Component(
     UMT5,
 )
 
-COMPONENTS = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
+PIPELINES = {
+    "WanPipeline": (TRANSFORMER, AUTOENCODER, TEXT_ENCODER),
+    "WanVACEPipeline": (VACE_TRANSFORMER, AUTOENCODER, TEXT_ENCODER),
+}
+"""The models of a folder, by the class that its `model_index.json` names."""
 
 _PIPELINE_FIXED = {"transformer_2": None, "boundary_ratio": None, "expand_timesteps": False}
 """Of Wan 2.2, which has two transformers, or a timestep for every token."""
+
+
+def components(folder: str | Path) -> tuple[Component, ...]:
+    """The models of a Diffusers folder.
+
+    Raises:
+      CheckpointError: if it is not a Wan 2.1 folder, of text-to-video or VACE.
+    """
+    index = Path(folder) / "model_index.json"
+    described = read_json(index)
+    _check_family(index, described, tuple(PIPELINES), _PIPELINE_FIXED)
+    return PIPELINES[_family(described)]
 
 
 def read_configs(folder: str | Path) -> Configs:
     """Reads the configs of a Diffusers folder, and no weights.
 
     Raises:
-      CheckpointError: if it is not a Wan 2.1 text-to-video folder, or a part of it is missing.
+      CheckpointError: if it is not a Wan 2.1 folder, or a part of it is missing.
     """
     folder = Path(folder)
-    index = folder / "model_index.json"
-    described = read_json(index)
-    _check_family(index, described, "WanPipeline", _PIPELINE_FIXED)
-    parts = [component.name for component in COMPONENTS] + ["tokenizer", "scheduler"]
-    if absent := [f"{part}/" for part in parts if not (folder / part).is_dir()]:
+    parts = components(folder)
+    names = [component.name for component in parts] + ["tokenizer", "scheduler"]
+    if absent := [f"{name}/" for name in names if not (folder / name).is_dir()]:
         raise CheckpointError(f"{folder} has no {', '.join(absent)}")
-    models = {c.name: read_config(folder / c.name, c) for c in COMPONENTS}
+    models = {part.name: read_config(folder / part.name, part) for part in parts}
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     return Configs(**models, scheduler=scheduler)
 
@@ -167,8 +189,9 @@ def read_config(folder: Path, component: Component) -> Any:
     """
     path = folder / "config.json"
     values = read_json(path)
-    _check_family(path, values, component.family, component.fixed)
-    names = [field.name for field in dataclasses.fields(component.config)]
+    _check_family(path, values, (component.family,), component.fixed)
+    fields = (field.name for field in dataclasses.fields(component.config))
+    names = [name for name in fields if name not in component.absent]
     if absent := [name for name in names if name not in values]:
         raise CheckpointError(f"{path} has no {', '.join(absent)}")
     try:
@@ -177,12 +200,18 @@ def read_config(folder: Path, component: Component) -> Any:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_family(path: Path, values: dict, family: str, fixed: Mapping[str, Any]) -> None:
-    """Raises where a config is not of the family, or has another value than a fixed one."""
+def _family(values: dict) -> str | None:
     # Diffusers names its class in one way, Transformers in another
-    found = values.get("_class_name") or (values.get("architectures") or [None])[0]
-    if found != family:
-        raise CheckpointError(f"{path} is of a {found}, expected a {family}")
+    return values.get("_class_name") or (values.get("architectures") or [None])[0]
+
+
+def _check_family(
+    path: Path, values: dict, families: tuple[str, ...], fixed: Mapping[str, Any]
+) -> None:
+    """Raises where a config is of no such family, or has another value than a fixed one."""
+    found = _family(values)
+    if found not in families:
+        raise CheckpointError(f"{path} is of a {found}, expected a {' or a '.join(families)}")
     for name, expected in fixed.items():
         value = values.get(name, expected)
         # model_index.json writes a component that is not there as two nulls
@@ -191,21 +220,12 @@ def _check_family(path: Path, values: dict, family: str, fixed: Mapping[str, Any
 
 
 def describe(folder: str | Path) -> Contents:
-    """What a Diffusers folder holds, without reading its weights.
-
-    Raises:
-      CheckpointError: if it is not a Wan 2.1 text-to-video folder, or a file is missing or damaged.
-    """
-    folder = Path(folder)
-    configs = read_configs(folder)
-    tensors = {c.name: open_folder(folder / c.name, c.stem).values() for c in COMPONENTS}
-    return checkpoint.contents(configs, tensors)
+    """What a Diffusers folder holds, without reading its weights; errors as in `open_published`."""
+    return open_published(folder).describe()
 
 
 def load(folder: str | Path, dtype: Any = None, compute_dtype: Any = jnp.float32) -> Checkpoint:
-    """Loads a Diffusers folder.
-
-    All tensors of all models are checked before any is read.
+    """Loads a Diffusers folder, once all tensors of all models are checked.
 
     Args:
       folder: the folder with `model_index.json`.
@@ -213,23 +233,30 @@ def load(folder: str | Path, dtype: Any = None, compute_dtype: Any = jnp.float32
       compute_dtype: of the modules' matrix products.
 
     Raises:
-      CheckpointError: if it is not a Wan 2.1 text-to-video folder, a file is missing or damaged, or
-        tensors do not fit; then it lists every one of every model.
+      CheckpointError: as in `open_published`, or if tensors do not fit; then it lists every one of
+        every model.
+    """
+    return open_published(folder).load(dtype, compute_dtype)
+
+
+def open_published(folder: str | Path) -> Published:
+    """Opens a Diffusers folder, and reads none of its weights.
+
+    Raises:
+      CheckpointError: if it is not a Wan 2.1 folder, or a file is missing or damaged.
     """
     folder = Path(folder)
-    configs = read_configs(folder)
-    readers, problems = {}, []
-    for component in COMPONENTS:
-        config = getattr(configs, component.name)
-        try:
-            model = abstract(component, config, compute_dtype)
-            readers[component.name] = _prepare(folder / component.name, component, model)
-        except CheckpointError as error:
-            problems.append(str(error))
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    models = {name: read(dtype) for name, read in readers.items()}
-    return Checkpoint(configs, **models, tokenizer=folder / "tokenizer")
+    configs, parts = read_configs(folder), components(folder)
+    places = {part.name: folder / part.name for part in parts}
+    tokenizer, scheduler = folder / "tokenizer", folder / "scheduler" / "scheduler_config.json"
+    weights = {}
+    for part in parts:
+        place = places[part.name]
+        weights[part.name] = Weights(open_folder(place, part.stem), part.table, place)
+    files = [folder / "model_index.json", scheduler, *files_in(tokenizer)]
+    for part in parts:
+        files += [places[part.name] / "config.json", *weight_files(places[part.name], part.stem)]
+    return Published("diffusers", folder, configs, weights, tokenizer, tuple(files))
 
 
 def load_model(
@@ -237,18 +264,11 @@ def load_model(
 ) -> nnx.Module:
     """Loads one component from its own folder, such as `vae/`; the rest is as in `load`."""
     folder = Path(folder)
-    model = abstract(component, read_config(folder, component), compute_dtype)
-    return _prepare(folder, component, model)(dtype)
+    graph, state = nnx.split(abstract(component, read_config(folder, component), compute_dtype))
+    tensors = open_folder(folder, component.stem)
+    return nnx.merge(graph, fill(state, tensors, component.table, f"{folder}", dtype))
 
 
 def abstract(component: Component, config: Any, compute_dtype: Any = jnp.float32) -> nnx.Module:
     """The model of a component with shapes in place of parameters."""
     return checkpoint.abstract(component.model, config, compute_dtype)
-
-
-def _prepare(folder: Path, component: Component, model: nnx.Module) -> Callable[[Any], nnx.Module]:
-    """Checks the tensors of a component; what it returns reads them, in the dtype it is given."""
-    graph, state = nnx.split(model)
-    tensors = open_folder(folder, component.stem)
-    sources = plan(state, tensors, component.table, f"{folder}")
-    return lambda dtype: nnx.merge(graph, assemble(state, stream(sources, tensors, dtype)))

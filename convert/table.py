@@ -3,12 +3,13 @@
 A table is a tuple of `Row`s and belongs to one published layout. It is read from the model's side:
 every parameter of the abstract model finds the first row that matches its path, and the row gives
 the published name. So each parameter has exactly one source, a missing tensor is named as it is
-published, and parameters can be read one at a time. What no parameter asked for is unexpected.
+published, and parameters can be read a layer at a time. What no parameter asked for is unexpected.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,13 @@ import numpy as np
 from flax import nnx
 
 from kvlock_jax.errors import CheckpointError
+from kvlock_jax.store import Parameter
+
+TOGETHER = 1 << 23
+"""Bytes up to which all layers of a parameter are read, and stored, at once."""
+
+ROWS = 1 << 26
+"""Bytes over which a tensor that needs no transform is read by rows: UMT5's embedding has 2 GB."""
 
 Path = tuple[str | int, ...]
 Transform = Callable[[np.ndarray], np.ndarray]
@@ -23,11 +31,15 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a checkpoint whose shape and dtype are known before its values are read."""
+    """A tensor of a checkpoint whose shape and dtype are known before its values are read.
+
+    `rows`, where there is one, reads from a first row to a last, which is not read any more.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    rows: Callable[[int, int], np.ndarray] | None = None
 
 
 def same(array: np.ndarray) -> np.ndarray:
@@ -136,23 +148,51 @@ def plan(
     return tuple(sources)
 
 
-def stream(
+def parameters(
     sources: Iterable[Source], tensors: Mapping[str, LazyTensor], dtype: Any = None
-) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields every parameter of a plan, read as it is asked for; nothing yielded is kept.
+) -> dict[str, Parameter]:
+    """The parameters of a plan by dotted path; values are read as they are asked for.
 
     Args:
       sources: what `plan` returned, or a part of it.
       tensors: the checkpoint.
       dtype: of the arrays; None keeps the checkpoint's.
     """
-    for item in sources:
-        kind = item.dtype if dtype is None else np.dtype(dtype)
-        array = np.empty(item.shape, kind)
-        layers = array if item.stacked else array[None]
-        for layer, key in zip(layers, item.keys, strict=True):
-            layer[...] = item.transform(tensors[key].read()).astype(kind, copy=False)
-        yield item.path, array
+    return {".".join(map(str, s.path)): _parameter(s, tensors, dtype) for s in sources}
+
+
+def _parameter(source: Source, tensors: Mapping[str, LazyTensor], dtype: Any = None) -> Parameter:
+    shape, kind = source.shape, np.dtype(source.dtype if dtype is None else dtype)
+    nbytes = math.prod(shape) * kind.itemsize
+
+    def layer(key: str) -> np.ndarray:
+        return source.transform(tensors[key].read()).astype(kind, copy=False)
+
+    if source.stacked:
+
+        def layers(first: int, last: int) -> np.ndarray:
+            if last == first + 1:
+                return layer(source.keys[first])[None]
+            array = np.empty((last - first, *shape[1:]), kind)
+            for target, key in zip(array, source.keys[first:last], strict=True):
+                target[...] = layer(key)
+            return array
+
+        return Parameter(shape, kind, shape[0] if nbytes <= TOGETHER else 1, layers)
+
+    (key,) = source.keys
+    by_rows = tensors[key].rows
+    if by_rows is None or source.transform is not same or nbytes <= ROWS:
+        return Parameter(shape, kind, shape[0], lambda first, last: layer(key)[first:last])
+    parts = -(-nbytes // ROWS)
+    # in parts of one size if it can be, so that shards start where parts do
+    parts = next((n for n in range(parts, 2 * parts) if shape[0] % n == 0), parts)
+    return Parameter(
+        shape,
+        kind,
+        -(-shape[0] // parts),
+        lambda first, last: by_rows(first, last).astype(kind, copy=False),
+    )
 
 
 def fill(
@@ -162,15 +202,17 @@ def fill(
     source: str,
     dtype: Any = None,
 ) -> nnx.State:
-    """The parameters of a model, with the values of a checkpoint; `plan`, then `stream`."""
-    return assemble(abstract, stream(plan(abstract, tensors, table, source), tensors, dtype))
+    """The parameters of a model, with the values of a checkpoint: `plan`, `parameters`, `read`."""
+    return read(abstract, parameters(plan(abstract, tensors, table, source), tensors, dtype))
 
 
-def assemble(abstract: nnx.State, parameters: Iterable[tuple[Path, Any]]) -> nnx.State:
-    """Puts arrays by path into the structure of an abstract state."""
-    variables = dict(nnx.to_flat_state(abstract))
+def read(abstract: nnx.State, values: Mapping[str, Parameter]) -> nnx.State:
+    """Reads parameters into the structure of an abstract state."""
     return nnx.from_flat_state(
-        [(path, variables[path].replace(jnp.asarray(array))) for path, array in parameters]
+        [
+            (path, variable.replace(jnp.asarray(values[".".join(map(str, path))].whole())))
+            for path, variable in nnx.to_flat_state(abstract)
+        ]
     )
 
 

@@ -1,8 +1,12 @@
 """Weight files of a checkpoint, opened without reading their values."""
 
 import json
-from collections.abc import Mapping
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +21,13 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+_LORA = re.compile(r"lora_|\.alpha$|\.diff(_b)?$|\.(hada|lokr|oft)_|\.dora_scale$")
+_QUANTISED = re.compile(
+    r"weight_scale|scale_weight|scale_input|input_scale|scaled_fp8|weight_format"
+    r"|quant_(state|map)|\.(absmax|SCB|qweight|qzeros|g_idx)$"
+)
+"""Keys that bitsandbytes, GPTQ, and the makers of scaled float8 files write beside the weights."""
 
 
 def read_json(path: Path) -> dict:
@@ -70,20 +81,143 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     """Tensors of one safetensors file; values are read from it when asked for.
 
     Raises:
-      CheckpointError: if the file is damaged or cut short, or holds quantised weights.
+      CheckpointError: if the file is damaged or cut short, is a LoRA, or holds quantised weights.
     """
     try:
-        file = safe_open(path, framework="numpy")
+        with safe_open(path, framework="numpy") as file:
+            entries = {key: file.get_slice(key) for key in file.keys()}
+            kinds = {key: (tuple(e.get_shape()), e.get_dtype()) for key, e in entries.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
-    return {key: _lazy(file, key, path) for key in file.keys()}
+    _check_keys(path, kinds)
+    return {key: _lazy(path, key, *kind) for key, kind in kinds.items()}
 
 
-def _lazy(file: safe_open, key: str, path: Path) -> LazyTensor:
-    entry = file.get_slice(key)
-    kind = entry.get_dtype()
+def _lazy(path: Path, key: str, shape: tuple[int, ...], kind: str) -> LazyTensor:
     if kind not in _DTYPES:
         raise CheckpointError(
             f"{path}: {key} is {kind}, probably quantised; expected one of {', '.join(_DTYPES)}"
         )
-    return LazyTensor(tuple(entry.get_shape()), _DTYPES[kind], lambda: file.get_tensor(key))
+
+    def read(part: Callable[[safe_open], np.ndarray]) -> np.ndarray:
+        # opened anew: pages of a file that stays mapped stay in memory, until it is all there
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return part(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {key} of {path}: {error}") from error
+
+    return LazyTensor(
+        shape,
+        _DTYPES[kind],
+        lambda: read(lambda file: file.get_tensor(key)),
+        lambda first, last: read(lambda file: file.get_slice(key)[first:last]),
+    )
+
+
+def open_pickle(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of a `.pth`, or of the `.safetensors` of the same stem, if it lies beside it.
+
+    Nothing that is in the pickle is run. Torch is imported here and nowhere else.
+
+    Raises:
+      CheckpointError: if there is neither file, the file is damaged, holds anything but float
+        tensors, or Torch is not installed.
+    """
+    beside = path.with_suffix(".safetensors")
+    if beside.is_file():
+        return open_file(beside)
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has neither {path.name} nor {beside.name}")
+    tensors = _unpickle(path)
+    _check_keys(path, tensors)
+    kinds = _torch_dtypes()
+    strange = [
+        key for key, tensor in tensors.items() if getattr(tensor, "dtype", None) not in kinds
+    ]
+    if strange:
+        found = getattr(tensors[strange[0]], "dtype", type(tensors[strange[0]]).__name__)
+        raise CheckpointError(
+            f"{path}: {strange[0]} is {found}, expected a tensor of one of {', '.join(_DTYPES)}"
+        )
+    # Pages of a file that stays mapped stay in memory; the format of before 2020 cannot be mapped.
+    again = tensors if not zipfile.is_zipfile(path) else None
+    return {
+        key: LazyTensor(
+            tuple(tensor.shape),
+            kinds[tensor.dtype],
+            lambda key=key: _numpy((again or _unpickle(path))[key]),
+            lambda first, last, key=key: _numpy((again or _unpickle(path))[key][first:last]),
+        )
+        for key, tensor in tensors.items()
+    }
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} takes Torch to read: pip install torch, or put "
+            f"{path.with_suffix('.safetensors').name} beside it"
+        ) from error
+    mapped = zipfile.is_zipfile(path)
+    try:
+        found = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or no file of weights: {reason}") from error
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected tensors by name")
+    return dict(found)
+
+
+def _torch_dtypes() -> dict[Any, np.dtype]:
+    import torch
+
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    return {kind: _DTYPES[name] for name, kind in (names | {"BF16": torch.bfloat16}).items()}
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    """The tensor's own memory as an array; NumPy has no bfloat16 that Torch knows."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def files(folder: Path, stem: str) -> list[Path]:
+    """The files that `open_folder` reads."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return [folder / f"{stem}.safetensors"]
+    return [
+        index,
+        *(folder / name for name in sorted(set(read_json(index)["weight_map"].values()))),
+    ]
+
+
+def refuse(path: Path) -> None:
+    """Says what a file is that is not a checkpoint, where that can be told.
+
+    Raises:
+      CheckpointError: if the file is a LoRA, is quantised, or is damaged.
+    """
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path} is quantised (GGUF): convert the published checkpoint")
+    if path.suffix == ".safetensors":
+        open_file(path)
+
+
+def _check_keys(path: Path, keys: Iterable[str]) -> None:
+    for key in keys:
+        if _LORA.search(key):
+            raise CheckpointError(
+                f"{path} is a LoRA (it holds {key}), which changes a checkpoint and is none"
+            )
+        if _QUANTISED.search(key):
+            raise CheckpointError(
+                f"{path} is quantised (it holds {key}): convert the published checkpoint"
+            )

@@ -4,18 +4,14 @@ A folder holds `kvlock.json` and one folder of data, which it names. The data co
 name of their own, and `kvlock.json` last, in one replacement: what it names is whole at every
 moment, and what it does not name is removed by the next save. (Renaming the folder instead would
 not do: an object store copies to rename, and a full folder cannot be replaced in one step.)
-
-Orbax is imported where it is used, so that `import kvlock_jax` does not wait for it.
 """
 
-import concurrent.futures
 import dataclasses
 import importlib.metadata
 import json
 import math
 import re
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,23 +20,26 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
+from kvlock_jax import store
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig, from_config_dict
 from kvlock_jax.errors import CheckpointError, ConfigError
 from kvlock_jax.models.umt5 import UMT5Encoder
+from kvlock_jax.models.vace import wan_transformer
 from kvlock_jax.models.vae import WanVAE
 from kvlock_jax.models.wan import WanTransformer
+from kvlock_jax.store import OnBytes, Parameter
 
 METADATA = "kvlock.json"
 """The file that makes a folder a converted checkpoint."""
 
-FAMILY = "wan2.1-t2v"
+FAMILIES = ("wan2.1-t2v", "wan2.1-vace")
 
-MODELS: Mapping[str, tuple[type, type[nnx.Module]]] = {
-    "transformer": (WanConfig, WanTransformer),
+MODELS: Mapping[str, tuple[type, Callable[..., nnx.Module]]] = {
+    "transformer": (WanConfig, wan_transformer),
     "vae": (VAEConfig, WanVAE),
     "text_encoder": (UMT5Config, UMT5Encoder),
 }
-"""Config and module of each field of `Configs` and `Checkpoint`."""
+"""Config of each field of `Configs` and `Checkpoint`, and what makes a module of it."""
 
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """From a parameter's name, such as `transformer.proj_out.kernel`, and shape to its sharding."""
@@ -81,9 +80,9 @@ class Metadata:
     """What `kvlock.json` says.
 
     Attributes:
-      family: the architecture, `"wan2.1-t2v"`.
+      family: the architecture, one of `FAMILIES`.
       version: of the package that wrote the checkpoint.
-      source: what it was converted from, in the words of who saved it.
+      source: what it was converted from: `layout`, `folder`, and SHA-256 by file under `files`.
       configs: sizes of the models, and the published scheduler.
       models: what there is of each model.
       data: name of the folder with the models and the tokenizer.
@@ -102,11 +101,16 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds, known without reading its weights."""
+    """What a checkpoint holds, known without reading its weights.
+
+    Where it was converted, `version` and `source` are as in `Metadata`.
+    """
 
     family: str
     configs: Configs
     models: Mapping[str, Stored]
+    version: str = ""
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def contents(configs: Configs, arrays: Mapping[str, Iterable[Any]]) -> Contents:
@@ -121,7 +125,7 @@ def contents(configs: Configs, arrays: Mapping[str, Iterable[Any]]) -> Contents:
             tuple(sorted({str(array.dtype) for array in found})),
             sum(math.prod(array.shape) * array.dtype.itemsize for array in found),
         )
-    return Contents(FAMILY, configs, models)
+    return Contents(family(configs.transformer), configs, models)
 
 
 def describe(folder: epath.PathLike) -> Contents:
@@ -134,10 +138,19 @@ def describe(folder: epath.PathLike) -> Contents:
     data = epath.Path(folder) / metadata.data
     if absent := [f"  missing: {name}" for name in metadata.files if not (data / name).exists()]:
         raise CheckpointError("\n".join([f"{data} is damaged:", *absent]))
-    return Contents(metadata.family, metadata.configs, metadata.models)
+    return Contents(
+        metadata.family, metadata.configs, metadata.models, metadata.version, metadata.source
+    )
 
 
-def abstract(kind: type[nnx.Module], config: Any, compute_dtype: Any = jnp.float32) -> nnx.Module:
+def family(config: WanConfig) -> str:
+    """The one of `FAMILIES` whose transformer a config describes."""
+    return FAMILIES[bool(config.vace_layers)]
+
+
+def abstract(
+    kind: Callable[..., nnx.Module], config: Any, compute_dtype: Any = jnp.float32
+) -> nnx.Module:
     """A model with shapes in place of parameters."""
     return nnx.eval_shape(lambda: kind(config, dtype=compute_dtype, rngs=nnx.Rngs(0)))
 
@@ -147,45 +160,54 @@ def is_checkpoint(folder: epath.PathLike) -> bool:
     return (epath.Path(folder) / METADATA).exists()
 
 
-def save(folder: epath.PathLike, checkpoint: Checkpoint, source: Mapping[str, Any]) -> None:
+def save(
+    folder: epath.PathLike,
+    configs: Configs,
+    parameters: Mapping[str, Mapping[str, Parameter]],
+    tokenizer: epath.PathLike,
+    source: Callable[[], Mapping[str, Any]],
+    on_bytes: OnBytes = lambda _: None,
+) -> None:
     """Writes a checkpoint; one that the folder already holds stays whole until this one is.
 
     Args:
       folder: local, or of a scheme that etils knows, such as `gs://`; made if missing.
-      checkpoint: the models, and the folder of the tokenizer, whose files are copied.
-      source: what the models were converted from; JSON, kept for `Metadata.source`.
+      configs: what the parameters fit.
+      parameters: of each of `MODELS`, by dotted path; read one after the other.
+      tokenizer: folder of the tokenizer, whose files are copied.
+      source: gives `Metadata.source`; asked last, so that it may be found out meanwhile.
+      on_bytes: told of bytes of parameters on their way to the disk.
 
     Raises:
-      CheckpointError: if the folder cannot be made.
+      CheckpointError: if the folder cannot be made, or the disk is full.
     """
     folder = epath.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_data(folder, keep=_current(folder))
+        data = folder / f"kvlock-{uuid.uuid4().hex[:8]}"
+        data.mkdir()
+        for name in MODELS:
+            store.write(data / name, parameters[name], on_bytes)
+        (data / "tokenizer").mkdir()
+        for file in epath.Path(tokenizer).iterdir():
+            if file.is_file():
+                file.copy(data / "tokenizer" / file.name)
+        metadata = Metadata(
+            family(configs.transformer),
+            importlib.metadata.version("kvlock-jax"),
+            source(),
+            configs,
+            contents(configs, {n: p.values() for n, p in parameters.items()}).models,
+            data.name,
+            store.sums(data),
+        )
+        partial = folder / f"{METADATA}.partial"
+        partial.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+        partial.replace(folder / METADATA)
+        _remove_data(folder, keep=data.name)
     except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
-    _remove_data(folder, keep=_current(folder))
-    data = folder / f"kvlock-{uuid.uuid4().hex[:8]}"
-    data.mkdir()
-    parameters = {name: _flat(nnx.state(getattr(checkpoint, name))) for name in MODELS}
-    for name, arrays in parameters.items():
-        _write(data / name, arrays)
-    (data / "tokenizer").mkdir()
-    for file in epath.Path(checkpoint.tokenizer).iterdir():
-        if file.is_file():
-            file.copy(data / "tokenizer" / file.name)
-    metadata = Metadata(
-        FAMILY,
-        importlib.metadata.version("kvlock-jax"),
-        source,
-        checkpoint.configs,
-        contents(checkpoint.configs, {n: p.values() for n, p in parameters.items()}).models,
-        data.name,
-        _sums(data),
-    )
-    partial = folder / f"{METADATA}.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
-    partial.replace(folder / METADATA)
-    _remove_data(folder, keep=data.name)
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def read_metadata(folder: epath.PathLike) -> Metadata:
@@ -198,14 +220,18 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
     try:
         values = dict(json.loads(path.read_text()))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: it is no converted checkpoint") from error
+        reason = "it is no converted checkpoint"
+        if path.parent.is_dir() and any(map(_is_data, path.parent.iterdir())):
+            reason = "the conversion to this folder did not finish; run it again"
+        raise CheckpointError(f"cannot read {path}: {reason}") from error
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not hold a JSON object: {error}") from error
     names = [field.name for field in dataclasses.fields(Metadata)]
     if absent := [name for name in names if name not in values]:
         raise CheckpointError(f"{path} has no {', '.join(absent)}")
-    if values["family"] != FAMILY:
-        raise CheckpointError(f"{path} is of family {values['family']!r}, expected {FAMILY!r}")
+    if values["family"] not in FAMILIES:
+        expected = " or ".join(map(repr, FAMILIES))
+        raise CheckpointError(f"{path} is of family {values['family']!r}, expected {expected}")
     try:
         given = values["configs"]
         configs = {n: from_config_dict(kind, given[n]) for n, (kind, _) in MODELS.items()}
@@ -243,11 +269,11 @@ def load(
     folder = epath.Path(folder)
     metadata = read_metadata(folder)
     data = folder / metadata.data
-    _check_files(data, metadata.files)
+    store.check(data, metadata.files)
     models, stored, problems = {}, {}, []
     for name, (_, kind) in MODELS.items():
         models[name] = abstract(kind, getattr(metadata.configs, name), compute_dtype)
-        stored[name] = _stored(data / name)
+        stored[name] = store.describe(data / name)
         problems += _misfits(name, _flat(nnx.state(models[name])), stored[name])
     if problems:
         raise CheckpointError("\n".join([f"{data} does not fit its configs:", *problems]))
@@ -262,7 +288,7 @@ def load(
             )
             for path, array in stored[name].items()
         }
-        filled[name] = _fill(model, _read(data / name, targets))
+        filled[name] = _fill(model, store.read(data / name, targets))
     return Checkpoint(metadata.configs, **filled, tokenizer=data / "tokenizer")
 
 
@@ -291,68 +317,20 @@ def _misfits(name: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) ->
     return lines
 
 
-def _write(folder: epath.Path, arrays: Mapping[str, jax.Array]) -> None:
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), dict(arrays))
-
-
-def _stored(folder: epath.Path) -> Mapping[str, Any]:
-    """Shape and dtype of every array in an Orbax folder."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.metadata(folder.absolute()).item_metadata.tree
-
-
-def _read(
-    folder: epath.Path, targets: Mapping[str, jax.ShapeDtypeStruct]
-) -> Mapping[str, jax.Array]:
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute(), dict(targets))
-
-
-def _sums(folder: epath.Path) -> dict[str, str]:
-    """CRC-32 of every file under a folder, by relative path."""
-    files = [root / name for root, _, names in folder.walk() for name in names]
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib lets other threads run
-        sums = pool.map(_crc32, files)
-        return {f.relative_to(folder).as_posix(): s for f, s in zip(files, sums, strict=True)}
-
-
-def _crc32(path: epath.Path) -> str:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
-
-
-def _check_files(data: epath.Path, expected: Mapping[str, str]) -> None:
-    found = _sums(data)
-    lines = [f"  missing: {name}" for name in expected if name not in found]
-    lines += [
-        f"  not as it was written: {name} has CRC-32 {found[name]}, expected {value}"
-        for name, value in expected.items()
-        if found.get(name, value) != value
-    ]
-    if lines:
-        raise CheckpointError("\n".join([f"{data} is damaged:", *lines]))
-
-
 def _current(folder: epath.Path) -> str | None:
-    """Name of the data that a folder's `kvlock.json` stands for, if there is a readable one."""
+    """Name of the data that a folder's `kvlock.json` stands for, readable by us or not."""
     try:
-        return read_metadata(folder).data
-    except CheckpointError:
+        return json.loads((folder / METADATA).read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _remove_data(folder: epath.Path, keep: str | None) -> None:
     """Removes what other saves left, and nothing that is not of this format."""
-    for path in folder.iterdir():
-        if re.fullmatch(r"kvlock-[0-9a-f]{8}", path.name) and path.name != keep:
+    for path in filter(_is_data, folder.iterdir()):
+        if path.name != keep:
             path.rmtree()
+
+
+def _is_data(path: epath.Path) -> bool:
+    return re.fullmatch(r"kvlock-[0-9a-f]{8}", path.name) is not None

@@ -1,6 +1,7 @@
 """Converted checkpoints: bit-equal restores, placement, interruption, every kind of damage."""
 
 import dataclasses
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from kvlock_jax import checkpoint, text
+from kvlock_jax import checkpoint, store, text
 from kvlock_jax.checkpoint import MODELS, Checkpoint, Configs
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
 from kvlock_jax.errors import CheckpointError
+from kvlock_jax.store import Parameter
 
 CONFIGS = Configs(
     WanConfig(2, 12, 2, 16, in_channels=4, out_channels=4, text_dim=8, freq_dim=8),
@@ -31,7 +33,7 @@ CONFIGS = Configs(
     UMT5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2),
     {"flow_shift": 3.0, "use_flow_sigmas": True},
 )
-SOURCE = {"folder": "tiny", "files": ["a.safetensors"]}
+SOURCE = {"layout": "diffusers", "folder": "tiny", "files": {"a.safetensors": "0" * 64}}
 
 
 def values(model) -> dict:
@@ -66,6 +68,19 @@ def random_checkpoint(tokenizer, seed: int) -> Checkpoint:
     return Checkpoint(CONFIGS, **{n: random_model(n, seed) for n in MODELS}, tokenizer=tokenizer)
 
 
+def in_memory(array: np.ndarray) -> Parameter:
+    """Stored a row at a time."""
+    return Parameter(array.shape, array.dtype, 1, lambda first, last: array[first:last])
+
+
+def save(folder, models: Checkpoint, on_bytes=lambda _: None) -> None:
+    parameters = {
+        name: {path: in_memory(array) for path, array in values(getattr(models, name)).items()}
+        for name in MODELS
+    }
+    checkpoint.save(folder, models.configs, parameters, models.tokenizer, lambda: SOURCE, on_bytes)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words")
@@ -81,7 +96,7 @@ def original(tokenizer):
 @pytest.fixture(scope="module")
 def saved(original, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "out" / "wan"
-    checkpoint.save(folder, original, SOURCE)
+    save(folder, original)
     return folder
 
 
@@ -171,7 +186,8 @@ def test_metadata(folder):
 
 def test_describe(folder, original):
     got = checkpoint.describe(folder)
-    assert (got.family, got.configs) == ("wan2.1-t2v", CONFIGS)
+    assert (got.family, got.configs, got.source) == ("wan2.1-t2v", CONFIGS, SOURCE)
+    assert got.version == importlib.metadata.version("kvlock-jax")
     for name in MODELS:
         arrays = values(getattr(original, name)).values()
         assert got.models[name].parameters == sum(array.size for array in arrays)
@@ -186,7 +202,7 @@ def test_save_again_replaces(folder, tokenizer):
     (folder / "notes").mkdir()
     (folder / "notes" / "mine.txt").write_text("kept")
     second = random_checkpoint(tokenizer, 1)
-    checkpoint.save(folder, second, SOURCE)
+    save(folder, second)
     assert_same(checkpoint.load(folder), second)
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         ["kvlock.json", "notes", data_of(folder).name]
@@ -194,9 +210,18 @@ def test_save_again_replaces(folder, tokenizer):
     assert (folder / "notes" / "mine.txt").read_text() == "kept"
 
 
+def test_what_another_version_wrote_stays_until_the_new_is_whole(folder, original, monkeypatch):
+    rewrite(folder, family="wan9")
+    data = data_of(folder)
+    monkeypatch.setattr(store, "write", lambda *_: pytest.fail("stop"))
+    with pytest.raises(pytest.fail.Exception):
+        save(folder, original)
+    assert data.is_dir()
+
+
 def test_save_onto_itself(folder, original):
     """Its tokenizer lies in the data that the save replaces."""
-    checkpoint.save(folder, checkpoint.load(folder), SOURCE)
+    save(folder, checkpoint.load(folder))
     assert_same(checkpoint.load(folder), original)
 
 
@@ -206,26 +231,28 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("at", ["vae", "text_encoder", "kvlock.json"])
 def test_interrupted_save(folder, original, tokenizer, tmp_path, monkeypatch, at):
-    write, second = checkpoint._write, random_checkpoint(tokenizer, 1)
+    write, second = store.write, random_checkpoint(tokenizer, 1)
 
-    def until(target, arrays):
+    def until(target, arrays, on_bytes):
         if target.name == at:
             raise Killed
-        write(target, arrays)
+        write(target, arrays, on_bytes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", until)
+        patch.setattr(store, "write", until)
         if at == checkpoint.METADATA:
-            patch.setattr(checkpoint, "_sums", lambda data: until(folder / at, None))
+            patch.setattr(store, "sums", lambda data: until(folder / at, None, None))
         for target in (folder, tmp_path / "new"):
             with pytest.raises(Killed):
-                checkpoint.save(target, second, SOURCE)
+                save(target, second)
     assert_same(checkpoint.load(folder), original)
     assert not checkpoint.is_checkpoint(tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"new/kvlock\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"new/kvlock\.json: the conversion .* did not finish"
+    ):
         checkpoint.load(tmp_path / "new")
     for target in (folder, tmp_path / "new"):
-        checkpoint.save(target, second, SOURCE)
+        save(target, second)
         assert_same(checkpoint.load(target), second)
         assert len(list(target.iterdir())) == 2  # nothing is left of the first try
 
@@ -307,7 +334,7 @@ def test_metadata_that_is_not_json(folder, content):
 def test_folder_that_cannot_be_made(original, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write to .*file/wan: Not a directory"):
-        checkpoint.save(tmp_path / "file" / "wan", original, SOURCE)
+        save(tmp_path / "file" / "wan", original)
 
 
 def test_no_checkpoint(tmp_path):

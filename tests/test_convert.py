@@ -1,5 +1,6 @@
 """Conversion: Diffusers folders written by Diffusers itself, full-size key lists, every error."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -23,10 +24,11 @@ from diffusers import (
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from kvlock_jax import text
+from kvlock_jax import checkpoint, text
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.convert import diffusers, original, table
+from kvlock_jax.convert import command, diffusers, original, table
 from kvlock_jax.errors import CheckpointError
+from kvlock_jax.models.vace import WanVACETransformer
 
 LAYOUTS = Path(__file__).parent / "data" / "layouts"
 
@@ -114,37 +116,43 @@ def parameters(model) -> dict:
 # -- full published sizes ------------------------------------------------------------------------
 
 XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+SMALL = WanConfig(num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960)
+LARGE = WanConfig(num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824)
 FULL = {
-    "wan2.1-t2v-1.3b.diffusers": (
-        diffusers.TRANSFORMER,
-        WanConfig(num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960),
-        diffusers.WAN,
-    ),
-    "wan2.1-t2v-14b.diffusers": (
-        diffusers.TRANSFORMER,
-        WanConfig(num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824),
-        diffusers.WAN,
-    ),
-    "wan2.1-vae.diffusers": (diffusers.AUTOENCODER, VAEConfig(), diffusers.VAE),
-    "umt5-xxl-encoder.diffusers": (diffusers.TEXT_ENCODER, XXL, diffusers.UMT5),
-    "umt5-xxl-encoder.original": (diffusers.TEXT_ENCODER, XXL, original.UMT5),
+    "wan2.1-t2v-1.3b": SMALL,
+    "wan2.1-t2v-14b": LARGE,
+    "wan2.1-vace-1.3b": dataclasses.replace(SMALL, vace_layers=tuple(range(0, 30, 2))),
+    "wan2.1-vace-14b": dataclasses.replace(LARGE, vace_layers=tuple(range(0, 40, 5))),
+    "wan2.1-vae": VAEConfig(),
+    "umt5-xxl-encoder": XXL,
+}
+TABLES = {
+    "diffusers": {WanConfig: diffusers.WAN, VAEConfig: diffusers.VAE, UMT5Config: diffusers.UMT5},
+    "original": {
+        WanConfig: original.WAN,
+        VAEConfig: original.vae(VAEConfig()),
+        UMT5Config: original.UMT5,
+    },
 }
 
 
+@pytest.mark.parametrize("layout", TABLES)
 @pytest.mark.parametrize("name", FULL)
-def test_every_published_key_lands_on_one_parameter(name):
-    component, config, rows = FULL[name]
-    shapes = json.loads((LAYOUTS / f"{name}.json").read_text())
+def test_every_published_key_lands_on_one_parameter(name, layout):
+    config = FULL[name]
+    shapes = json.loads((LAYOUTS / f"{name}.{layout}.json").read_text())
     tensors = {
         key: table.LazyTensor(tuple(shape), np.dtype(np.float32), pytest.fail)
         for key, shape in shapes.items()
     }
-    model = nnx.state(diffusers.abstract(component, config))
-    sources = table.plan(model, tensors, rows, name)
-    tied = ["encoder.embed_tokens.weight"] if name == "umt5-xxl-encoder.diffusers" else []
+    kind = next(kind for of, kind in checkpoint.MODELS.values() if isinstance(config, of))
+    model = nnx.state(checkpoint.abstract(kind, config))
+    sources = table.plan(model, tensors, TABLES[layout][type(config)], name)
+    tied = [key for key in shapes if key == "encoder.embed_tokens.weight"]
     keys = [key for source in sources for key in source.keys]
     assert sorted(keys + tied) == sorted(shapes)
     assert len(sources) == len(jax.tree.leaves(model))
+    assert len({source.path for source in sources}) == len(sources)
     for source in sources:
         assert math.prod(source.shape) == sum(math.prod(shapes[key]) for key in source.keys)
 
@@ -213,10 +221,10 @@ def test_loaded_transformer_equals_the_pipeline(pipeline, saved):
 def test_shards_give_the_same(pipeline, saved, tmp_path):
     pipeline.save_pretrained(tmp_path, max_shard_size="10KB")
     pipeline.text_encoder.save_pretrained(tmp_path / "text_encoder", max_shard_size="5KB")
-    for component in diffusers.COMPONENTS:
+    for component in diffusers.components(saved):
         assert len(list((tmp_path / component.name).glob("*.safetensors"))) > 1
     one, many = diffusers.load(saved), diffusers.load(tmp_path)
-    for component in diffusers.COMPONENTS:
+    for component in diffusers.components(saved):
         want = parameters(getattr(one, component.name))
         got = parameters(getattr(many, component.name))
         assert want.keys() == got.keys()
@@ -242,7 +250,7 @@ def test_bfloat16_is_kept_and_read_without_torch(folder):
 
 def test_dtype_of_parameters(saved):
     loaded = diffusers.load(saved, jnp.bfloat16)
-    for component in diffusers.COMPONENTS:
+    for component in diffusers.components(saved):
         kinds = {array.dtype for array in parameters(getattr(loaded, component.name)).values()}
         assert kinds == {jnp.dtype(jnp.bfloat16)}
 
@@ -297,7 +305,7 @@ BROKEN = {
     "another pipeline": (
         lambda p: edit_json(p, _class_name="StableDiffusionPipeline"),
         "model_index.json",
-        r"model_index\.json is of a StableDiffusionPipeline, expected a WanPipeline",
+        r"of a StableDiffusionPipeline, expected a WanPipeline or a WanVACEPipeline",
     ),
     "Wan 2.2": (
         lambda p: edit_json(p, transformer_2=["diffusers", "WanTransformer3DModel"]),
@@ -311,6 +319,11 @@ BROKEN = {
         lambda p: edit_json(p, _class_name="WanVACETransformer3DModel"),
         "transformer/config.json",
         "of a WanVACETransformer3DModel, expected a WanTransformer3DModel",
+    ),
+    "a transformer that is no pipeline's own": (
+        lambda p: edit_json(p, _class_name="WanVACEPipeline"),
+        "model_index.json",
+        "of a WanTransformer3DModel, expected a WanVACETransformer3DModel",
     ),
     "image to video": (
         lambda p: edit_json(p, image_dim=1280),
@@ -345,3 +358,32 @@ def test_broken_folder(folder, case):
     damage(folder / where)
     with pytest.raises(CheckpointError, match=message):
         diffusers.load(folder)
+
+
+# -- VACE ----------------------------------------------------------------------------------------
+
+
+def test_vace_folder(tiny_vace_checkpoint, tmp_path):
+    configs = diffusers.read_configs(tiny_vace_checkpoint)
+    assert configs.transformer.vace_layers == (0, 2)
+    assert configs.transformer.vace_in_channels == 72
+    assert diffusers.describe(tiny_vace_checkpoint).family == "wan2.1-vace"
+    loaded = diffusers.load(tiny_vace_checkpoint)
+    assert type(loaded.transformer) is WanVACETransformer
+    command.convert(tiny_vace_checkpoint, tmp_path)
+    assert checkpoint.describe(tmp_path).family == "wan2.1-vace"
+    restored = checkpoint.load(tmp_path)
+    assert restored.configs.transformer == configs.transformer
+    assert type(restored.transformer) is WanVACETransformer
+    want, got = parameters(loaded.transformer), parameters(restored.transformer)
+    assert want.keys() == got.keys()
+    for path in want:
+        np.testing.assert_array_equal(got[path], want[path])
+
+
+@pytest.mark.parametrize("key", ["vace_layers", "vace_in_channels"])
+def test_vace_folder_must_say_its_own(tiny_vace_checkpoint, tmp_path, key):
+    copy = shutil.copytree(tiny_vace_checkpoint, tmp_path / "wan")
+    edit_json(copy / "transformer" / "config.json", **{key: "drop"})
+    with pytest.raises(CheckpointError, match=rf"config\.json has no {key}"):
+        diffusers.load(copy)

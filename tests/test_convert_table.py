@@ -43,21 +43,49 @@ def test_transforms_by_hand():
     assert table.per_channel(np.ones((7, 1, 1))).shape == (7,)
 
 
-def test_stream_reads_one_parameter_at_a_time():
+def counted(shapes) -> tuple[dict, list]:
+    """Tensors of ascending numbers that note what is read of them."""
     read = []
-    tensors = {
-        key: table.LazyTensor(
-            (2, 3), np.dtype(np.float32), lambda key=key: read.append(key) or np.ones((2, 3))
+
+    def tensor(key, shape):
+        array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        return table.LazyTensor(
+            shape,
+            array.dtype,
+            lambda: read.append(key) or array,
+            lambda first, last: read.append((key, first, last)) or array[first:last],
         )
-        for key in ("a.0.weight", "a.1.weight", "b.weight")
-    }
+
+    return {key: tensor(key, shape) for key, shape in shapes.items()}, read
+
+
+def test_parameters_are_read_as_they_are_asked_for(monkeypatch):
+    tensors, read = counted({"a.0.weight": (2, 3), "a.1.weight": (2, 3), "b.weight": (2, 3)})
     rows = (table.Row("a", "a.*.weight", table.kernel), table.Row("b", "b.weight"))
     sources = table.plan(state(a=(2, 3, 2), b=(2, 3)), tensors, rows, "it")
-    stream = table.stream(sources, tensors)
-    assert read == []
-    path, array = next(stream)
-    assert (path, array.shape, read) == (("a",), (2, 3, 2), ["a.0.weight", "a.1.weight"])
-    assert [path for path, _ in stream] == [("b",)]
+    values = table.parameters(sources, tensors)
+    assert read == [] and values["a"].rows == 2
+    assert values["a"].whole().shape == (2, 3, 2) and read == ["a.0.weight", "a.1.weight"]
+    assert values["b"].whole().shape == (2, 3)
+    monkeypatch.setattr(table, "TOGETHER", 10)
+    read.clear()
+    one = table.parameters(sources, tensors, np.float64)["a"]
+    assert (one.rows, one.dtype, one.nbytes) == (1, np.float64, 2 * 2 * 3 * 8)
+    np.testing.assert_array_equal(one.read(1, 2), [[[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]])
+    assert read == ["a.1.weight"]
+
+
+def test_a_large_tensor_is_read_by_rows(monkeypatch):
+    monkeypatch.setattr(table, "ROWS", 40)
+    tensors, read = counted({"e": (12, 3), "odd": (11, 3), "k": (12, 3)})
+    rows = (table.Row("k", "k", table.kernel), table.Row("(.*)", r"\1"))
+    sources = table.plan(state(e=(12, 3), odd=(11, 3), k=(3, 12)), tensors, rows, "it")
+    values = table.parameters(sources, tensors)
+    # 144 bytes: 4 parts of 3 rows; 132: 4 parts, the last one smaller; nothing transformed in parts
+    assert [values[name].rows for name in ("e", "odd", "k")] == [3, 3, 3]
+    np.testing.assert_array_equal(values["e"].read(3, 6), np.arange(9, 18).reshape(3, 3))
+    assert read == [("e", 3, 6)]
+    assert values["k"].whole().shape == (3, 12) and read[1:] == ["k"]
 
 
 def test_layers_of_unlike_dtype_are_not_rounded():

@@ -1,0 +1,97 @@
+"""A published checkpoint of any layout, opened: all that is known before values are read."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from kvlock_jax import checkpoint
+from kvlock_jax.checkpoint import Checkpoint, Configs, Contents
+from kvlock_jax.convert.table import LazyTensor, Table, parameters, plan, read
+from kvlock_jax.errors import CheckpointError
+from kvlock_jax.store import Parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Tensors of one model, their layout, and what to call them in errors."""
+
+    tensors: Mapping[str, LazyTensor]
+    table: Table
+    where: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published checkpoint.
+
+    Attributes:
+      layout: `"diffusers"` or `"original"`.
+      folder: where it lies.
+      configs: sizes of its models.
+      weights: of each of `checkpoint.MODELS`.
+      tokenizer: folder of its tokenizer.
+      files: all that it is read from.
+    """
+
+    layout: str
+    folder: Path
+    configs: Configs
+    weights: Mapping[str, Weights]
+    tokenizer: Path
+    files: tuple[Path, ...]
+
+    def parameters(self, dtype: Any = None) -> Mapping[str, Mapping[str, Parameter]]:
+        """The parameters of each model by dotted path; none is read yet.
+
+        Args:
+          dtype: of the parameters; None keeps the checkpoint's.
+
+        Raises:
+          CheckpointError: listing every tensor of every model that does not fit.
+        """
+        found, problems = {}, []
+        for name, weights in self.weights.items():
+            model = nnx.state(self._abstract(name))
+            try:
+                sources = plan(model, weights.tensors, weights.table, f"{weights.where}")
+            except CheckpointError as error:
+                problems.append(str(error))
+            else:
+                found[name] = parameters(sources, weights.tensors, dtype)
+        if problems:
+            raise CheckpointError("\n".join(problems))
+        return found
+
+    def describe(self) -> Contents:
+        """What it holds."""
+        arrays = {name: weights.tensors.values() for name, weights in self.weights.items()}
+        return checkpoint.contents(self.configs, arrays)
+
+    def load(self, dtype: Any = None, compute_dtype: Any = jnp.float32) -> Checkpoint:
+        """Reads it into memory.
+
+        Args:
+          dtype: of the parameters; None keeps the checkpoint's.
+          compute_dtype: of the modules' matrix products.
+
+        Raises:
+          CheckpointError: as in `parameters`, or if a file cannot be read.
+        """
+        models = {}
+        for name, values in self.parameters(dtype).items():
+            graph, state = nnx.split(self._abstract(name, compute_dtype))
+            models[name] = nnx.merge(graph, read(state, values))
+        return Checkpoint(self.configs, **models, tokenizer=self.tokenizer)
+
+    def _abstract(self, name: str, compute_dtype: Any = jnp.float32) -> nnx.Module:
+        _, kind = checkpoint.MODELS[name]
+        return checkpoint.abstract(kind, getattr(self.configs, name), compute_dtype)
+
+
+def files_in(*folders: Path) -> Iterable[Path]:
+    """The files that lie in folders, in order."""
+    return (path for folder in folders for path in sorted(folder.iterdir()) if path.is_file())

@@ -1,0 +1,204 @@
+"""Sizes of the models of an original folder, read off their tensors.
+
+The publisher's `config.json` of the transformer is not always there, the VAE and the text encoder
+have none: their sizes are arguments in the publisher's code.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig, from_config_dict
+from kvlock_jax.convert.table import LazyTensor
+from kvlock_jax.errors import CheckpointError, ConfigError
+
+Tensors = Mapping[str, LazyTensor]
+
+HEAD = 128
+"""Size of a head of every published transformer, which no tensor tells."""
+
+# Of the publisher's VAE (`wan/modules/vae.py`), as in the defaults of Diffusers' AutoencoderKLWan.
+LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+_FAMILIES = {"WanModel": "t2v", "VaceWanModel": "vace"}
+"""`model_type` by `_class_name`, in the `config.json` of those that are supported."""
+
+
+def transformer(tensors: Tensors, described: Mapping[str, Any], where: Path) -> WanConfig:
+    """Sizes of a transformer, text-to-video or VACE.
+
+    Args:
+      tensors: of the transformer.
+      described: what its `config.json` holds, nothing if there is none. It alone tells the number
+        of heads and VACE's layers; without it heads have the published size, and context blocks
+        stand at even distances.
+      where: what to call the checkpoint in errors.
+
+    Raises:
+      CheckpointError: if it is another model, or `config.json` contradicts the tensors.
+    """
+    _check_family(tensors, described, where)
+    dim, in_channels, *patch = _shape(tensors, "patch_embedding.weight", 5, where)
+    layers, contexts = _count(tensors, r"blocks"), _count(tensors, r"vace_blocks")
+    found = {
+        "dim": dim,
+        "in_dim": in_channels,
+        "patch_size": patch,
+        "num_layers": layers,
+        "ffn_dim": _shape(tensors, "blocks.0.ffn.0.weight", 2, where)[0],
+        "freq_dim": _shape(tensors, "time_embedding.0.weight", 2, where)[1],
+        "text_dim": _shape(tensors, "text_embedding.0.weight", 2, where)[1],
+        "out_dim": _shape(tensors, "head.head.weight", 2, where)[0] // math.prod(patch),
+    }
+    if contexts:
+        found["vace_in_dim"] = _shape(tensors, "vace_patch_embedding.weight", 5, where)[1]
+    for name, value in found.items():
+        if described.get(name, value) != value:
+            raise CheckpointError(
+                f"{where}: config.json has {name} {described[name]!r}, the tensors have {value!r}"
+            )
+    heads = described.get("num_heads") or dim // HEAD
+    if not heads or dim % heads:
+        raise CheckpointError(
+            f"{where}: width {dim} is not of {heads or 'any'} heads"
+            + ("" if described else f" of {HEAD}; put the publisher's config.json beside it")
+        )
+    values = {
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "num_layers": layers,
+        "ffn_dim": found["ffn_dim"],
+        "in_channels": in_channels,
+        "out_channels": found["out_dim"],
+        "text_dim": found["text_dim"],
+        "freq_dim": found["freq_dim"],
+        "patch_size": patch,
+        "cross_attn_norm": "blocks.0.norm3.weight" in tensors,
+        "eps": described.get("eps"),
+        "vace_layers": _context_layers(described, layers, contexts, where),
+        "vace_in_channels": found.get("vace_in_dim"),
+    }
+    try:
+        return from_config_dict(WanConfig, values)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _check_family(tensors: Tensors, described: Mapping[str, Any], where: Path) -> None:
+    name = described.get("_class_name", "WanModel")
+    if name not in _FAMILIES:
+        expected = " or ".join(_FAMILIES)
+        raise CheckpointError(f"{where / 'config.json'} is of a {name}, expected a {expected}")
+    kind = described.get("model_type")
+    if kind not in (None, *_FAMILIES.values()) or any(
+        key.startswith("img_emb.") for key in tensors
+    ):
+        raise CheckpointError(
+            f"{where} is of model type {kind or 'i2v'!r}, supported are 't2v' and 'vace'"
+        )
+
+
+def _context_layers(
+    described: Mapping[str, Any], layers: int, contexts: int, where: Path
+) -> list[int]:
+    """The blocks after which VACE adds a hint."""
+    if not contexts:
+        return []
+    if listed := described.get("vace_layers"):
+        if len(listed) != contexts:
+            raise CheckpointError(
+                f"{where}: config.json has {len(listed)} vace_layers, the tensors have {contexts}"
+            )
+        return listed
+    if layers % contexts:
+        raise CheckpointError(
+            f"{where}: {contexts} context blocks do not stand at even distances among {layers}; "
+            "put the publisher's config.json beside it"
+        )
+    return list(range(0, layers, layers // contexts))
+
+
+def vae(tensors: Tensors, where: Path) -> VAEConfig:
+    """Sizes of a VAE.
+
+    Raises:
+      CheckpointError: if it is another model, or its latents have no published statistics.
+    """
+    base = _shape(tensors, "encoder.conv1.weight", 5, where)[0]
+    z_dim = _shape(tensors, "conv2.weight", 5, where)[0]
+    if z_dim != len(LATENTS_MEAN):
+        expected = len(LATENTS_MEAN)
+        raise CheckpointError(f"{where} has {z_dim} latent channels, Wan 2.1 has {expected}")
+    widths, blocks, temporal, at_level = [], [], [], 0
+    for i in range(_count(tensors, r"encoder\.downsamples")):
+        path = f"encoder.downsamples.{i}"
+        if f"{path}.resample.1.weight" in tensors:
+            temporal.append(f"{path}.time_conv.weight" in tensors)
+            blocks.append(at_level)
+            at_level = 0
+            continue
+        width = _shape(tensors, f"{path}.residual.2.weight", 5, where)[0]
+        if at_level == 0:
+            widths.append(width)
+        at_level += 1
+    if set(blocks) != {at_level} or any(width % base for width in widths):
+        raise CheckpointError(f"{where} is no VAE of Wan 2.1: its levels are unlike each other")
+    try:
+        return VAEConfig(
+            base_dim=base,
+            z_dim=z_dim,
+            dim_mult=tuple(width // base for width in widths),
+            num_res_blocks=at_level,
+            temperal_downsample=tuple(temporal),
+            latents_mean=LATENTS_MEAN,
+            latents_std=LATENTS_STD,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def umt5(tensors: Tensors, where: Path) -> UMT5Config:
+    """Sizes of a text encoder; distances and epsilon are constants of the publisher's code.
+
+    Raises:
+      CheckpointError: if it is another model.
+    """
+    vocabulary, width = _shape(tensors, "token_embedding.weight", 2, where)
+    buckets, heads = _shape(tensors, "blocks.0.pos_embedding.embedding.weight", 2, where)
+    inner = _shape(tensors, "blocks.0.attn.q.weight", 2, where)[0]
+    try:
+        return UMT5Config(
+            vocab_size=vocabulary,
+            d_model=width,
+            d_kv=inner // heads,
+            d_ff=_shape(tensors, "blocks.0.ffn.fc1.weight", 2, where)[0],
+            num_layers=_count(tensors, r"blocks"),
+            num_heads=heads,
+            relative_attention_num_buckets=buckets,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _shape(tensors: Tensors, key: str, rank: int, where: Path) -> tuple[int, ...]:
+    if key not in tensors:
+        raise CheckpointError(f"{where} has no {key}: it is no original checkpoint of Wan 2.1")
+    shape = tensors[key].shape
+    if len(shape) != rank:
+        raise CheckpointError(f"{where}: {key} is {list(shape)}, expected {rank} axes")
+    return shape
+
+
+def _count(tensors: Tensors, path: str) -> int:
+    """How many numbered modules there are under a path."""
+    found = (re.match(rf"{path}\.(\d+)\.", key) for key in tensors)
+    return max((int(match[1]) + 1 for match in found if match), default=0)

@@ -1,0 +1,93 @@
+"""Recognises the layout of a published checkpoint, and opens it."""
+
+import os
+from pathlib import Path
+
+from kvlock_jax import checkpoint
+from kvlock_jax.checkpoint import Configs
+from kvlock_jax.convert import diffusers, original, sizes
+from kvlock_jax.convert.published import Published, Weights, files_in
+from kvlock_jax.convert.weights import files, open_folder, open_pickle, read_json, refuse
+from kvlock_jax.errors import CheckpointError
+
+TRANSFORMER = "diffusion_pytorch_model"
+VAE = "Wan2.1_VAE.pth"
+TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER = "google/umt5-xxl"
+"""Where the publisher keeps things in an original folder."""
+
+
+def open_source(source: str | os.PathLike) -> Published:
+    """Opens a published checkpoint, and reads none of its weights.
+
+    Args:
+      source: a Diffusers folder, or an original one of the publisher.
+
+    Raises:
+      CheckpointError: if it is neither, is not of Wan 2.1, or a file is missing or damaged.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        refuse(folder)
+        raise CheckpointError(f"{folder} is a file; give the folder of a whole checkpoint")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if (folder / "model_index.json").is_file():
+        return diffusers.open_published(folder)
+    if checkpoint.is_checkpoint(folder):
+        raise CheckpointError(f"{folder} is a converted checkpoint already")
+    weights = TRANSFORMER + ".safetensors"
+    if any((folder / name).is_file() for name in (weights, f"{weights}.index.json")):
+        return open_original(folder)
+    for path in sorted(folder.iterdir()):
+        refuse(path)
+    raise CheckpointError(
+        f"{folder} is no checkpoint that can be converted: it has neither model_index.json "
+        f"(Diffusers' layout) nor {weights} or {weights}.index.json (the publisher's)"
+    )
+
+
+def open_original(folder: Path) -> Published:
+    """Opens a folder in the publisher's own layout, as `open_source` does."""
+    parts = {VAE: _beside(folder / VAE), TEXT_ENCODER: _beside(folder / TEXT_ENCODER)}
+    absent = [name for name, path in parts.items() if not path.is_file()]
+    if not (folder / TOKENIZER / "tokenizer.json").is_file():
+        absent.append(f"{TOKENIZER}/tokenizer.json")
+    if absent:
+        raise CheckpointError(f"{folder} has no {', '.join(absent)}")
+    described = folder / "config.json"
+    values = read_json(described) if described.is_file() else {}
+    if values.get("_class_name") in (
+        diffusers.TRANSFORMER.family,
+        diffusers.VACE_TRANSFORMER.family,
+    ):
+        raise CheckpointError(
+            f"{folder} is one model of a Diffusers folder; give the one with model_index.json"
+        )
+    tensors = {
+        "transformer": open_folder(folder, TRANSFORMER),
+        "vae": open_pickle(folder / VAE),
+        "text_encoder": open_pickle(folder / TEXT_ENCODER),
+    }
+    configs = Configs(
+        sizes.transformer(tensors["transformer"], values, folder),
+        sizes.vae(tensors["vae"], parts[VAE]),
+        sizes.umt5(tensors["text_encoder"], parts[TEXT_ENCODER]),
+        {},  # the publisher's solver is code
+    )
+    weights = {
+        "transformer": Weights(tensors["transformer"], original.WAN, folder),
+        "vae": Weights(tensors["vae"], original.vae(configs.vae), parts[VAE]),
+        "text_encoder": Weights(tensors["text_encoder"], original.UMT5, parts[TEXT_ENCODER]),
+    }
+    read = [*files(folder, TRANSFORMER), *parts.values(), *files_in(folder / TOKENIZER)]
+    if values:
+        read.append(described)
+    tokenizer = folder / TOKENIZER
+    return Published("original", folder, configs, weights, tokenizer, tuple(read))
+
+
+def _beside(path: Path) -> Path:
+    """The file that `open_pickle` reads."""
+    converted = path.with_suffix(".safetensors")
+    return converted if converted.is_file() else path

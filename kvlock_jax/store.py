@@ -1,0 +1,216 @@
+"""Arrays in an Orbax folder: written piece by piece, restored straight to their devices.
+
+Orbax is imported where it is used, so that `import kvlock_jax` does not wait for it.
+"""
+
+import asyncio
+import collections
+import concurrent.futures
+import dataclasses
+import errno
+import math
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from kvlock_jax.errors import CheckpointError
+
+OnBytes = Callable[[int], None]
+"""Told how many more bytes are on their way to the disk."""
+
+CHUNK = 1 << 20
+"""Bytes up to which a piece is stored as one chunk; larger ones are cut for sharded restores."""
+
+CUTS = 8
+"""Parts into which an axis of a larger piece is cut: a device of eight reads its chunks only."""
+
+IN_FLIGHT = 1 << 26
+"""Bytes that are read and not yet written; Orbax holds about twice as many on its way to disk."""
+
+_CONTEXT = {"file_io_sync": False, "data_copy_concurrency": {"limit": 8}}
+"""Files are not waited for: what a power cut leaves unwritten is found by its checksum. Transposing
+threads wait for memory more than they compute, so there are more of them than cores."""
+
+DATA_FILE = 1 << 28
+"""Bytes of a file of Orbax's store, which holds the values of many arrays."""
+
+
+RESTORING = 10**9
+"""Bytes of shards that are on the host at once in a restore, or four times the largest shard."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """An array that is known before it is read, and need never be whole in memory.
+
+    Attributes:
+      shape: of one axis or more.
+      dtype: of its values.
+      rows: of the leading axis, that are read and stored at once.
+      read: rows from a first to a last, which is not read any more.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: int
+    read: Callable[[int, int], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Shape of what is stored in one piece."""
+        piece = (self.rows, *self.shape[1:])
+        if math.prod(piece) * self.dtype.itemsize <= CHUNK:
+            return piece
+        return tuple(size if size % CUTS else size // CUTS for size in piece)
+
+    def whole(self) -> np.ndarray:
+        """The array."""
+        return self.read(0, self.shape[0])
+
+
+def write(
+    folder: epath.Path, parameters: Mapping[str, Parameter], on_bytes: OnBytes = lambda _: None
+) -> None:
+    """Writes arrays to a new folder; `IN_FLIGHT` bytes of them, or two pieces, are in memory.
+
+    Raises:
+      OSError: if they cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Parameter, _handler(on_bytes)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns where there is none
+    )
+    # bf16 weights hardly shrink, and zstd would be most of the work
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        save = ocp.args.PyTreeSave(dict(parameters), ocdbt_target_data_file_size=DATA_FILE)
+        try:
+            checkpointer.save(folder.absolute(), args=save)
+        except ValueError as error:
+            if cause := _disk_error(error):
+                raise cause from error
+            raise
+
+
+def _handler(on_bytes: OnBytes) -> Any:
+    """What writes a `Parameter` where Orbax would write an array; it is read as a NumPy array."""
+    import orbax.checkpoint as ocp
+    import tensorstore as ts
+
+    async def opened(value: Parameter, info: Any, context: ts.Context) -> ts.TensorStore:
+        await info.await_path_creation()
+        spec = ocp.type_handlers.get_json_tspec_write(
+            info,
+            use_ocdbt=True,
+            global_shape=value.shape,
+            local_shape=value.chunk,
+            dtype=value.dtype,
+            process_index=0,
+        )
+        return await ts.open(ts.Spec(spec), create=True, open=True, context=context)
+
+    class Handler(ocp.type_handlers.NumpyHandler):
+        async def serialize(self, values, infos, args=None):
+            # all at once: each alone would wait for what is being written
+            context = ts.Context(_CONTEXT, parent=infos[0].ts_context)
+            targets = await asyncio.gather(
+                *(opened(v, info, context) for v, info in zip(values, infos, strict=True))
+            )
+            writes = collections.deque()
+            for value, target in zip(values, targets, strict=True):
+                for first in range(0, value.shape[0], value.rows):
+                    last = min(first + value.rows, value.shape[0])
+                    array = value.read(first, last)
+                    while writes and array.nbytes + sum(n for _, n in writes) > IN_FLIGHT:
+                        await writes.popleft()[0]
+                    write = target[first:last].write(
+                        array, can_reference_source_data_indefinitely=True
+                    )
+                    writes.append((write, array.nbytes))
+                    on_bytes(array.nbytes)
+            for write, _ in writes:
+                await write
+            return []
+
+    return Handler()
+
+
+def _disk_error(error: ValueError) -> OSError | None:
+    """The operating system's error that the store reports as another's."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
+        if os.strerror(number) in str(error):
+            return OSError(number, os.strerror(number))
+    return None
+
+
+def describe(folder: epath.Path) -> Mapping[str, Any]:
+    """Shape and dtype of every array in a folder."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(folder.absolute()).item_metadata.tree
+
+
+def read(
+    folder: epath.Path, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> Mapping[str, jax.Array]:
+    """Restores arrays, each straight to its target's sharding and dtype."""
+    import orbax.checkpoint as ocp
+
+    shards = [
+        math.prod(target.sharding.shard_shape(target.shape)) * target.dtype.itemsize
+        for target in targets.values()
+    ]
+    # Orbax counts whole chunks of the stored dtype, which may stick out of a shard, and be wider.
+    limit = max(RESTORING, 4 * max(shards) + 8 * CHUNK)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 10**9)
+    with ocp.Checkpointer(handler) as checkpointer:
+        item = dict(targets)
+        arguments = ocp.checkpoint_utils.construct_restore_args(item)
+        restore = ocp.args.PyTreeRestore(item, restore_args=arguments)
+        return checkpointer.restore(folder.absolute(), args=restore)
+
+
+def sums(folder: epath.Path) -> dict[str, str]:
+    """CRC-32 of every file under a folder, by relative path."""
+    files = [root / name for root, _, names in folder.walk() for name in names]
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib lets other threads run
+        found = pool.map(_crc32, files)
+        return {f.relative_to(folder).as_posix(): s for f, s in zip(files, found, strict=True)}
+
+
+def _crc32(path: epath.Path) -> str:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def check(folder: epath.Path, expected: Mapping[str, str]) -> None:
+    """Compares the files of a folder with what `sums` gave when they were written.
+
+    Raises:
+      CheckpointError: listing every file that is missing or has changed.
+    """
+    found = sums(folder)
+    lines = [f"  missing: {name}" for name in expected if name not in found]
+    lines += [
+        f"  not as it was written: {name} has CRC-32 {found[name]}, expected {value}"
+        for name, value in expected.items()
+        if found.get(name, value) != value
+    ]
+    if lines:
+        raise CheckpointError("\n".join([f"{folder} is damaged:", *lines]))

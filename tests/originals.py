@@ -1,0 +1,39 @@
+"""The publisher's tiny models (tests/data/original) in a folder as the publisher lays one out."""
+
+import json
+import shutil
+from pathlib import Path
+
+from kvlock_jax import text
+
+DATA = Path(__file__).parent / "data" / "original"
+SIZES = json.loads((DATA / "config.json").read_text())
+CLASSES = {"t2v": "WanModel", "vace": "VaceWanModel"}
+
+
+def write_folder(folder: Path, family: str = "t2v") -> Path:
+    """One of `CLASSES`, as an original folder; Torch loads only where this is called."""
+    folder.mkdir()
+    shutil.copy(DATA / f"{family}.safetensors", folder / "diffusion_pytorch_model.safetensors")
+    write_config(folder, family)
+    write_pickle(DATA / "vae.safetensors", folder / "Wan2.1_VAE.pth")
+    write_pickle(DATA / "umt5.safetensors", folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    text.write_word_tokenizer(folder / "google" / "umt5-xxl", ["a", "red", "star"], 24)
+    return folder
+
+
+def write_config(folder: Path, family: str, **changes) -> None:
+    """The transformer's `config.json`, with some values of its own; None leaves one out."""
+    sizes = SIZES["dit"] | {"_class_name": CLASSES[family], "model_type": family} | changes
+    if family == "t2v":
+        sizes = {name: value for name, value in sizes.items() if "vace" not in name}
+    written = {name: value for name, value in sizes.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(written))
+
+
+def write_pickle(source: Path, target: Path, **kwargs) -> None:
+    """The tensors of a safetensors file, pickled by Torch."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(source), target, **kwargs)
