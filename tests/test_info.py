@@ -1,0 +1,132 @@
+"""What `kvlock info` says of published sizes, without their weights."""
+
+import dataclasses
+import hashlib
+import re
+import subprocess
+from collections.abc import Iterable
+
+import pytest
+
+from kvlock_jax import config, costs, info
+from kvlock_jax.checkpoint import Configs, Contents, Stored, family
+from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
+from kvlock_jax.edit import settle
+from kvlock_jax.info import Plan
+from kvlock_jax.video import Fit
+
+SMALL, LARGE = WanConfig(12, 128, 30, 8960), WanConfig(40, 128, 40, 13824)
+VACE = dataclasses.replace(LARGE, vace_layers=tuple(range(0, 40, 5)))
+OTHERS = {"vae": 127_000_000, "text_encoder": 5_681_000_000}
+
+
+def contents(wan: WanConfig) -> Contents:
+    """A checkpoint in bfloat16."""
+    configs = Configs(wan, VAEConfig(), UMT5Config(256_384, 4096, 64, 10_240, 24, 64), {})
+    count = {"transformer": costs.parameters(wan).total, **OTHERS}
+    stored = {name: Stored(n, ("bfloat16",), 2 * n) for name, n in count.items()}
+    return Contents(family(wan), configs, stored)
+
+
+def needs(wan: WanConfig, run: str = "t2v_1_3b_480p", **changes) -> list[str]:
+    given = {"video": Fit(81, 480, 832), "devices": 1, "dtype": "bfloat16", "dtype_bytes": 2}
+    plan = Plan(**(given | changes))
+    return list(info.needs(contents(wan), settle(config(run)), plan))
+
+
+def words(lines: Iterable[str]) -> dict[str, str]:
+    """Lines by their first word, with two spaces before it where the line is indented."""
+    found = re.findall(r"(?m)^((?:  )?\S+) +(.+)$", "\n".join(lines))
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_what_a_checkpoint_holds():
+    held = words(info.holds(contents(VACE)))
+    assert held["family"] == "wan2.1-vace"
+    assert held["vae"] == "127,000,000 parameters, bfloat16, 242.2 MiB (254,000,000 bytes)"
+    assert held["sizes"] == (
+        "40 layers, width 5120, 40 heads of 128, feed-forward 13824, "
+        "context blocks at 0, 5, 10, 15, 20, 25, 30, 35"
+    )
+    total = 2 * (costs.parameters(VACE).total + sum(OTHERS.values()))
+    assert held["weights"].endswith(f"({total:,} bytes)")
+    assert "context blocks" not in "".join(info.holds(contents(SMALL)))
+
+
+def test_what_a_converted_checkpoint_was_made_of(tmp_path):
+    names = ("vae/a.safetensors", "text encoder/b.safetensors")
+    for name in names:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    files = {n: hashlib.sha256((tmp_path / n).read_bytes()).hexdigest() for n in names}
+    source = {"layout": "original", "folder": "Wan2.1-T2V-1.3B", "files": files}
+    made = dataclasses.replace(contents(SMALL), version="1.2.3", source=source)
+    *others, maker, first, second = info.holds(made)
+    assert others == list(info.holds(contents(SMALL)))
+    assert maker.split(maxsplit=1) == [
+        "converted",
+        "by kvlock_jax 1.2.3 from Wan2.1-T2V-1.3B, original layout",
+    ]
+    check = ["sha256sum", "--check", "--strict", "--quiet"]
+    given = f"{first}\n{second}\n"
+    subprocess.run(check, input=given, text=True, cwd=tmp_path, check=True)
+    (tmp_path / names[1]).write_text("another")
+    assert subprocess.run(
+        check, input=given, text=True, cwd=tmp_path, capture_output=True
+    ).returncode
+
+
+@pytest.mark.parametrize(("wan", "gib"), [(SMALL, "5.6 GiB"), (LARGE, "25.0 GiB")])
+def test_cache_of_published_sizes(wan, gib):
+    """81 frames of 480x832 in bfloat16, DESIGN.md section 2."""
+    whole = needs(wan)[0]
+    assert whole.split(maxsplit=1)[1].startswith(gib)
+    assert whole.endswith("in bfloat16: 32,760 tokens of 81 frames of 832x480")
+
+
+def test_memory_per_device():
+    lines = words(needs(SMALL, devices=8))
+    assert lines["per"] == "device, of 8 in all"
+    # (1.419 + 0.127 + 5.681) billion parameters of 2 bytes; 32,768 tokens' keys and values by 8
+    assert lines["  weights"] == "13.5 GiB  of transformer, VAE and text encoder, all of them"
+    assert lines["  cache"] == "720.0 MiB  4,096 tokens of 32,768, padding and all"
+    assert lines["  total"] == "14.7 GiB"
+    assert not {"step", "scaling"} & set(lines)
+
+
+def test_a_chip_that_cannot_hold_all_weights_gets_a_part():
+    lines = words(needs(SMALL, devices=8, chip="v5e"))
+    assert lines["  weights"].startswith("13.5 GiB") and lines["  total"].endswith(
+        "fits in 14.9 GiB"
+    )
+    large = words(needs(LARGE, "t2v_14b_480p", devices=8, chip="v5e"))
+    assert large["  weights"] == "4.7 GiB  of transformer, VAE and text encoder, 1/8 on each"
+    assert large["  total"].endswith("fits in 14.9 GiB")
+    one = words(needs(LARGE, "t2v_14b_480p", chip="v5e"))  # one has no other to share with
+    assert one["  weights"].endswith("all of them")
+    assert one["  total"].endswith("does not fit in 14.9 GiB")
+
+
+@pytest.mark.parametrize(
+    ("run", "wan", "share"),
+    [
+        ("vace_14b_480p", VACE, "kvlock: 20 of 50 steps with a source pass"),
+        ("t2v_14b_480p", LARGE, "kvlock_anchor: 50 of 50 steps with a source pass"),
+    ],
+)
+def test_bound_of_a_run(run, wan, share):
+    lines = words(needs(wan, run, devices=8, chip="v6e"))
+    seconds = float(lines["step"].split()[2])
+    assert lines["step"] == f"at least {seconds:g} s, by compute ({share})"
+    assert lines["  compute"] == f"{seconds:g} s"
+    assert float(lines["  interconnect"].split()[0]) < seconds
+    assert float(lines["all"].split()[3]) == pytest.approx(50 * seconds, rel=0.01)
+    count = int(lines["scaling"].split()[4])
+    assert lines["scaling"] == f"the interconnect binds from {count} chips on"
+    assert 8 < count < 64
+
+
+def test_interconnect_that_never_binds(monkeypatch):
+    monkeypatch.setattr(info.roofline, "interconnect_binds_from", lambda *_, **__: None)
+    assert words(needs(SMALL, chip="a100"))["scaling"].endswith("binds at no number of chips")
