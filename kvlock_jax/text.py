@@ -5,13 +5,13 @@ import html
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from etils import epath
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -32,24 +32,27 @@ def clean(prompt: str) -> str:
 
 
 class Tokenizer:
-    """The tokenizer of a Diffusers folder.
+    """The tokenizer of a Diffusers folder (`tokenizer/`) or an original one (`google/umt5-xxl/`).
+
+    What the user types is text, with one exception that the publisher's code has too: a special
+    token written out, such as `</s>` or `<extra_id_0>`, is that token.
 
     Attributes:
       text_len: length to which ids are padded or cut.
       vocab_size: one more than the largest id.
     """
 
-    def __init__(self, folder: str | Path, text_len: int = 512):
+    def __init__(self, folder: epath.PathLike, text_len: int = 512):
         """Opens `tokenizer.json` and `tokenizer_config.json`.
 
         Args:
-          folder: where they are, the folder `tokenizer/` of a Diffusers folder.
+          folder: where they are; local, or of a scheme that etils knows, such as `gs://`.
           text_len: tokens of a prompt, with the end token; the model's own maximum where smaller.
 
         Raises:
           CheckpointError: if a file is missing or damaged, or the tokenizer ends no prompt.
         """
-        folder = Path(folder)
+        folder = epath.Path(folder)
         settings = _read_settings(folder)
         inner = _read_tokenizer(folder)
         pad = settings.get("pad_token", PAD)
@@ -120,7 +123,7 @@ def _hidden_states(
     return jnp.where(mask[..., None], hidden, 0.0)
 
 
-def write_word_tokenizer(folder: str | Path, words: Iterable[str], text_len: int) -> None:
+def write_word_tokenizer(folder: epath.PathLike, words: Iterable[str], text_len: int) -> None:
     """Writes a tokenizer of whole words, for models with a small vocabulary of their own.
 
     Letters are lowered and punctuation is dropped; a word that is not listed becomes `<unk>`. Ids
@@ -147,9 +150,9 @@ def write_word_tokenizer(folder: str | Path, words: Iterable[str], text_len: int
         single=f"$A {END}", special_tokens=[(END, vocabulary[END])]
     )
     inner.add_special_tokens([PAD, END, UNKNOWN])
-    folder = Path(folder)
+    folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(inner.to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": text_len,
@@ -160,29 +163,30 @@ def write_word_tokenizer(folder: str | Path, words: Iterable[str], text_len: int
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _read_settings(folder: Path) -> dict:
+def _read_settings(folder: epath.Path) -> dict:
     """`tokenizer_config.json`, which may be left out."""
     path = folder / "tokenizer_config.json"
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not hold a JSON object: {error}") from error
 
 
-def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+def _read_tokenizer(folder: epath.Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         message = f"{folder} has no tokenizer.json"
-        if (folder / "spiece.model").is_file():
+        if (folder / "spiece.model").exists():
+            # Not "write it with Transformers": its converter of T5 drops UMT5's byte fallback,
+            # and characters outside the vocabulary would all become `<unk>`.
             message += (
                 ", only spiece.model: copy tokenizer.json from the published tokenizer "
-                "(google/umt5-xxl), or write it with Transformers: "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+                "(google/umt5-xxl)"
             )
         raise CheckpointError(message)
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error

@@ -60,7 +60,7 @@ run_tanh = scanned(lambda z, row: jnp.tanh(z @ MIX + row.timestep / 1000))
 
 
 @quiet_peer
-@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0, 16.0])
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_latent_matches_diffusers(name, steps, shift):

@@ -1,9 +1,12 @@
 """Prompts to ids against Transformers and SentencePiece; to context against the bare encoder."""
 
+import html
 import io
 import json
 import random
 
+import fsspec
+import ftfy
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import sentencepiece
 import tokenizers
 import transformers
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from etils import epath
 from flax import nnx
 
 from kvlock_jax import text
@@ -21,10 +25,20 @@ from kvlock_jax.models.umt5 import UMT5Encoder
 WORDS = "a red blue star circle moving left right".split()
 ODD = [
     "",
+    "   ",
     "  A red\n\tstar,\u00a0moving   left. ",
-    "<3 Tom &amp;amp;lt; Jerry &lt;3",
+    "red\r\n\r\nstar\x0b\x0c\u2028\u3000blue",
+    "<3 Tom &amp;amp;lt; Jerry &lt;3 &#28;&nbsp;&zwj;",
     "\u201cquoted\u201d caf\u00e9, cafe\u0301",
     "schÃ¶n \u7ea2\u8272\uff0c\u661f\u661f\u3002 \uff21\uff22 \U0001f680\u200d",
+    "\u7ea2\u8272\u7684\u661f\u661f\u79fb\u52a8",
+    "\u041a\u0440\u0430\u0441\u043d\u0430\u044f \u0437\u0432\u0435\u0437\u0434\u0430 \U0001d504",
+    "\U0001f680 star \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f \U0001f1ee\U0001f1f9",
+    "\uff32\uff25\uff24\u3000\uff33\uff34\uff21\uff32 \uff8a\uff9f \ufb01 \u338f \u2460 \u00bd",
+    "e\u0301\u0302\u0303 Z\u0324\u0354a\u0308\u0356l \u0301 \u1100\u1161\u11a8 \u0915\u094d\u0937",
+    "\u200bred\u200b\u200dstar\ufeff blu\u00ade \u202ered\u202c \u2060",
+    "\x00\x07red\x1b[31m star\x1c",
+    "red\u2581star \u2581",
     "red " * 40,
 ]
 
@@ -38,6 +52,13 @@ def folder(tmp_path):
 @pytest.mark.parametrize("prompt", ODD)
 def test_clean_equals_diffusers(prompt):
     assert text.clean(prompt) == prompt_clean(prompt)
+
+
+@pytest.mark.parametrize("prompt", ODD)
+def test_clean_is_the_publishers_two_steps(prompt):
+    """Mended and unescaped twice, then every run of white space one space; case is kept."""
+    mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    assert text.clean(prompt) == " ".join(mended.split())
 
 
 def test_clean_by_hand():
@@ -70,36 +91,113 @@ def test_words_equal_transformers(folder, tmp_path):
     assert again.tolist() == ids.tolist()
 
 
-def test_pieces_equal_sentencepiece(tmp_path):
+@pytest.fixture(scope="module")
+def pieces():
+    """A SentencePiece model in UMT5's ways: T5's ids, unigrams, NFKC, bytes for what is unknown."""
     rng = random.Random(0)
-    alphabet = "abcdefgh klm\u7ea2\u8272\u661f"
-    lines = ["".join(rng.choices(alphabet, k=30)) for _ in range(200)]
+    words, signs = "the red star moves over a blue circle".split(), "\u7ea2\u8272\u7684\u661f\u5706"
+    lines = [
+        " ".join(rng.choices(words, k=8)) + "".join(rng.choices(signs, k=6)) for _ in range(500)
+    ]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=model,
-        vocab_size=70,
+        vocab_size=330,
+        hard_vocab_limit=False,
         pad_id=0,
         eos_id=1,
         unk_id=2,
         bos_id=-1,
-        character_coverage=1.0,
+        byte_fallback=True,
+        normalization_rule_name="nmt_nfkc",
         minloglevel=2,
     )
-    (tmp_path / "spiece.model").write_bytes(model.getvalue())
-    settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": 20}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.json.*only spiece\.model.*save_pre"):
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def umt5(pieces, tmp_path_factory):
+    """The tokenizer's folder of an original checkpoint, with `pieces` in place of 256,000."""
+    folder = tmp_path_factory.mktemp("original") / "google" / "umt5-xxl"
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes(pieces)
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "extra_ids": 3,
+        "additional_special_tokens": [f"<extra_id_{i}>" for i in range(3)],
+        "model_max_length": int(1e30),  # as published: none
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    layout = json.loads(file.read_text())
+    assert not layout["model"]["byte_fallback"]  # the converter drops it, whatever the model says
+    layout["model"]["byte_fallback"] = True
+    file.write_text(json.dumps(layout))
+    return folder
+
+
+@pytest.mark.parametrize("prompt", [*ODD, "the red star moves", "zz \u7ea2 top", "star " * 600])
+def test_ids_equal_sentencepiece(umt5, pieces, prompt):
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    want = [*oracle.encode(" ".join(prompt_clean(prompt).split()))[:511], 1]
+    ids, mask = text.Tokenizer(umt5)([prompt])
+    assert ids.shape == mask.shape == (1, 512)
+    assert ids[0][mask[0]].tolist() == want and not ids[0][~mask[0]].any()
+    assert mask[0].sum() == len(want) and 2 not in want  # bytes leave nothing unknown
+
+
+def test_odd_prompts_are_odd(pieces):
+    """They do reach bytes, full-width letters, and the length at which prompts are cut."""
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    assert oracle.is_byte(oracle.encode("\U0001f680")[-1])
+    assert len(oracle.encode("star " * 600)) > 511
+    assert oracle.encode("\uff32\uff45\uff44") == oracle.encode("Red")
+
+
+def test_special_tokens_written_out_are_themselves(umt5, pieces):
+    """As in the publisher's code, by way of `tokenizers`; SentencePiece would spell them out."""
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    red, star, size = *(oracle.encode(w) for w in ("red", "star")), oracle.vocab_size()
+    ids, mask = text.Tokenizer(umt5)(["red </s> star", "<extra_id_0>", "<pad>red", "&lt;/s&gt;"])
+    rows = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+    assert rows == [[*red, 1, *star, 1], [size + 2, 1], [0, *red, 1], [1, 1]]
+
+
+def test_context_of_512_tokens_is_zero_after_the_last(umt5):
+    model, tokenizer = encoder(340), text.Tokenizer(umt5)
+    prompts = ["", "the red star \U0001f680", "star " * 600]
+    context, (_, mask) = text.encode_prompts(model, tokenizer, prompts), tokenizer(prompts)
+    assert context.shape == (3, 512, 16) and mask.sum(axis=1).tolist()[::2] == [1, 512]
+    np.testing.assert_array_equal(np.abs(context).max(axis=-1) > 0, mask)
+
+
+def test_pieces_alone_are_refused(pieces, tmp_path):
+    (tmp_path / "spiece.model").write_bytes(pieces)
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer\.json, only spiece\.model: .*umt5-xxl"
+    ):
         text.Tokenizer(tmp_path)
 
-    # the error's own advice
-    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
-    oracle = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    prompts = [*ODD, *lines[:5], "zz \u7ea2 top"]
-    ids, mask = text.Tokenizer(tmp_path)(prompts)
-    for prompt, row, real in zip(prompts, ids, mask, strict=True):
-        want = [*oracle.encode(text.clean(prompt))[:19], 1]
-        assert row[real].tolist() == want and not row[~real].any()
+
+def test_folder_in_a_bucket(umt5, monkeypatch):
+    """With memory in place of the network; etils has no other scheme to spare."""
+    monkeypatch.setattr(
+        type(epath.backend.fsspec_backend),
+        "_get_filesystem",
+        lambda self, name: fsspec.filesystem("memory" if name == "gcs" else "file"),
+    )
+    bucket = epath.Path("gs://bucket/umt5-xxl")
+    bucket.mkdir(parents=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (bucket / file).write_bytes((umt5 / file).read_bytes())
+    ours, theirs = text.Tokenizer("gs://bucket/umt5-xxl"), text.Tokenizer(umt5)
+    np.testing.assert_array_equal(ours(ODD)[0], theirs(ODD)[0])
+    text.write_word_tokenizer("gs://bucket/words", WORDS, 8)
+    assert text.Tokenizer("gs://bucket/words")(["a red star"])[0][0, :4].tolist() == [3, 4, 6, 1]
+    with pytest.raises(CheckpointError, match=r"gs://bucket/none has no tokenizer\.json"):
+        text.Tokenizer("gs://bucket/none")
 
 
 def test_text_len_is_bounded_by_the_model(folder):

@@ -1,0 +1,85 @@
+"""The runs in `configs/`: the publisher's settings, and which of them a checkpoint gets."""
+
+import ast
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from kvlock_jax import config
+from kvlock_jax.checkpoint import Configs
+from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
+from kvlock_jax.configs import NEGATIVE_PROMPT
+from kvlock_jax.edit import config_name, settle
+
+FOLDER = Path(__file__).parents[1] / "configs"
+PUBLISHED = {  # shift, guidance
+    "t2v_1_3b_480p": (8.0, 6.0),
+    "t2v_1_3b_720p": (8.0, 6.0),
+    "t2v_14b_480p": (3.0, 5.0),
+    "t2v_14b_720p": (5.0, 5.0),
+    "vace_1_3b_480p": (16.0, 5.0),
+    "vace_1_3b_720p": (16.0, 5.0),
+    "vace_14b_480p": (16.0, 5.0),
+    "vace_14b_720p": (16.0, 5.0),
+}
+
+
+def test_all_runs_are_known():
+    assert {p.stem for p in FOLDER.glob("*.py")} == {"__init__", "demo", *PUBLISHED}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_are_the_publishers(name):
+    settings = settle(config(name))
+    sample = settings.sample
+    assert (sample.shift, sample.guidance_scale) == PUBLISHED[name]
+    assert (sample.steps, sample.solver) == (50, "unipc")
+    assert settings.preset == ("kvlock" if name.startswith("vace") else "kvlock_anchor")
+    assert settings.edit.negative_prompt == NEGATIVE_PROMPT
+    assert settings.edit.size == ""  # the video keeps its own
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_run_says_where_its_settings_come_from(name):
+    (function,) = (
+        node
+        for node in ast.parse((FOLDER / f"{name}.py").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    )
+    words = " ".join(ast.get_docstring(function).split())
+    assert "Wan-Video/Wan2.1" in words or "ali-vilab/VACE" in words
+
+
+def test_negative_prompt_is_the_publishers_to_the_letter():
+    """Of `sample_neg_prompt` as several copies of the publisher's repository have it."""
+    digest = hashlib.sha256(NEGATIVE_PROMPT.encode()).hexdigest()
+    assert digest == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+
+
+def test_every_call_gives_a_config_of_its_own():
+    first = config("t2v_14b_480p")
+    first.sample.steps = 3
+    assert config("t2v_14b_480p").sample.steps == 50
+
+
+SMALL = WanConfig(12, 128, 30, 8960)
+LARGE = WanConfig(40, 128, 40, 13824)
+
+
+@pytest.mark.parametrize(
+    "source, wan, name",
+    [
+        ("folder", SMALL, "t2v_1_3b_480p"),
+        ("folder", LARGE, "t2v_14b_720p"),
+        ("folder", dataclasses.replace(SMALL, vace_layers=(0, 2)), "vace_1_3b_480p"),
+        (Path("folder"), dataclasses.replace(LARGE, vace_layers=(0, 5)), "vace_14b_720p"),
+        ("demo", SMALL, "demo"),
+        ("demo", dataclasses.replace(SMALL, vace_layers=(0,)), "demo"),
+    ],
+)
+def test_a_checkpoint_gets_the_run_of_its_family_and_width(source, wan, name):
+    configs = Configs(wan, VAEConfig(), UMT5Config(16, 16, 4, 24, 1, 2), {})
+    assert config_name(source, configs) == name
+    settle(config(name))
