@@ -1,4 +1,4 @@
-"""The command line: `kvlock edit` and `kvlock info`.
+"""The command line: `kvlock edit`, `kvlock convert` and `kvlock info`.
 
 Named flags are argparse's, with a parser per sub-command; `--config.x.y=value` is `config_flags`',
 over flags of its own. Absl's bridge between the two does not serve: it copies absl's flags when a
@@ -30,13 +30,14 @@ from ml_collections import ConfigDict, config_flags
 from rich import progress
 from rich.console import Console
 
-from kvlock_jax import lock, report, video
+from kvlock_jax import info, lock, report, roofline, video
 from kvlock_jax.checkpoint import Contents
 from kvlock_jax.config import EditConfig
-from kvlock_jax.edit import Result, Settings, config, config_name, describe, load, read, settle
+from kvlock_jax.convert import command as convert
+from kvlock_jax.edit import Result, Settings, config, config_name, describe, load, settle
 from kvlock_jax.edit import run as run_edit
 from kvlock_jax.errors import ConfigError, Error, InputError
-from kvlock_jax.shapes import PATCH, VAE_STRIDES
+from kvlock_jax.inputs import read
 
 FAILED, INTERRUPTED = 2, 130
 """Exit status where the caller can mend it, and after Ctrl-C."""
@@ -57,6 +58,8 @@ _SETTINGS = (
     ("edit.frame_num", int, "frame_num", "frames to take from the start; all by default"),
     ("edit.dilate", int, "dilate", "pixels by which the mask grows"),
     ("edit.invert_mask", bool, "invert_mask", "edit what is black"),
+    ("edit.context_scale", float, "context_scale", "of a VACE model's hints; 1 as published"),
+    ("edit.show_masked", bool, "show_masked", "show a VACE model what is under the mask"),
     ("edit.composite", bool, "composite", "take pixels outside the mask from the source"),
 )
 """Key of the config, type, names of the flag, help."""
@@ -117,8 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("kvlock", description="Training-free video editing: KV-Lock on Wan 2.1.")
     version = importlib.metadata.version("kvlock-jax")
     parser.add_argument("--version", action="version", version=f"kvlock {version}")
-    commands = parser.add_subparsers(required=True, metavar="edit|info")
+    commands = parser.add_subparsers(required=True, metavar="edit|convert|info")
     _add_edit(commands)
+    convert.add(commands)
     _add_info(commands)
     return parser
 
@@ -137,6 +141,7 @@ def _add_edit(commands: Any) -> None:
     add("--src_video", "--video", required=True, help="a video, an image or a folder of images")
     add("--src_mask", "--mask", help="a video, an image, a folder of images or an .npy")
     add("--bbox", metavar="X0,Y0,X1,Y1", help="a box of pixels in place of a mask")
+    add("--src_ref_images", metavar="A.png,B.png", help="pictures to keep to; VACE models only")
     add("--prompt", required=True, help="what the masked part should show")
     add("--save_file", "--output", required=True, help=f"a video: {', '.join(video.CONTAINERS)}")
     add("--lossless", action="store_true", help="write every bit of it; .mkv is smallest")
@@ -154,13 +159,17 @@ def _add_edit(commands: Any) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    about = "Say what a checkpoint holds, and the memory that an edit's cache takes."
+    about = "Say what a checkpoint holds, and what an edit needs: memory, and time at least."
     parser = commands.add_parser("info", description=about, allow_abbrev=False)
     parser.set_defaults(command=_info)
     parser.add_argument("dir", help="'demo', or a checkpoint's folder")
     parser.add_argument("--size", default="832*480", help="WIDTH*HEIGHT of the video")
     parser.add_argument("--frame_num", type=int, default=81, help="frames of the video")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the cache")
+    parser.add_argument("--devices", type=int, default=1, help="that share the video")
+    chips = ", ".join(roofline.CHIPS)
+    parser.add_argument("--chip", choices=roofline.CHIPS, help=f"what they are: {chips}")
+    about = "of matrix products and the cache"
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help=about)
 
 
 def _settings(args: argparse.Namespace, overrides: list[str], own: str) -> Settings:
@@ -226,7 +235,8 @@ def _edit(args: argparse.Namespace, others: list[str]) -> None:
     settings = _settings(args, others, config_name(args.ckpt_dir, contents.configs))
     mask = args.src_mask if args.bbox is None else tuple(args.bbox.split(","))
     with _warnings_as_lines():
-        inputs = read(args.src_video, mask, args.prompt, settings.edit)
+        pictures = [name for name in (args.src_ref_images or "").split(",") if name]
+        inputs = read(args.src_video, mask, args.prompt, settings.edit, pictures)
     frames, height, width = inputs.mask.shape
     _say("video", f"{frames} frames of {width}x{height} at {float(inputs.fps):g} per second")
     _say("mask", f"{100 * inputs.mask.mean():.1f} % of the pixels are edited")
@@ -263,10 +273,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def _write(args: argparse.Namespace, result: Result) -> None:
     video.write_video(args.save_file, result.video, result.fps, lossless=args.lossless)
     if args.compare:
-        together = video.compare(result.source, result.mask, result.video)
+        together = report.compare(result.source, result.mask, result.video)
         video.write_video(args.compare, together, result.fps)
     if args.trace:
-        names = ("prompt", "ckpt_dir", "src_video", "src_mask", "bbox", "dtype")
+        names = "prompt ckpt_dir src_video src_mask src_ref_images bbox dtype".split()
         report.write_trace(args.trace, result, {name: getattr(args, name) for name in names})
     if args.plot:
         report.plot_trace(args.plot, result.trace, result.settings)
@@ -348,44 +358,21 @@ def _info(args: argparse.Namespace, others: list[str]) -> None:
     size = EditConfig(size=args.size, frame_num=args.frame_num)
     if not size.frame_num or not size.height_width:
         raise InputError("--frame_num must be 1 or more, and --size WIDTH*HEIGHT")
+    if args.devices < 1:
+        raise InputError(f"--devices must be 1 or more, found {args.devices}")
     contents = describe(args.dir)
-    wan = contents.configs.transformer
-    _say("family", contents.family)
-    for name, model in contents.models.items():
-        sizes = f"{model.parameters:,} parameters, {', '.join(model.dtypes)}, {_bytes(model.size)}"
-        _say(name, sizes)
-    heads = f"{wan.num_attention_heads} heads of {wan.attention_head_dim}"
-    _say("sizes", f"{wan.num_layers} layers, width {wan.dim}, {heads}, feed-forward {wan.ffn_dim}")
-    _say("weights", _bytes(sum(model.size for model in contents.models.values())))
-
-    frames, height, width = shape = video.Fit(size.frame_num, *size.height_width).model_shape
-    tokens = _tokens(*shape)
-    cache = 2 * wan.num_layers * tokens * wan.dim * jnp.dtype(_DTYPES[args.dtype]).itemsize
-    _say(
-        "cache",
-        f"{_bytes(cache)} in {args.dtype}: {tokens:,} tokens of {frames} frames of "
-        f"{width}x{height}",
-    )
-
-
-def _tokens(frames: int, height: int, width: int) -> int:
-    """Tokens of a video of a shape that the model takes."""
-    time, rows, columns = (s * p for s, p in zip(VAE_STRIDES, PATCH, strict=True))
-    return ((frames - 1) // time + 1) * (height // rows) * (width // columns)
+    settings = settle(config(config_name(args.dir, contents.configs)))
+    shape = video.Fit(size.frame_num, *size.height_width)
+    number = jnp.dtype(_DTYPES[args.dtype]).itemsize
+    plan = info.Plan(shape, args.devices, args.dtype, number, args.chip)
+    for lines in (info.holds(contents), info.needs(contents, settings, plan)):
+        print(*lines, sep="\n", flush=True)
 
 
 def _summary(contents: Contents) -> str:
     parameters = sum(model.parameters for model in contents.models.values())
     dtypes = sorted({dtype for model in contents.models.values() for dtype in model.dtypes})
     return f"{contents.family}, {parameters:,} parameters in {', '.join(dtypes)}"
-
-
-def _bytes(count: int) -> str:
-    """A number of bytes, and the same in a unit that can be read."""
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 1 << power:
-            return f"{count / (1 << power):.1f} {unit} ({count:,} bytes)"
-    return f"{count:,} bytes"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the key that is unknown, of the wrong type, or out of range.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin
@@ -32,7 +33,11 @@ def _positive(sizes: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
-    """Sizes of a Wan 2.1 transformer; names are those of the Diffusers `config.json`."""
+    """Sizes of a Wan 2.1 transformer; names are those of the Diffusers `config.json`.
+
+    `vace_layers` are the blocks after which VACE adds a hint (METHOD.md section 11), increasing and
+    from 0; none is the text-to-video model, to which `vace_in_channels` says nothing.
+    """
 
     num_attention_heads: int
     attention_head_dim: int
@@ -46,10 +51,17 @@ class WanConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
+    vace_layers: tuple[int, ...] = ()
+    vace_in_channels: int = 96
 
     def __post_init__(self) -> None:
         _positive(self)
         _require(self.attention_head_dim % 2 == 0, self, "attention_head_dim", "even")
+        layers = self.vace_layers
+        expected = f"empty, or increasing from 0 and under num_layers, {self.num_layers}"
+        first = tuple(layers[:1]) in ((), (0,))
+        increasing = all(a < b for a, b in itertools.pairwise((*layers, self.num_layers)))
+        _require(first and increasing, self, "vace_layers", expected)
 
     @property
     def dim(self) -> int:
@@ -217,6 +229,9 @@ class EditConfig:
       composite: whether pixels outside the mask are the source's own in the result.
       size: `"832*480"` (width, height) to work at another size; empty keeps the video's.
       frame_num: frames to take from the start of the video; 0 takes all.
+      context_scale: how much of a VACE model's hints is added, 0 or more; published 1.
+      show_masked: whether a VACE model is shown what is under the mask, which it then keeps to, as
+        to a sketch; the publisher's inpainting hands it over blank.
     """
 
     negative_prompt: str = ""
@@ -226,8 +241,12 @@ class EditConfig:
     composite: bool = False
     size: str = ""
     frame_num: int = 0
+    context_scale: float = 1.0
+    show_masked: bool = False
 
     def __post_init__(self) -> None:
+        scale = self.context_scale
+        _require(0 <= scale < math.inf, self, "context_scale", "0 or more, and finite")
         _require(self.dilate >= 0, self, "dilate", "0 or more pixels")
         _require(self.frame_num >= 0, self, "frame_num", "0 or more frames")
         sides = self.size.replace("x", "*").split("*") if self.size else ["1", "1"]

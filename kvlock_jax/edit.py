@@ -5,11 +5,11 @@ result = edit(model, video, mask, "a blue square", config=config("demo"))
 """
 
 import dataclasses
+import functools
 import importlib
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Bool, UInt8
+from etils import epath
+from jaxtyping import Array, Bool, Float, UInt8
 from ml_collections import ConfigDict
 
 from kvlock_jax import lock, metrics
@@ -28,17 +28,14 @@ from kvlock_jax import video as files
 from kvlock_jax.checkpoint import Checkpoint, Configs, Contents
 from kvlock_jax.config import EditConfig, LockConfig, SampleConfig, from_config_dict
 from kvlock_jax.errors import CheckpointError, ConfigError, InputError, SamplingError
+from kvlock_jax.inputs import Box, Frames, Inputs, Mask, Path_, Picture, read
+from kvlock_jax.models import vae
+from kvlock_jax.models.conditioning import control, on_canvas
+from kvlock_jax.models.vace import VACEContext
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.sampler import Edits, Program, Trace, sample
 from kvlock_jax.shapes import Latents
 from kvlock_jax.text import Tokenizer, encode_prompts
-
-Frames = UInt8[np.ndarray, "frames height width 3"]
-Mask = Bool[np.ndarray, "frames height width"]
-Path_ = str | os.PathLike
-Box = tuple[int, int, int, int]
-
-TRAINED_FRAMES = 81  # Wan 2.1 was trained on clips of 81 frames
 
 _DEMO = Path(__file__).parent / "demo" / "weights"
 
@@ -93,23 +90,6 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Inputs:
-    """A video as it is edited: shortened or resized where the settings say so.
-
-    Attributes:
-      source: its frames.
-      mask: of the same size; true is edited.
-      fps: frames per second; 16, Wan's own rate, where the video came as an array.
-      prompt: what the masked part should show.
-    """
-
-    source: Frames
-    mask: Mask
-    fps: Fraction
-    prompt: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Result:
     """An edited video and what there is to know about it.
 
@@ -155,15 +135,19 @@ def describe(source: Path_) -> Contents:
     return reader.describe(folder)
 
 
-def _reader(source: Path_) -> tuple[ModuleType, Path]:
+def _reader(source: Path_) -> tuple[ModuleType, epath.Path]:
     """The module that reads a checkpoint, and the checkpoint's folder."""
     from kvlock_jax import checkpoint
     from kvlock_jax.convert import diffusers
 
-    folder = _DEMO if os.fspath(source) == "demo" else Path(source).expanduser()
-    if not folder.is_dir():
+    folder = epath.Path(_DEMO if os.fspath(source) == "demo" else source).expanduser()
+    try:
+        found = folder.is_dir()
+    except ImportError as error:  # of gs:// without gcsfs; it says what to install
+        raise CheckpointError(f"{source}: {error}") from error
+    if not found:
         raise CheckpointError(f"{source}: no such folder; give 'demo' or a checkpoint's folder")
-    return (diffusers if (folder / "model_index.json").is_file() else checkpoint), folder
+    return (diffusers if (folder / "model_index.json").exists() else checkpoint), folder
 
 
 def config(name: str) -> ConfigDict:
@@ -187,10 +171,15 @@ def default_config(model: Model) -> ConfigDict:
 
 
 def config_name(source: Path_, configs: Configs) -> str:
-    """Which of the settings there are (`config`) are a checkpoint's."""
+    """Which of the settings there are (`config`) are a checkpoint's.
+
+    The video's size is not known yet: 14B gets the settings for 720p, which the publisher's
+    `generate.py` takes at 480p too; `config("t2v_14b_480p")` is the README's milder shift.
+    """
     if os.fspath(source) == "demo":
         return "demo"
-    return "t2v_14b" if configs.transformer.dim >= 5120 else "t2v_1_3b"
+    family = "vace" if configs.transformer.vace_layers else "t2v"
+    return f"{family}_{'14b_720p' if configs.transformer.dim >= 5120 else '1_3b_480p'}"
 
 
 def settle(run: ConfigDict) -> Settings:
@@ -223,6 +212,7 @@ def edit(
     prompt: str,
     *,
     config: ConfigDict | None = None,
+    references: Sequence[Path_ | Picture] = (),
     noise: Latents | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Result:
@@ -235,14 +225,16 @@ def edit(
         for all; or a box `(x0, y0, x1, y1)` in pixels.
       prompt: what the masked part should show.
       config: settings; the model's own by default.
-      noise: `1 T H W C` of unit variance to start from; drawn from the seed by default.
+      references: pictures, as files or uint8 arrays, that it should look like; VACE models only.
+      noise: `1 T H W C` of unit variance to start from, references first; drawn from the seed by
+        default.
       on_step: called with the number of each finished step.
 
     Raises:
       Error: if a setting, a file or the checkpoint cannot be used, or sampling diverges.
     """
     settings = settle(config if config is not None else default_config(model))
-    inputs = read(video, mask, prompt, settings.edit)
+    inputs = read(video, mask, prompt, settings.edit, references)
     return run(model, inputs, settings, noise=noise, on_step=on_step)
 
 
@@ -258,25 +250,28 @@ def run(
     clock = _Clock()
     source, region = inputs.source, inputs.mask
     fit = files.Fit(*source.shape[:3])
-    checkpoint = model.checkpoint
+    networks, references = model.checkpoint, len(inputs.references)
 
     with clock.stage("encode text"):
         texts = [inputs.prompt, settings.edit.negative_prompt, settings.edit.source_prompt]
-        context = encode_prompts(checkpoint.text_encoder, model.tokenizer, texts)
+        context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
     with clock.stage("encode video"):
         pixels = jnp.asarray(fit.apply(source))[None]
-        latents = jax.block_until_ready(_encode(checkpoint.vae, pixels))
-    foreground = lock.to_latent_mask(jnp.asarray(fit.apply_mask(region)))[None]
+        mask = jnp.asarray(fit.apply_mask(region))[None]
+        pictures = [on_canvas(r, *pixels.shape[2:4])[None] for r in inputs.references]
+        conditions = prepare(networks, pixels, mask, context, settings.edit, pictures)
+        latents, prompts, source_prompts = jax.block_until_ready(conditions)
+    foreground = jnp.pad(lock.to_latent_mask(mask), [(0, 0), (references, 0), (0, 0), (0, 0)])
     if noise is None:
         noise = jax.random.normal(jax.random.key(settings.sample.seed), latents.shape, jnp.float32)
     noise = jnp.asarray(noise, jnp.float32)
     if noise.shape != latents.shape:
         raise InputError(f"noise must have the shape {latents.shape}, found {noise.shape}")
 
-    edits = Edits(latents, noise, foreground, context[:2], context[2:])
+    edits = Edits(latents, noise, foreground, prompts, source_prompts, references)
     edited, trace = _sample(model, settings, edits, clock, on_step)
     with clock.stage("decode video"):
-        result = fit.undo(_decoded(model, edited))
+        result = fit.undo(_decoded(model, edited[:, references:]))
     if settings.edit.composite:
         result = np.where(region[..., None], result, source)
     trace = jax.tree.map(lambda x: np.asarray(x)[:, 0] if x.ndim > 1 else np.asarray(x), trace)
@@ -287,63 +282,51 @@ def run(
 def round_trip(model: Model, video: Frames) -> Frames:
     """The video through the VAE and back: the ceiling of any edit's background."""
     fit = files.Fit(*video.shape[:3])
-    latents = _encode(model.checkpoint.vae, jnp.asarray(fit.apply(video))[None])
+    latents = vae.encode(model.checkpoint.vae, jnp.asarray(fit.apply(video))[None])
     return fit.undo(_decoded(model, latents))
 
 
-def read(
-    video: Path_ | Frames, mask: Path_ | Box | np.ndarray, prompt: str, settings: EditConfig
-) -> Inputs:
-    """What `edit` edits; arguments as there. A model need not be loaded to find faults in it.
+def prepare(
+    networks: Checkpoint,
+    video: UInt8[Array, "B frames height width 3"],
+    mask: Bool[Array, "B frames height width"],
+    context: Float[Array, "R S D"],
+    settings: EditConfig,
+    pictures: Sequence[Float[Array, "B height width 3"]] = (),
+) -> tuple[Latents, Any, Any]:
+    """The source's latents, and `prompts` and `source_prompts` of `Edits`, for a batch of videos.
+
+    Args:
+      networks: text-to-video, or VACE, which sees the videos too (METHOD.md section 11).
+      video: of sizes that the networks take (`video.Fit`).
+      mask: true is edited.
+      context: text contexts, `R = 3 B`: prompts, negative prompts, source prompts.
+      settings: `context_scale` and `show_masked`.
+      pictures: references in [-1, 1]; their latent frames come first.
 
     Raises:
-      InputError: the prompt is empty, or a file cannot be used.
+      InputError: references for a text-to-video model.
     """
-    if not prompt.strip():
-        raise InputError("the prompt is empty: say what the masked part should show")
-    if isinstance(video, (str, os.PathLike)):
-        loaded = files.read_video(video)
-        frames, fps = loaded.frames, loaded.fps
-    else:
-        frames, fps = np.asarray(video), Fraction(16)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            found = f"{frames.dtype} of shape {frames.shape}"
-            raise InputError(f"a video must be uint8 frames height width 3, found {found}")
-    is_box = isinstance(mask, tuple)
-    region = (files.bbox_mask if is_box else files.read_mask)(mask, *frames.shape[:3])
-    if settings.frame_num:
-        frames, region = frames[: settings.frame_num], region[: settings.frame_num]
-    if settings.invert_mask:
-        region = ~region
-    if settings.dilate:
-        region = np.asarray(lock.dilate(region, settings.dilate))
-    files.check_mask(region)
-    if settings.height_width:
-        frames = files.resize(frames, *settings.height_width)
-        region = files.resize_mask(region, *settings.height_width)
-    if len(frames) > TRAINED_FRAMES:
-        warnings.warn(
-            f"{len(frames)} frames: the model was trained on {TRAINED_FRAMES}, longer ones flicker",
-            stacklevel=3,
-        )
-    return Inputs(frames, region, fps, prompt)
-
-
-@jax.jit
-def _encode(vae: nnx.Module, video: jax.Array) -> Latents:
-    return vae.encode(video.astype(jnp.float32) / 127.5 - 1.0)
-
-
-@jax.jit
-def _decode(vae: nnx.Module, latents: Latents) -> tuple[jax.Array, jax.Array]:
-    pixels = vae.decode(latents)
-    levels = jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
-    return levels.astype(jnp.uint8), jnp.isfinite(pixels).all()
+    encode = functools.partial(vae.encode, networks.vae)
+    config, rows = networks.configs.transformer, 2 * len(video)
+    if not config.vace_layers:
+        if pictures:
+            raise InputError("reference pictures need a VACE model, this one is text-to-video")
+        return encode(video), context[:rows], context[rows:]
+    video = video.astype(jnp.float32) / 127.5 - 1.0
+    seen = video if settings.show_masked else jnp.where(mask[..., None], 0.0, video)
+    edited = control(encode, seen, mask, pictures)
+    whole = control(encode, video, jnp.zeros_like(mask), pictures)
+    scale = jnp.full(len(context), settings.context_scale)
+    prompts = VACEContext(context[:rows], jnp.concatenate([edited, edited]), scale[:rows])
+    # with nothing masked, what is kept is the source itself, after its references
+    latents = whole[..., : config.in_channels]
+    return latents, prompts, VACEContext(context[rows:], whole, scale[rows:])
 
 
 def _decoded(model: Model, latents: Latents) -> Frames:
     """The one video of `latents`, as the model made it."""
-    video, finite = _decode(model.checkpoint.vae, latents)
+    video, finite = vae.decode(model.checkpoint.vae, latents)
     if not finite:  # uint8 has no NaN: they would pass for some grey
         raise SamplingError("the VAE's pixels are not finite: compute in float32")
     return np.asarray(video)[0]

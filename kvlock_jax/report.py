@@ -1,4 +1,4 @@
-"""What a run leaves to read: its trace as JSON, and as a picture."""
+"""What a run leaves to look at: its trace as JSON and as a plot, the edit beside its source."""
 
 import dataclasses
 import importlib.metadata
@@ -13,6 +13,8 @@ import numpy as np
 
 from kvlock_jax import video
 from kvlock_jax.edit import Result, Settings
+from kvlock_jax.errors import InputError
+from kvlock_jax.lock.masks import dilate
 from kvlock_jax.sampling.sampler import Trace
 
 STEPS = ("sigma", "sigma2", "fusion_ratio", "guidance_scale", "uncond_scale", "scheduled")
@@ -170,3 +172,18 @@ def _finish(axes: Any, trace: Trace) -> None:
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.tick_params(which="both", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def compare(source: video.Frames, mask: video.Mask, edited: video.Frames) -> video.Frames:
+    """Source, source with the mask's outline, and edit, side by side, 2 white pixels apart.
+
+    The outline is white just inside the mask and black just outside, to be seen on any picture.
+    """
+    if not source.shape[:3] == mask.shape == edited.shape[:3]:
+        shapes = f"{source.shape}, {mask.shape} and {edited.shape}"
+        raise InputError(f"source, mask and edit must be of one size, found {shapes}")
+    outlined = np.array(source)
+    outlined[np.asarray(dilate(mask, 1)) & ~mask] = 0
+    outlined[np.asarray(dilate(~mask, 1)) & mask] = 255
+    gap = np.full((*source.shape[:2], 2, 3), 255, np.uint8)
+    return np.concatenate([source, gap, outlined, gap, edited], axis=2)

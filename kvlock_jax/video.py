@@ -22,7 +22,6 @@ from etils import epath
 from jaxtyping import Bool, UInt8
 
 from kvlock_jax.errors import InputError
-from kvlock_jax.lock.masks import dilate
 from kvlock_jax.shapes import PATCH, VAE_STRIDES
 
 Path = str | os.PathLike
@@ -144,12 +143,15 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
-def read_mask(mask: Path | np.ndarray, frames: int, height: int, width: int) -> Mask:
+def read_mask(
+    mask: Path | np.ndarray, frames: int, height: int, width: int, cut: bool = False
+) -> Mask:
     """A mask from a video, a folder of images, one image, an `.npy`, or an array; white edits.
 
     What is over half of white is 1: over 127.5, or over 0.5 in arrays that stay within 0..1. The
     brightest channel counts, so any pure colour is as good as white; alpha is ignored. Arrays are
-    `height width`, `frames height width`, or the latter with channels. One frame stands for all.
+    `height width`, `frames height width`, or the latter with channels. One frame stands for all; of
+    a longer mask `cut` takes the first `frames`.
 
     Raises:
       InputError: it is unreadable, or neither 1 nor `frames` frames of `height` x `width`.
@@ -160,7 +162,8 @@ def read_mask(mask: Path | np.ndarray, frames: int, height: int, width: int) -> 
     elif os.fspath(mask).lower().endswith(".npy"):
         found = _array_mask(name, _read_npy(mask))
     else:
-        found = (read_video(mask).frames > 127).any(axis=-1)
+        found = (read_video(mask, frames if cut else None).frames > 127).any(axis=-1)
+    found = found[:frames] if cut else found
     if len(found) not in (1, frames):
         raise InputError(f"{name}: {len(found)} frames, but the video has {frames}")
     if found.shape[1:] != (height, width):
@@ -381,18 +384,3 @@ def resize_mask(mask: Mask, height: int, width: int) -> Mask:
         first, last = new * old // size, -(-(new + 1) * old // size)
         mask = total.take(last, axis=axis) > total.take(first, axis=axis)
     return mask
-
-
-def compare(source: Frames, mask: Mask, edited: Frames) -> Frames:
-    """Source, source with the mask's outline, and edit, side by side, 2 white pixels apart.
-
-    The outline is white just inside the mask and black just outside, to be seen on any picture.
-    """
-    if not source.shape[:3] == mask.shape == edited.shape[:3]:
-        shapes = f"{source.shape}, {mask.shape} and {edited.shape}"
-        raise InputError(f"source, mask and edit must be of one size, found {shapes}")
-    outlined = np.array(source)
-    outlined[np.asarray(dilate(mask, 1)) & ~mask] = 0
-    outlined[np.asarray(dilate(~mask, 1)) & mask] = 255
-    gap = np.full((*source.shape[:2], 2, 3), 255, np.uint8)
-    return np.concatenate([source, gap, outlined, gap, edited], axis=2)

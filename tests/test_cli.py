@@ -1,6 +1,8 @@
 """`kvlock edit` and `kvlock info`, case by case, on a tiny model of random weights."""
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import re
 import shutil
@@ -16,11 +18,11 @@ import tiny
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from kvlock_jax import checkpoint, cli, video
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.convert import weights
-from kvlock_jax.edit import TRAINED_FRAMES, load
+from kvlock_jax import cli, store, video
+from kvlock_jax.convert import command, weights
+from kvlock_jax.edit import load
 from kvlock_jax.errors import CheckpointError, SamplingError
+from kvlock_jax.inputs import TRAINED_FRAMES
 
 MODULE = sys.modules["kvlock_jax.edit"]  # `kvlock_jax.edit` as an attribute is the function
 FILES = ["in.mkv", "mask.mkv"]
@@ -250,7 +252,8 @@ def test_file_then_overrides_then_flags(kvlock, folder, monkeypatch):
 def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
     flags = (
         "--preset=cfg --shift=2.5 --solver=dpm++ --base_seed=3 --src_prompt=one --dilate=1 "
-        "--negative_prompt=two --size=64*32 --frame_num=4 --invert_mask --no-composite"
+        "--negative_prompt=two --size=64*32 --frame_num=4 --invert_mask --no-composite "
+        "--context_scale=0.5 --show_masked"
     )
     got = chosen(kvlock, monkeypatch, *flags.split(), "--config.edit.composite")
     assert dataclasses.asdict(got.edit) == {
@@ -261,12 +264,14 @@ def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
         "composite": False,
         "size": "64*32",
         "frame_num": 4,
+        "context_scale": 0.5,
+        "show_masked": True,
     }
     assert (got.preset, got.lock.enabled) == ("cfg", False)
     assert dataclasses.asdict(got.sample) == {
         "steps": 2,
         "shift": 2.5,
-        "guidance_scale": 6.0,  # of configs/t2v_1_3b.py, since the model is narrow
+        "guidance_scale": 6.0,  # of configs/t2v_1_3b_480p.py, since the model is narrow
         "solver": "dpm++",
         "seed": 3,
     }
@@ -325,9 +330,9 @@ def test_what_must_be_given(capsys):
     assert cli.main(["edit", "--prompt=a star"]) == 2
     assert re.match(r"error: .*--src_video.*--save_file.*\n", capsys.readouterr().err)
     assert cli.main([]) == 2
-    assert "edit|info" in capsys.readouterr().err
-    assert cli.main(["convert"]) == 2
-    assert "'convert'" in capsys.readouterr().err
+    assert "edit|convert|info" in capsys.readouterr().err
+    assert cli.main(["train"]) == 2
+    assert "'train'" in capsys.readouterr().err
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -532,14 +537,18 @@ def test_progress_on_a_terminal(monkeypatch, tmp_path):
 
 
 def info(capsys, *arguments: str) -> dict[str, str]:
+    """Lines by their first word, with two spaces before it where the line is indented."""
     assert cli.main(["info", *arguments]) == 0, capsys.readouterr().err
-    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    found = re.findall(r"(?m)^((?:  )?\S+) +(.+)$", capsys.readouterr().out)
+    assert len(dict(found)) == len(found)
+    return dict(found)
 
 
 def test_info_of_a_diffusers_folder(capsys, monkeypatch, tiny_checkpoint):
-    def unread(file, key, _):
-        entry = file.get_slice(key)
-        return weights.LazyTensor(tuple(entry.get_shape()), np.dtype(np.float32), pytest.fail)
+    lazy = weights._lazy
+
+    def unread(*tensor):
+        return dataclasses.replace(lazy(*tensor), read=pytest.fail, rows=pytest.fail)
 
     count = {
         part: sum(
@@ -564,32 +573,38 @@ def test_info_of_demo_is_that_of_its_folder(capsys, monkeypatch, tiny_checkpoint
     assert info(capsys, "demo") == info(capsys, str(tiny_checkpoint))
 
 
-def test_info_of_a_converted_checkpoint(capsys, monkeypatch, tmp_path, tiny_checkpoint, model):
-    checkpoint.save(tmp_path / "own", model.checkpoint, {})
-    monkeypatch.setattr(checkpoint, "_read", pytest.fail)
-    assert info(capsys, str(tmp_path / "own")) == info(capsys, str(tiny_checkpoint))
+def test_info_of_a_converted_checkpoint(capsys, monkeypatch, tmp_path, tiny_checkpoint):
+    command.convert(tiny_checkpoint, tmp_path / "own")
+    monkeypatch.setattr(store, "read", pytest.fail)
+    lines, published = (info(capsys, str(f)) for f in (tmp_path / "own", tiny_checkpoint))
+    assert published.items() <= lines.items()
+    version = importlib.metadata.version("kvlock-jax")
+    assert lines["converted"] == f"by kvlock_jax {version} from wan, diffusers layout"
+    for file in tiny_checkpoint.glob("*/*.safetensors"):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert lines[f"  {digest}"] == file.relative_to(tiny_checkpoint).as_posix()
     data = next(p for p in (tmp_path / "own").iterdir() if p.is_dir())
     shutil.rmtree(data / "vae")
     assert cli.main(["info", str(tmp_path / "own")]) == 2
     assert re.match(r"error: .* is damaged:\n(  missing: vae/.*\n)+$", capsys.readouterr().err)
 
 
+def test_info_of_a_run_on_several_devices(capsys, tiny_checkpoint):
+    flags = "--size=45*31 --frame_num=4 --devices=2 --dtype=bfloat16"
+    lines = info(capsys, str(tiny_checkpoint), *flags.split(), "--chip=v6e")
+    # padded to 5 frames of 32x48, 2 x 2 x 3 tokens; 2 layers of width 24, keys and values
+    assert lines["cache"].endswith("12 tokens of 5 frames of 48x32")
+    size = 2 * 2 * 128 * 24 * 2 / 1024
+    assert lines["  cache"] == f"{size:.1f} KiB  128 tokens of 256, padding and all"
+    assert lines["  total"].endswith("fits in 29.8 GiB")
+    assert "kvlock_anchor: 50 of 50 steps" in lines["step"]
+    without = info(capsys, str(tiny_checkpoint), *flags.split())
+    assert without["  cache"] == lines["  cache"] and "step" not in without
+
+
 @pytest.mark.parametrize(
-    ("heads", "layers", "ffn", "gib"), [(12, 30, 8960, "5.6 GiB"), (40, 40, 13824, "25.0 GiB")]
+    "flag", ["--size=832", "--frame_num=0", "--preset=cfg", "--devices=0", "--chip=v9"]
 )
-def test_cache_of_published_sizes(capsys, monkeypatch, heads, layers, ffn, gib):
-    """81 frames of 480x832 in bfloat16, DESIGN.md section 2."""
-    wan = WanConfig(heads, 128, layers, ffn)
-    text = UMT5Config(8, 16, 4, 24, 1, 2)
-    configs = checkpoint.Configs(wan, VAEConfig(), text, {})
-    monkeypatch.setattr(cli, "describe", lambda _: checkpoint.Contents("wan2.1-t2v", configs, {}))
-    lines = info(capsys, "big", "--dtype=bfloat16")
-    assert lines["cache"].startswith(gib) and "32,760 tokens" in lines["cache"]
-    # padded to 5 frames of 32x48, 2 x 2 x 3 tokens
-    assert "12 tokens" in info(capsys, "big", "--size=45*31", "--frame_num=4")["cache"]
-
-
-@pytest.mark.parametrize("flags", [["--size=832"], ["--frame_num=0"], ["--preset=cfg"]])
-def test_info_that_cannot_be(capsys, flags):
-    assert cli.main(["info", "demo", *flags]) == 2
+def test_info_that_cannot_be(capsys, flag):
+    assert cli.main(["info", "demo", flag]) == 2
     assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)

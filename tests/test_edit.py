@@ -4,17 +4,22 @@ import dataclasses
 import importlib
 from fractions import Fraction
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from flax import nnx
 
 import kvlock_jax as kvl
-from kvlock_jax import checkpoint, metrics, video
+from kvlock_jax import checkpoint, inputs, metrics, video
 from kvlock_jax.config import run_config
+from kvlock_jax.convert.command import convert
 from kvlock_jax.errors import CheckpointError, ConfigError, InputError, SamplingError
+from kvlock_jax.lock import PRESETS
+from kvlock_jax.models import vae as vae_module
 from kvlock_jax.sampling.sampler import sample
 
 editing = importlib.import_module("kvlock_jax.edit")  # kvl.edit is its function
@@ -160,7 +165,7 @@ def test_background_latents_are_those_of_the_source(model, preset, monkeypatch):
         editing, "_decoded", lambda model, latents: seen.append(latents) or decoded(model, latents)
     )
     result = edit(model, config=config_of(preset))
-    (source,) = np.asarray(editing._encode(model.checkpoint.vae, jnp.asarray(CLIP)[None]))
+    (source,) = np.asarray(vae_module.encode(model.checkpoint.vae, jnp.asarray(CLIP)[None]))
     cells = np.zeros((2, 4, 6), bool)
     cells[:, 1, 1] = True  # the box is one cell of 8x8 pixels
     (latents,) = np.asarray(seen[0])
@@ -227,8 +232,8 @@ def test_five_edits_are_compiled_once(model, monkeypatch, capsys):
 # -- loading, settings ---------------------------------------------------------------------------
 
 
-def test_a_converted_checkpoint_loads(model, tmp_path):
-    checkpoint.save(tmp_path, model.checkpoint, {})
+def test_a_converted_checkpoint_loads(model, tiny_checkpoint, tmp_path):
+    convert(tiny_checkpoint, tmp_path)
     loaded = kvl.load(str(tmp_path))
     assert loaded.name == str(tmp_path)
     assert loaded.checkpoint.configs == model.checkpoint.configs
@@ -256,8 +261,31 @@ def test_default_settings(model):
     assert kvl.default_config(dataclasses.replace(model, checkpoint=big)).sample.shift == 5.0
 
 
+def test_folders_in_a_bucket(monkeypatch):
+    """With memory in place of the network, then without what reads a bucket."""
+
+    def buckets(filesystem):
+        backend = type(epath.backend.fsspec_backend)
+        monkeypatch.setattr(backend, "_get_filesystem", lambda self, name: filesystem())
+
+    def not_installed():
+        raise ImportError("Please install gcsfs")
+
+    buckets(lambda: fsspec.filesystem("memory"))
+    with pytest.raises(CheckpointError, match="gs://bucket/none: no such folder"):
+        kvl.load("gs://bucket/none")
+    folder = epath.Path("gs://bucket/damaged")
+    folder.mkdir(parents=True)
+    (folder / checkpoint.METADATA).write_text("{")
+    with pytest.raises(CheckpointError, match=r"gs://bucket/damaged/kvlock\.json"):
+        kvl.load("gs://bucket/damaged")
+    buckets(not_installed)
+    with pytest.raises(CheckpointError, match="gs://bucket/none: Please install gcsfs"):
+        kvl.load("gs://bucket/none")
+
+
 def test_no_such_config():
-    with pytest.raises(ConfigError, match=r"no config 'none'; there are demo, t2v_14b, t2v_1_3b"):
+    with pytest.raises(ConfigError, match=r"no config 'none'; there are demo, t2v_14b_480p"):
         kvl.config("none")
 
 
@@ -323,7 +351,7 @@ def test_what_cannot_be_used_is_named(model, case):
 
 
 def test_more_frames_than_the_model_was_trained_on(model, plain, monkeypatch):
-    monkeypatch.setattr(editing, "TRAINED_FRAMES", FRAMES - 1)
+    monkeypatch.setattr(inputs, "TRAINED_FRAMES", FRAMES - 1)
     with pytest.warns(UserWarning, match="5 frames: the model was trained on 4") as warned:
         result = edit(model)
     assert warned[0].filename == __file__
@@ -353,3 +381,82 @@ def test_pixels_that_are_not_finite(model):
     bad = broken(model, "vae", ("decoder", "conv_out", "bias"), jnp.nan)
     with pytest.raises(SamplingError, match="the VAE's pixels are not finite"):
         edit(bad)
+
+
+# -- VACE ----------------------------------------------------------------------------------------
+
+PICTURE = np.random.default_rng(5).integers(0, 256, (20, 30, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def vace(tiny_vace_checkpoint):
+    return kvl.load(tiny_vace_checkpoint)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_runs_on_vace_weights(vace, preset):
+    result = edit(vace, config=config_of(preset))
+    assert result.video.shape == CLIP.shape and result.trace.finite.all()
+    assert not np.array_equal(
+        result.video, edit(vace, prompt="a red circle", config=config_of(preset)).video
+    )
+
+
+def test_references_change_the_edit_and_not_its_length(vace):
+    config = config_of("kvlock")
+    plain, shown = edit(vace, config=config), edit(vace, config=config, references=[PICTURE])
+    assert shown.video.shape == CLIP.shape
+    assert not np.array_equal(plain.video, shown.video)
+    turned = edit(vace, config=config, references=[PICTURE[::-1]])
+    assert not np.array_equal(turned.video, shown.video)
+
+
+def test_a_pinned_background_is_the_sources_under_references(vace, monkeypatch):
+    seen = {}
+    plain = sample
+
+    def spy(model, latents, edits, *rest, **program):
+        seen["edits"], (out, trace) = edits, plain(model, latents, edits, *rest, **program)
+        seen["out"] = np.asarray(out)
+        return out, trace
+
+    spy.lower = plain.lower
+    monkeypatch.setattr(editing, "sample", spy)
+    edit(vace, config=config_of("kvlock_anchor"), references=[PICTURE, PICTURE])
+    edits, out = seen["edits"], seen["out"]
+    assert edits.references == 2 and out.shape[1] == 2 + (FRAMES + 3) // 4
+    kept = ~np.asarray(edits.foreground)[..., None]
+    kept[:, :2] = False
+    np.testing.assert_array_equal(np.where(kept, out, 0), np.where(kept, edits.source, 0))
+    assert not np.array_equal(out[:, :2], np.asarray(edits.source)[:, :2])
+
+
+def test_what_is_masked_is_hidden_unless_it_is_to_be_shown(vace):
+    other = CLIP.copy()
+    other[MASK] = 255 - other[MASK]
+    noise = np.random.default_rng(0).normal(size=(1, 2, 4, 6, 4)).astype(np.float32)
+
+    def videos(**settings):
+        config = config_of("cfg", **settings)
+        return [edit(vace, clip, config=config, noise=noise).video for clip in (CLIP, other)]
+
+    np.testing.assert_array_equal(*videos())
+    assert not np.array_equal(*videos(show_masked=True))
+
+
+def test_without_its_context_a_vace_model_is_blind_to_the_source(vace):
+    config = config_of("cfg", context_scale=0.0)
+    np.testing.assert_array_equal(
+        edit(vace, config=config).video, edit(vace, CLIP[:, ::-1].copy(), config=config).video
+    )
+
+
+def test_references_need_vace(model):
+    with pytest.raises(InputError, match="reference pictures need a VACE model"):
+        edit(model, references=[PICTURE])
+
+
+@pytest.mark.parametrize("picture", [PICTURE[..., 0], PICTURE / 255, "no such.png"])
+def test_references_that_are_no_pictures(vace, picture):
+    with pytest.raises(InputError, match=r"reference picture must be|no such file"):
+        edit(vace, references=[picture])

@@ -1,4 +1,4 @@
-"""The whole way without a lock, from a prompt to frames: `kvl.edit` against Diffusers' pipeline."""
+"""The whole way without a lock, from files to frames: `kvl.edit` against Diffusers' pipelines."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from PIL import Image
 
 import kvlock_jax as kvl
 from kvlock_jax.config import run_config
@@ -25,10 +26,8 @@ SCHEDULERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
+def scaled(pipeline):
     """Random weights of a scale at which texts matter and frames are neither grey nor clipped."""
-    pipeline = tiny.make_pipeline(tmp_path_factory.mktemp("tiny"))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.register_to_config(latents_mean=[0.2, -0.1, 0.3, 0.0])
     pipeline.vae.register_to_config(latents_std=[1.5, 1.0, 0.7, 2.0])
@@ -41,30 +40,49 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return scaled(tiny.make_pipeline(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
+def vace_pipeline(tmp_path_factory):
+    return scaled(tiny.make_vace_pipeline(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="module")
 def model(pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scaled")
+    return loaded(pipeline, tmp_path_factory.mktemp("scaled"))
+
+
+@pytest.fixture(scope="module")
+def vace_model(vace_pipeline, tmp_path_factory):
+    return loaded(vace_pipeline, tmp_path_factory.mktemp("scaled"))
+
+
+def loaded(pipeline, folder):
     pipeline.save_pretrained(folder)
     return kvl.load(folder)
 
 
-def noise():
-    shape = (1, 1 + FRAMES // 4, HEIGHT // 8, WIDTH // 8, 4)
+def noise(references=0):
+    shape = (1, references + 1 + FRAMES // 4, HEIGHT // 8, WIDTH // 8, 4)
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def theirs(pipeline, solver, prompt):
+def theirs(pipeline, solver, prompt, references=0, **rest):
     pipeline.scheduler = SCHEDULERS[solver]
     frames = pipeline(
-        prompt,
-        NEGATIVE,
+        prompt=prompt,
+        negative_prompt=NEGATIVE,
         height=HEIGHT,
         width=WIDTH,
         num_frames=FRAMES,
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
-        latents=torch.from_numpy(noise()).permute(0, 4, 1, 2, 3),
+        latents=torch.from_numpy(noise(references)).permute(0, 4, 1, 2, 3),
         max_sequence_length=12,
         output_type="np",
+        **rest,
     ).frames[0]
     return np.round(frames * 255).astype(np.uint8)
 
@@ -93,3 +111,29 @@ def test_same_frames_as_diffusers(pipeline, model, solver, capsys):
     # frames with a picture in them, that another text would have made another
     assert want.std() > 20 and ((want > 0) & (want < 255)).mean() > 0.8
     assert psnr(other, want) < 35
+
+
+@pytest.mark.parametrize("solver, references", [("unipc", 0), ("euler", 2)])
+def test_same_frames_as_the_vace_pipeline(vace_pipeline, vace_model, solver, references, capsys):
+    clip, mask = tiny.clip(FRAMES, HEIGHT, WIDTH), tiny.mask(FRAMES, HEIGHT, WIDTH)
+    rng = np.random.default_rng(3)
+    pictures = [rng.integers(0, 256, (24, 16, 3), np.uint8) for _ in range(references)]
+    shown = {
+        "video": [Image.fromarray(frame) for frame in clip],
+        "mask": [Image.fromarray(frame) for frame in mask],
+        "reference_images": [Image.fromarray(p) for p in pictures] or None,
+    }
+    scale = {"conditioning_scale": 0.7}
+    want = theirs(vace_pipeline, solver, PROMPT, references, **shown, **scale)
+    free = theirs(vace_pipeline, solver, PROMPT, references, **shown, conditioning_scale=0.0)
+
+    config = run_config("cfg", steps=STEPS, shift=SHIFT, guidance_scale=GUIDANCE, solver=solver)
+    config.edit.update(negative_prompt=NEGATIVE, context_scale=0.7, show_masked=True)
+    start = jnp.asarray(noise(references))
+    hand = dict(config=config, noise=start, references=pictures)
+    got = kvl.edit(vace_model, clip, mask, PROMPT, **hand).video
+    found = psnr(got, want)
+    with capsys.disabled():
+        print(f"\nVACE, {solver}, {references} references: {found:.1f} dB against Diffusers")
+    assert found > 50
+    assert want.std() > 20 and psnr(free, want) < 35  # a picture, and one that the context made

@@ -157,3 +157,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         report.write_trace(tmp_path / "t.json", broken)
     assert only(tmp_path) == ["t.json"] and (tmp_path / "t.json").read_text() == "old"
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def test_compare_puts_source_outline_and_edit_side_by_side():
+    source, edited, mask = noise(2, 8, 10), noise(2, 8, 10, seed=1), np.zeros((2, 8, 10), bool)
+    mask[:, 2:6, 3:7] = True
+    found = report.compare(source, mask, edited)
+    assert found.shape == (2, 8, 34, 3) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found[:, :, :10], source)
+    np.testing.assert_array_equal(found[:, :, 24:], edited)
+    assert (found[:, :, [10, 11, 22, 23]] == 255).all()
+    expected = source.copy()
+    expected[:, 1:7, 2:8] = 0
+    expected[:, 2:6, 3:7] = 255
+    expected[:, 3:5, 4:6] = source[:, 3:5, 4:6]
+    np.testing.assert_array_equal(found[:, :, 12:22], expected)
+    with pytest.raises(InputError, match="of one size"):
+        report.compare(source, mask[:, 1:], edited)

@@ -120,14 +120,15 @@ def make_fake(seed=0, **fields) -> Fake:
     return Fake(**{"keys": keys, "values": values, "out": out[0], "limit": jnp.float32(0)} | fields)
 
 
-def make_edits(seed=1) -> Edits:
+def make_edits(seed=1, references=0) -> Edits:
     rng = np.random.default_rng(seed)
     foreground = np.zeros(SHAPE[:4], bool)
     foreground[0, :, 1:3, 2:5] = True  # its borders run through patches
     foreground[1, 1:, :2, :1] = True
+    foreground[:, :references] = False
     normal = (rng.normal(size=s) for s in (SHAPE, SHAPE, (2 * EDITS, WIDTH), (EDITS, WIDTH)))
     source, noise, prompts, source_prompts = (jnp.asarray(x, jnp.float32) for x in normal)
-    return Edits(source, noise, jnp.asarray(foreground), prompts, source_prompts)
+    return Edits(source, noise, jnp.asarray(foreground), prompts, source_prompts, references)
 
 
 def one_edit(edits: Edits, i: int) -> Edits:
@@ -180,7 +181,9 @@ def oracle(model, edits, i, settings, table, omega_0):
     weights = {n: np.asarray(getattr(model, n), np.float64) for n in ("keys", "values", "out")}
     source, noise = (np.asarray(x[i], np.float64) for x in (edits.source, edits.noise))
     edited = np.asarray(edits.foreground[i])
-    edited_tokens = np_tokens(np.repeat(edited[..., None], C, axis=-1)).any(axis=1)
+    own, shown = edited.copy(), np.ones_like(edited)
+    own[: edits.references], shown[: edits.references] = True, False
+    edited_tokens = np_tokens(np.repeat(own[..., None], C, axis=-1)).any(axis=1)
     texts = (edits.prompts[i], edits.prompts[EDITS + i], edits.source_prompts[i])
     cond, uncond, told = (np.tanh(np.asarray(x, np.float64)) for x in texts)
     everything = np.ones_like(edited)
@@ -192,7 +195,7 @@ def oracle(model, edits, i, settings, table, omega_0):
         scheduled, known = k >= steps - settings.kappa, len(estimates) >= 2
         sigma2 = 0.0
         if known:
-            region = everything if settings.detection == "global" else edited
+            region = shown if settings.detection == "global" else edited
             recent = np.array(estimates[-settings.window :])
             sigma2 = recent.var(axis=0, ddof=1)[region].mean()
         part = sigma2 / settings.tau
@@ -228,7 +231,7 @@ def oracle(model, edits, i, settings, table, omega_0):
         z = z + (after - sigma) * v
         if pinned:
             kept = (1 - after) * source + after * noise
-            z = np.where(edited[..., None], z, kept)
+            z = np.where(own[..., None], z, kept)
         rows.append((sigma, sigma2, alpha, omega, s, scheduled, True))
     return z, Trace(*(np.array(column) for column in zip(*rows, strict=True)))
 
@@ -249,10 +252,11 @@ def settings_of(preset, **changes):
     return dataclasses.replace(lock.preset(preset, OMEGA), **{"tau": 0.15, **changes})
 
 
-@pytest.mark.parametrize("kappa, tau", [(9, 0.15), (20, 0.03)])
+@pytest.mark.parametrize("kappa, tau, references", [(9, 0.15, 0), (20, 0.03, 0), (9, 0.15, 1)])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_the_method(preset, kappa, tau):
-    model, edits, table = make_fake(), make_edits(), solvers.euler(STEPS, SHIFT)
+def test_every_preset_is_the_method(preset, kappa, tau, references):
+    model, table = make_fake(), solvers.euler(STEPS, SHIFT)
+    edits = make_edits(references=references)
     settings = settings_of(preset, kappa=kappa, tau=tau, **PRESETS[preset])
     latents, trace = run(model, edits, settings, table)
     for i in range(EDITS):

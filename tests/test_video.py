@@ -640,20 +640,3 @@ def test_a_resized_mask_loses_no_edited_pixel(mask, size):
         for x, column in columns:
             expected[:, row, column] |= mask[:, y, x]
     np.testing.assert_array_equal(found, expected)
-
-
-def test_compare_puts_source_outline_and_edit_side_by_side():
-    source, edited, mask = noise(2, 8, 10), noise(2, 8, 10, seed=1), np.zeros((2, 8, 10), bool)
-    mask[:, 2:6, 3:7] = True
-    found = video.compare(source, mask, edited)
-    assert found.shape == (2, 8, 34, 3) and found.dtype == np.uint8
-    np.testing.assert_array_equal(found[:, :, :10], source)
-    np.testing.assert_array_equal(found[:, :, 24:], edited)
-    assert (found[:, :, [10, 11, 22, 23]] == 255).all()
-    expected = source.copy()
-    expected[:, 1:7, 2:8] = 0
-    expected[:, 2:6, 3:7] = 255
-    expected[:, 3:5, 4:6] = source[:, 3:5, 4:6]
-    np.testing.assert_array_equal(found[:, :, 12:22], expected)
-    with pytest.raises(InputError, match="of one size"):
-        video.compare(source, mask[:, 1:], edited)

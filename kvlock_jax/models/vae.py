@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 from kvlock_jax.config import VAEConfig
 from kvlock_jax.errors import InputError
 from kvlock_jax.models.attention import attend
-from kvlock_jax.shapes import VAE_STRIDES
+from kvlock_jax.shapes import VAE_STRIDES, Latents
 
 Feature = Float[Array, "B T H W C"]
 Video = Float[Array, "B frames height width 3"]
@@ -347,3 +347,21 @@ def _over_chunks(coder: nnx.Module, x: Feature, size: int) -> Feature:
     _, out = jax.lax.scan(lambda c, chunk: coder(chunk, c)[::-1], cache, chunks)
     out = jnp.moveaxis(out, 0, 1)
     return jnp.concatenate([first, out.reshape(x.shape[0], -1, *out.shape[3:])], axis=1)
+
+
+@jax.jit
+def encode(vae: WanVAE, video: UInt8[Array, "B frames height width 3"] | Video) -> Latents:
+    """Normalised latents of a video in levels of 255, or in [-1, 1] where they are floats."""
+    if jnp.issubdtype(video.dtype, jnp.integer):
+        video = video.astype(jnp.float32) / 127.5 - 1.0
+    return vae.encode(video)
+
+
+@jax.jit
+def decode(
+    vae: WanVAE, latents: Latents
+) -> tuple[UInt8[Array, "B frames height width 3"], Bool[Array, ""]]:
+    """A video in levels of 255, and whether all was finite before: integers have no NaN."""
+    pixels = vae.decode(latents)
+    levels = jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
+    return levels.astype(jnp.uint8), jnp.isfinite(pixels).all()

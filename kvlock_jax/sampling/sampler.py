@@ -50,6 +50,8 @@ class Edits:
       source: normalised latents of the source videos.
       noise: of unit variance; the edits start from it, and it noises the source (METHOD.md 3).
       foreground: latent cells to edit.
+      references: first latent frames that hold reference pictures (METHOD.md section 11): never
+        foreground, background, or part of the statistic.
       prompts: what `Model.condition` takes, `2 B` rows: the prompts, then the negative prompts.
       source_prompts: the same for the source branch, `B` rows.
     """
@@ -59,6 +61,7 @@ class Edits:
     foreground: LatentMask
     prompts: Any
     source_prompts: Any
+    references: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -144,10 +147,13 @@ def sample(
     source, noise = edits.source.astype(jnp.float32), edits.noise.astype(jnp.float32)
     edits = dataclasses.replace(edits, source=source, noise=noise)
     grid = tuple(n // p for n, p in zip(latents.shape[1:4], PATCH, strict=True))
+    # of the latent frames, those of the video
+    shown = (jnp.arange(latents.shape[1]) >= edits.references)[:, None, None]
     step = _Step(
         model=model,
         edits=edits,
-        tokens=lock.to_token_mask(edits.foreground, PATCH),
+        shown=shown,
+        tokens=lock.to_token_mask(edits.foreground | ~shown, PATCH),
         conditioning=model.condition(edits.prompts, grid),
         source_conditioning=model.condition(edits.source_prompts, grid) if program.locked else None,
         knobs=knobs,
@@ -166,6 +172,7 @@ class _Step:
 
     model: Model
     edits: Edits
+    shown: Bool[Array, "T one one"]
     tokens: Bool[Array, "B L"]
     conditioning: Any
     source_conditioning: Any
@@ -212,7 +219,7 @@ class _Step:
         window = lock.push(state.window, x0)
         latents, solved = solvers.step(solver, state.solver, state.latents, x0)
         latents = jnp.where(
-            knobs.pin_background & ~foreground[..., None],
+            knobs.pin_background & (self.shown & ~foreground)[..., None],
             self._noised_source(solver.sigma_next),
             latents,
         )
@@ -220,7 +227,8 @@ class _Step:
         if self.program.on_step is not None:
             # `finite` orders the call: of the number alone it could come before the step is done.
             jax.debug.callback(lambda n, _: self.program.on_step(n), number, finite)
-        sigma2 = lock.hallucination(window, lock.detection_region(foreground, knobs))
+        detected = lock.detection_region(foreground, knobs) & self.shown
+        sigma2 = lock.hallucination(window, detected)
         following = SampleState(latents, solved, window, sigma2, cache, momentum)
         return following, Trace(solver.sigma, state.sigma2, alpha, omega, scale, scheduled, finite)
 

@@ -1,0 +1,88 @@
+"""What a VACE model is shown beside noise and text (METHOD.md section 11).
+
+Per latent cell 96 channels: the video outside the mask (*inactive*) and inside it (*reactive*),
+each through the VAE, and the mask itself. Origin: `prepare_video_latents` and `prepare_masks` of
+Diffusers' `WanVACEPipeline`, after the publisher's VACE code.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+
+from kvlock_jax.shapes import VAE_STRIDES, Latents
+
+Encode = Callable[[Float[Array, "B frames height width 3"]], Latents]
+"""The VAE's encoder: video in [-1, 1] to normalised latents."""
+
+
+def control(
+    encode: Encode,
+    video: Float[Array, "B frames height width 3"],
+    mask: Bool[Array, "B frames height width"],
+    references: Sequence[Float[Array, "B height width 3"]] = (),
+) -> Float[Array, "B T H W 96"]:
+    """The channels of a video of which the masked part is to be generated.
+
+    With `x` the video in [-1, 1] and `m` the mask, METHOD.md section 11:
+
+        inactive = VAE(x (1 - m)),    reactive = VAE(x m)
+
+    An empty mask shows the model the whole video, a full one nothing of it.
+
+    Args:
+      encode: of the VAE.
+      video: `frames = 4 n + 1`; height and width multiples of 8.
+      mask: true is generated.
+      references: pictures to keep to, of the video's size, in [-1, 1]. Each becomes a latent frame
+        of its own before the video; the last one given comes first, as published.
+
+    Returns:
+      `T = len(references) + n + 1` frames of channels.
+    """
+    kept = ~mask[..., None]
+    inactive, reactive = encode(jnp.where(kept, video, 0.0)), encode(jnp.where(kept, 0.0, video))
+    frames = [jnp.concatenate([inactive, reactive, fold_mask(mask)], axis=-1)]
+    for picture in references:
+        latents = encode(picture[:, None])
+        nothing = jnp.zeros((*latents.shape[:-1], frames[0].shape[-1] - latents.shape[-1]))
+        frames.insert(0, jnp.concatenate([latents, nothing], axis=-1))
+    return jnp.concatenate(frames, axis=1)
+
+
+def fold_mask(mask: Bool[Array, "B frames height width"]) -> Float[Array, "B T H W 64"]:
+    """A pixel mask as channels of latent cells: 1.0 is generated.
+
+    Channel `8 i + j` holds row i and column j of each cell's 8x8 pixels; of the `F` frames, latent
+    frame t takes frame `floor((t + 1/2) F / T)`, `T = (F + 3) // 4` ("nearest-exact"). That frame
+    need not be among those that latent frame t decodes to: a mask of one frame can vanish here,
+    while `lock.to_latent_mask` keeps it.
+    """
+    batch, frames, height, width = mask.shape
+    time, rows, columns = VAE_STRIDES
+    count = (frames + time - 1) // time
+    chosen = ((2 * np.arange(count) + 1) * frames) // (2 * count)
+    cells = mask[:, chosen].reshape(batch, count, height // rows, rows, width // columns, columns)
+    folded = cells.transpose(0, 1, 2, 4, 3, 5).reshape(*cells.shape[:3], width // columns, -1)
+    return folded.astype(jnp.float32)
+
+
+def on_canvas(
+    picture: UInt8[np.ndarray, "rows columns 3"], height: int, width: int
+) -> Float[Array, "height width 3"]:
+    """A reference picture at a video's size, in [-1, 1]: as large as fits, centred on white.
+
+    Bilinear without antialiasing, as published. (Diffusers first resamples pictures whose sides are
+    not multiples of 8 to such; for those the two differ.)
+    """
+    rows, columns = picture.shape[:2]
+    scale = min(height / rows, width / columns)
+    fitted = max(int(rows * scale), 1), max(int(columns * scale), 1)
+    levels = jnp.asarray(picture, jnp.float32) / 127.5 - 1.0
+    scaled = jax.image.resize(levels, (*fitted, 3), "linear", antialias=False)
+    top, left = ((whole - part) // 2 for whole, part in zip((height, width), fitted, strict=True))
+    return (
+        jnp.ones((height, width, 3)).at[top : top + fitted[0], left : left + fitted[1]].set(scaled)
+    )
