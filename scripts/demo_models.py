@@ -1,5 +1,6 @@
 """The demo model's sizes, and how the training scripts pass its parts on."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -18,6 +19,7 @@ TRANSFORMER = WanConfig(
     text_dim=64,
     freq_dim=128,
 )
+VACE = dataclasses.replace(TRANSFORMER, vace_layers=(0, 2, 4))
 TEXT_ENCODER = UMT5Config(
     vocab_size=3 + 1 + len(SHAPES) + len(COLOURS),  # pad, end, unknown; "a"
     d_model=64,

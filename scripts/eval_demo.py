@@ -23,12 +23,12 @@ from kvlock_jax.demo.world import (
     COLOURS,
     SHAPES,
     Scene,
-    caption,
     random_scene,
     render,
     render_background,
 )
-from kvlock_jax.edit import _decode, _encode, settle
+from kvlock_jax.edit import prepare, settle
+from kvlock_jax.models import vae
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.sampler import Edits, Program, sample
 from kvlock_jax.text import encode_prompts
@@ -53,30 +53,36 @@ def another(scene: Scene, rng: np.random.Generator) -> Scene:
     return dataclasses.replace(scene, colour=str(colour), shape=str(shape))
 
 
-def generate(model, config, prompts, seeds, source=None, foreground=None):
-    """Decoded videos for prompts, batch by batch, and the traces' means inside the window."""
+def generate(model, config, scenes, seeds, clips, masks):
+    """Edits of clips to what scenes say, batch by batch, and the traces' means in the window."""
     settings = settle(config)
     networks = model.checkpoint
     table = solvers.table(settings.sample.solver, settings.sample.steps, settings.sample.shift)
     knobs = lock.knobs(settings.lock, settings.sample.guidance_scale)
     program = Program(settings.lock.enabled, settings.lock.guidance, settings.lock.window)
     videos, traces = [], []
-    for i in range(0, len(prompts), BATCH):
+    for i in range(0, len(scenes), BATCH):
         part = slice(i, i + BATCH)
-        texts = [*prompts[part], *[""] * BATCH, *[""] * BATCH]
+        texts = [*[s.caption for s in scenes[part]], *[""] * BATCH, *[""] * BATCH]
         context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
         draw = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (3, 12, 12, 16)))
         noise = draw(jnp.asarray(seeds[part], jnp.uint32))
-        clean = jnp.zeros_like(noise) if source is None else source[part]
-        region = jnp.ones(noise.shape[:-1], bool) if foreground is None else foreground[part]
-        edits = Edits(clean, noise, region, context[: 2 * BATCH], context[2 * BATCH :])
+        video, mask = jnp.asarray(clips[part]), jnp.asarray(masks[part])
+        source, *prompts = prepare(networks, video, mask, context, settings.edit)
+        edits = Edits(source, noise, lock.to_latent_mask(mask), *prompts)
         start = jnp.array(noise, copy=True)
         latents, trace = sample(networks.transformer, start, edits, table, knobs, program=program)
-        videos.append(np.asarray(_decode(networks.vae, latents)[0]))
+        videos.append(np.asarray(vae.decode(networks.vae, latents)[0]))
         window = np.asarray(trace.scheduled)
         fields = (trace.sigma2, trace.fusion_ratio, trace.guidance_scale)
         traces.append([np.asarray(f)[window].mean() for f in fields])
     return np.concatenate(videos), np.mean(traces, 0)
+
+
+def round_trip(model, clips) -> np.ndarray:
+    """The clips through the VAE and back."""
+    networks = model.checkpoint
+    return np.asarray(vae.decode(networks.vae, vae.encode(networks.vae, clips))[0])
 
 
 def score(videos, scenes) -> tuple[float, float]:
@@ -96,6 +102,7 @@ def main() -> None:
     parser.add_argument("--presets", default="kvlock_anchor,cfg")
     parser.add_argument("--guidance", type=float, help="instead of the config's guidance scale")
     parser.add_argument("--shift", type=float, help="instead of the config's shift")
+    parser.add_argument("--context_scale", type=float, help="0 makes VACE weights text-to-video")
     parser.add_argument("--png", type=pathlib.Path, help="folder for sheets of frames")
     flags = parser.parse_args()
     model = kvl.load(flags.model)
@@ -104,16 +111,15 @@ def main() -> None:
         config.sample.guidance_scale = flags.guidance
     if flags.shift is not None:
         config.sample.shift = flags.shift
+    if flags.context_scale is not None:
+        config.edit.context_scale = flags.context_scale
+    hints = model.checkpoint.configs.transformer.vace_layers and config.edit.context_scale
+    print(f"backbone: {'VACE' if hints else 'text-to-video'}")
 
     scenes = [random_scene(FIRST_SEED + i, held_out=True) for i in range(48)]
-    clips = [render(s).video for s in scenes]
-    latents = jnp.concatenate(
-        [_encode(model.checkpoint.vae, np.stack(clips[i : i + 8])) for i in range(0, 48, 8)]
-    )
-    back = np.concatenate(
-        [_decode(model.checkpoint.vae, latents[i : i + 16])[0] for i in range(0, 48, 16)]
-    )
-    kept = metrics.psnr(np.concatenate(clips), np.concatenate(back))
+    clips = np.stack([render(s).video for s in scenes])
+    back = np.concatenate([round_trip(model, clips[i : i + 16]) for i in range(0, 48, 16)])
+    kept = metrics.psnr(clips.reshape(-1, 96, 96, 3), back.reshape(-1, 96, 96, 3))
     print(f"VAE round trip, 48 held-out clips: {kept:.2f} dB")
     real, after = score(clips, scenes), score(back, scenes)
     empty = [judge(render_background(s)).colour is None for s in scenes]
@@ -127,21 +133,20 @@ def main() -> None:
     plain = copy.deepcopy(config)
     plain.preset = "cfg"
     seeds = [FIRST_SEED + i for i in range(len(wanted))]
-    videos, _ = generate(model, plain, [caption(s.shape, s.colour) for s in wanted], seeds)
+    nothing = np.zeros((len(wanted), *clips.shape[1:]), np.uint8)
+    videos, _ = generate(model, plain, wanted, seeds, nothing, np.ones(nothing.shape[:-1], bool))
     both, colour = score(videos, wanted)
     print(f"text to video, {len(wanted)}: both right {both:.1%}, colour {colour:.1%}")
     sheet(flags.png, "text_to_video", videos)
 
     rng = np.random.default_rng(FIRST_SEED)
     targets = [another(s, rng) for s in scenes]
-    masks = [box_mask(s) for s in scenes]
-    foreground = jnp.stack([lock.to_latent_mask(m) for m in masks])
+    masks = np.stack([box_mask(s) for s in scenes])
     ceiling = np.mean([metrics.background_psnr(*x) for x in zip(clips, back, masks, strict=True)])
     print(f"edits, 48: ceiling of background PSNR {ceiling:.2f} dB")
     for preset in flags.presets.split(","):
         config.preset = preset
-        prompts = [caption(s.shape, s.colour) for s in targets]
-        videos, means = generate(model, config, prompts, seeds[:48], latents, foreground)
+        videos, means = generate(model, config, targets, seeds[:48], clips, masks)
         both, colour = score(videos, targets)
         kept = np.mean(
             [metrics.background_psnr(*x) for x in zip(clips, videos, masks, strict=True)]
@@ -150,7 +155,7 @@ def main() -> None:
             f"  {preset}: both right {both:.1%}, colour {colour:.1%}, background {kept:.2f} dB; "
             f"window means sigma2 {means[0]:.4f}, alpha {means[1]:.2f}, omega {means[2]:.2f}"
         )
-        sheet(flags.png, f"edits_{preset}", np.concatenate([np.stack(clips), videos], 3))
+        sheet(flags.png, f"edits_{preset}", np.concatenate([clips, videos], 3))
     print(f"compiled loops: {sample._cache_size()}")
 
 

@@ -1,6 +1,7 @@
 """Writes the trained demo model as a Diffusers folder, in float16.
 
-    python scripts/export_demo.py --vae runs/decoder/params.npz --dit runs/dit --dst FOLDER
+    python scripts/export_demo.py --vae runs/decoder/params.npz --dit runs/dit [--vace runs/vace]
+        --dst FOLDER
 
 Diffusers itself makes the folder (it is in the `test` extra), so the layout is its own and it loads
 there too.
@@ -19,13 +20,15 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from flax import nnx
 
 from kvlock_jax.convert import diffusers as layout
 from kvlock_jax.convert.table import LazyTensor, Table, plan
+from kvlock_jax.models.vace import wan_transformer
 from kvlock_jax.models.vae import WanVAE
-from kvlock_jax.models.wan import WanTransformer
 from kvlock_jax.text import write_word_tokenizer
 
 
@@ -54,10 +57,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=pathlib.Path, required=True)
     parser.add_argument("--dit", type=pathlib.Path, required=True, help="the run's folder")
+    parser.add_argument("--vace", type=pathlib.Path, help="the run's folder, to export it as VACE")
     parser.add_argument("--dst", type=pathlib.Path, required=True)
     flags = parser.parse_args()
 
-    sizes, wan, text = demo_models.VAE, demo_models.TRANSFORMER, demo_models.TEXT_ENCODER
+    sizes, text = demo_models.VAE, demo_models.TEXT_ENCODER
+    if flags.vace:
+        wan, run = demo_models.VACE, flags.vace
+        published, pipeline = WanVACETransformer3DModel, WanVACEPipeline
+        own = {"vace_layers": list(wan.vace_layers), "vace_in_channels": wan.vace_in_channels}
+    else:
+        wan, run = demo_models.TRANSFORMER, flags.dit
+        published, pipeline, own = WanTransformer3DModel, WanPipeline, {}
     stats = np.load(flags.dit / "latent_stats.npz")
     vae = AutoencoderKLWan(
         base_dim=sizes.base_dim,
@@ -71,7 +82,7 @@ def main() -> None:
     params = nnx.state(nnx.eval_shape(lambda: WanVAE(sizes, rngs=nnx.Rngs(0))))
     publish(vae, demo_models.load_params(flags.vae, params), layout.VAE)
 
-    transformer = WanTransformer3DModel(
+    transformer = published(
         num_attention_heads=wan.num_attention_heads,
         attention_head_dim=wan.attention_head_dim,
         in_channels=wan.in_channels,
@@ -80,9 +91,10 @@ def main() -> None:
         freq_dim=wan.freq_dim,
         ffn_dim=wan.ffn_dim,
         num_layers=wan.num_layers,
+        **own,
     )
-    params = nnx.state(nnx.eval_shape(lambda: WanTransformer(wan, rngs=nnx.Rngs(0))))
-    trained = demo_models.load_params(flags.dit / "params.npz", params)
+    params = nnx.state(nnx.eval_shape(lambda: wan_transformer(wan, rngs=nnx.Rngs(0))))
+    trained = demo_models.load_params(run / "params.npz", params)
     publish(transformer, trained, layout.WAN)
 
     encoder = transformers.UMT5EncoderModel(
@@ -105,14 +117,14 @@ def main() -> None:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         )
         models = [m.half() for m in (encoder, vae, transformer)]
-        pipeline = WanPipeline(
+        whole = pipeline(
             tokenizer=tokenizer,
             text_encoder=models[0],
             vae=models[1],
             transformer=models[2],
             scheduler=scheduler,
         )
-        pipeline.save_pretrained(flags.dst)
+        whole.save_pretrained(flags.dst)
         for name in ("tokenizer.json", "tokenizer_config.json"):  # ours, as `text.Tokenizer` reads
             source = pathlib.Path(folder) / name
             (flags.dst / "tokenizer" / name).write_bytes(source.read_bytes())

@@ -38,8 +38,10 @@ PROMPTS = [caption(s, c) for s in SHAPES for c in COLOURS]
 
 @jax.jit
 def encode(vae: WanVAE, video: jax.Array) -> jax.Array:
-    """Latents of uint8 clips, not normalised: the VAE's statistics are not known yet."""
-    return vae.encode(video.astype(jnp.float32) / 127.5 - 1.0, chunk=2)
+    """Latents of clips, uint8 or in [-1, 1], not normalised: the statistics are not known yet."""
+    if video.dtype == jnp.uint8:
+        video = video.astype(jnp.float32) / 127.5 - 1.0
+    return vae.encode(video, chunk=2)
 
 
 def encode_shard(vae: WanVAE, start: int, held_out: bool) -> dict[str, np.ndarray]:
