@@ -65,6 +65,8 @@ def _open_shards(index: Path) -> dict[str, LazyTensor]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, Mapping) or not where:
         raise CheckpointError(f"{index} has no weight_map")
+    if strange := [name for name in where.values() if Path(str(name)).name != name]:
+        raise CheckpointError(f"{index} must list names of files beside it, found {strange[0]!r}")
     names = sorted(set(where.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise CheckpointError(
@@ -185,7 +187,7 @@ def _numpy(tensor: Any) -> np.ndarray:
 
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    return tensor.detach().numpy()
 
 
 def files(folder: Path, stem: str) -> list[Path]:

@@ -220,7 +220,7 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
     try:
         values = dict(json.loads(path.read_text()))
     except OSError as error:
-        reason = "it is no converted checkpoint"
+        reason = "it is no converted checkpoint (kvlock convert makes one)"
         if path.parent.is_dir() and any(map(_is_data, path.parent.iterdir())):
             reason = "the conversion to this folder did not finish; run it again"
         raise CheckpointError(f"cannot read {path}: {reason}") from error

@@ -258,9 +258,10 @@ def _edit(args: argparse.Namespace, others: list[str]) -> None:
 def _check_outputs(args: argparse.Namespace) -> None:
     """Finds what could not be written after all the work, or would overwrite what is needed."""
     taken = {}
-    for flag in ("src_video", "src_mask"):
-        if getattr(args, flag):
-            taken[os.path.realpath(os.path.expanduser(getattr(args, flag)))] = flag
+    for flag in ("src_video", "src_mask", "src_ref_images"):
+        given = getattr(args, flag) or ""
+        for name in given.split(",") if flag == "src_ref_images" else [given]:
+            taken[os.path.realpath(os.path.expanduser(name))] = flag
     for flag, suffixes in _OUTPUTS.items():
         if not getattr(args, flag):
             continue

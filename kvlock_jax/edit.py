@@ -212,7 +212,7 @@ def edit(
     prompt: str,
     *,
     config: ConfigDict | None = None,
-    references: Sequence[Path_ | Picture] = (),
+    references: Path_ | Picture | Sequence[Path_ | Picture] = (),
     noise: Latents | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Result:
@@ -247,6 +247,8 @@ def run(
     on_step: Callable[[int], None] | None = None,
 ) -> Result:
     """`edit` of a video that was read, with settings that were checked."""
+    if inputs.references and not model.checkpoint.configs.transformer.vace_layers:
+        raise InputError("reference pictures need a VACE model, this one is text-to-video")
     clock = _Clock()
     source, region = inputs.source, inputs.mask
     fit = files.Fit(*source.shape[:3])
@@ -302,16 +304,11 @@ def prepare(
       mask: true is edited.
       context: text contexts, `R = 3 B`: prompts, negative prompts, source prompts.
       settings: `context_scale` and `show_masked`.
-      pictures: references in [-1, 1]; their latent frames come first.
-
-    Raises:
-      InputError: references for a text-to-video model.
+      pictures: references in [-1, 1], for VACE; their latent frames come first.
     """
     encode = functools.partial(vae.encode, networks.vae)
     config, rows = networks.configs.transformer, 2 * len(video)
     if not config.vace_layers:
-        if pictures:
-            raise InputError("reference pictures need a VACE model, this one is text-to-video")
         return encode(video), context[:rows], context[rows:]
     video = video.astype(jnp.float32) / 127.5 - 1.0
     seen = video if settings.show_masked else jnp.where(mask[..., None], 0.0, video)

@@ -121,7 +121,7 @@ def _table(
     verdict = ""
     if memory:
         fits = "fits in" if total <= memory else "does not fit in"
-        verdict = f"{fits} {_short(memory)}"
+        verdict = f"{fits} {_short(memory)}, but for the logits"
     yield _row("total", total, verdict)
 
 

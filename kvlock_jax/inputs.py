@@ -47,7 +47,7 @@ def read(
     mask: Path_ | Box | np.ndarray,
     prompt: str,
     settings: EditConfig,
-    references: Sequence[Path_ | Picture] = (),
+    references: Path_ | Picture | Sequence[Path_ | Picture] = (),
 ) -> Inputs:
     """What `edit` edits; arguments as there. A model need not be loaded to find faults in it.
 
@@ -81,6 +81,8 @@ def read(
             f"{len(frames)} frames: the model was trained on {TRAINED_FRAMES}, longer ones flicker",
             stacklevel=3,
         )
+    if isinstance(references, (str, os.PathLike, np.ndarray)):
+        references = [references]
     return Inputs(frames, region, fps, prompt, tuple(_picture(r) for r in references))
 
 

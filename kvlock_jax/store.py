@@ -34,11 +34,10 @@ IN_FLIGHT = 1 << 26
 
 _CONTEXT = {"file_io_sync": False, "data_copy_concurrency": {"limit": 8}}
 """Files are not waited for: what a power cut leaves unwritten is found by its checksum. Transposing
-threads wait for memory more than they compute, so there are more of them than cores."""
+threads wait for memory more than they compute, hence a fixed number of them."""
 
 DATA_FILE = 1 << 28
 """Bytes of a file of Orbax's store, which holds the values of many arrays."""
-
 
 RESTORING = 10**9
 """Bytes of shards that are on the host at once in a restore, or four times the largest shard."""

@@ -42,7 +42,7 @@ KINDS = {"exact": 0.15, "grown": 0.2, "box": 0.4, "frames": 0.08, "all": 0.12, "
 
 
 def mask_of(seed: int, *, held_out: bool = False, kind: str | None = None) -> np.ndarray:
-    """The pixels to inpaint in the clip of a seed, and their kind unless given."""
+    """The pixels to inpaint in the clip of a seed; it draws the kind unless one is given."""
     rng = np.random.default_rng([seed, 1])
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     scene = random_scene(seed, held_out=held_out)

@@ -596,7 +596,7 @@ def test_info_of_a_run_on_several_devices(capsys, tiny_checkpoint):
     assert lines["cache"].endswith("12 tokens of 5 frames of 48x32")
     size = 2 * 2 * 128 * 24 * 2 / 1024
     assert lines["  cache"] == f"{size:.1f} KiB  128 tokens of 256, padding and all"
-    assert lines["  total"].endswith("fits in 29.8 GiB")
+    assert lines["  total"].endswith("fits in 29.8 GiB, but for the logits")
     assert "kvlock_anchor: 50 of 50 steps" in lines["step"]
     without = info(capsys, str(tiny_checkpoint), *flags.split())
     assert without["  cache"] == lines["  cache"] and "step" not in without

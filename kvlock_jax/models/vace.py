@@ -128,7 +128,7 @@ class WanVACETransformer(WanTransformer):
             has_hint, index = layer
             return jax.lax.cond(has_hint, hinted, plain, x, control, index)
 
-        # A hint is made where it is added: all 8 of 14B would be 5.4 GB an edit, at 81 frames of
+        # A hint is made where it is added: all 8 of 14B would be 5.4 GB a row, at 81 frames of
         # 480x832.
         has_hint = np.isin(np.arange(self.config.num_layers), self.config.vace_layers)
         index = np.maximum(np.cumsum(has_hint, dtype=np.int32) - 1, 0)

@@ -51,7 +51,7 @@ class Edits:
       noise: of unit variance; the edits start from it, and it noises the source (METHOD.md 3).
       foreground: latent cells to edit.
       references: first latent frames that hold reference pictures (METHOD.md section 11): never
-        foreground, background, or part of the statistic.
+        foreground, background, or part of the statistic (but of s* over everything).
       prompts: what `Model.condition` takes, `2 B` rows: the prompts, then the negative prompts.
       source_prompts: the same for the source branch, `B` rows.
     """
