@@ -13,9 +13,9 @@ import argparse
 import concurrent.futures
 import contextlib
 import importlib.metadata
-import importlib.util
 import os
 import re
+import runpy
 import sys
 import threading
 import time
@@ -186,11 +186,9 @@ def _read_config(path: str) -> ConfigDict:
     file = Path(path).expanduser()
     if file.suffix != ".py" or not file.is_file():
         raise ConfigError(f"--config {path}: no such file; it must be a .py with get_config()")
-    # Not by `config_flags`, whose way of loading Python is deprecated.
-    spec = importlib.util.spec_from_file_location("kvlock_run_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = getattr(module, "get_config", lambda: None)()
+    # Not by `config_flags`, whose way of loading Python is deprecated; an import would leave a
+    # __pycache__ beside the file.
+    made = runpy.run_path(os.fspath(file)).get("get_config", lambda: None)()
     if not isinstance(made, ConfigDict):
         raise ConfigError(f"--config {path}: it must have a get_config() that gives a ConfigDict")
     return made

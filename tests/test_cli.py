@@ -487,7 +487,10 @@ def test_interruption_while_writing_leaves_nothing(kvlock, folder, monkeypatch):
 def test_killed_while_sampling(folder, tiny_checkpoint):
     """Two real processes, each with thousands of steps to go."""
     (folder / "out.mp4").write_text("the film before")
-    command = [sys.executable, "-m", "kvlock_jax.cli", "edit", f"--ckpt={tiny_checkpoint}"]
+    # a shell's background jobs ignore Ctrl-C, and so would their children
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heed}; from kvlock_jax import cli; cli.run()"
+    command = [sys.executable, "-c", program, "edit", f"--ckpt={tiny_checkpoint}"]
     command += "--video=in.mkv --mask=mask.mkv --output=out.mp4 --trace=t.json".split()
     command += "--frame_num=1 --steps=4000 --preset=cfg --prompt=star".split()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
