@@ -7,4 +7,4 @@ from kvlock_jax.config import run_config
 
 def get_config() -> ConfigDict:
     """Settings under which the demo's figures are measured."""
-    return run_config("kvlock_anchor", steps=50, shift=3.0, guidance_scale=4.0)
+    return run_config("kvlock", steps=50, shift=3.0, guidance_scale=4.0)

@@ -1,4 +1,4 @@
-"""Diffusers folders of Wan 2.1: their layout, their configs, and loading them.
+"""Diffusers folders of Wan 2.1: their layout, their configs, and opening them.
 
 A folder holds `model_index.json` and one folder each for the transformer, the VAE, the text
 encoder, the tokenizer and the scheduler. Our modules keep its names, so the tables below only
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import Checkpoint, Configs, Contents
+from kvlock_jax.checkpoint import Configs
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig, from_config_dict
 from kvlock_jax.convert.published import Published, Weights, files_in
 from kvlock_jax.convert.table import (
@@ -219,26 +219,6 @@ def _check_family(
             raise CheckpointError(f"{path}: {name} is {value!r}, supported is only {expected!r}")
 
 
-def describe(folder: str | Path) -> Contents:
-    """What a Diffusers folder holds, without reading its weights; errors as in `open_published`."""
-    return open_published(folder).describe()
-
-
-def load(folder: str | Path, dtype: Any = None, compute_dtype: Any = jnp.float32) -> Checkpoint:
-    """Loads a Diffusers folder, once all tensors of all models are checked.
-
-    Args:
-      folder: the folder with `model_index.json`.
-      dtype: of the parameters; None keeps the checkpoint's.
-      compute_dtype: of the modules' matrix products.
-
-    Raises:
-      CheckpointError: as in `open_published`, or if tensors do not fit; then it lists every one of
-        every model.
-    """
-    return open_published(folder).load(dtype, compute_dtype)
-
-
 def open_published(folder: str | Path) -> Published:
     """Opens a Diffusers folder, and reads none of its weights.
 
@@ -260,13 +240,17 @@ def open_published(folder: str | Path) -> Published:
 
 
 def load_model(
-    folder: str | Path, component: Component, dtype: Any = None, compute_dtype: Any = jnp.float32
+    folder: str | Path, component: Component, compute_dtype: Any = jnp.float32
 ) -> nnx.Module:
-    """Loads one component from its own folder, such as `vae/`; the rest is as in `load`."""
+    """Loads one component from its own folder, such as `vae/`, to the first device.
+
+    Raises:
+      CheckpointError: if the folder is not of the component, is damaged, or tensors do not fit.
+    """
     folder = Path(folder)
     graph, state = nnx.split(abstract(component, read_config(folder, component), compute_dtype))
     tensors = open_folder(folder, component.stem)
-    return nnx.merge(graph, fill(state, tensors, component.table, f"{folder}", dtype))
+    return nnx.merge(graph, fill(state, tensors, component.table, f"{folder}"))
 
 
 def abstract(component: Component, config: Any, compute_dtype: Any = jnp.float32) -> nnx.Module:

@@ -1,7 +1,7 @@
 """A published checkpoint of any layout, opened: all that is known before values are read."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import Checkpoint, Configs, Contents
+from kvlock_jax.checkpoint import Checkpoint, Configs, Contents, Place, dtype_of, on_first_device
 from kvlock_jax.convert.table import LazyTensor, Table, parameters, plan, read
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.store import Parameter
@@ -48,7 +48,7 @@ class Published:
         """The parameters of each model by dotted path; none is read yet.
 
         Args:
-          dtype: of the parameters; None keeps the checkpoint's.
+          dtype: of the parameters that `checkpoint.dtype_of` lets be rounded; None keeps all.
 
         Raises:
           CheckpointError: listing every tensor of every model that does not fit.
@@ -61,7 +61,8 @@ class Published:
             except CheckpointError as error:
                 problems.append(str(error))
             else:
-                found[name] = parameters(sources, weights.tensors, dtype)
+                kinds = _under(name, lambda path, found: dtype_of(path, found, dtype))
+                found[name] = parameters(sources, weights.tensors, kinds)
         if problems:
             raise CheckpointError("\n".join(problems))
         return found
@@ -71,25 +72,33 @@ class Published:
         arrays = {name: weights.tensors.values() for name, weights in self.weights.items()}
         return checkpoint.contents(self.configs, arrays)
 
-    def load(self, dtype: Any = None, compute_dtype: Any = jnp.float32) -> Checkpoint:
-        """Reads it into memory.
+    def load(
+        self, dtype: Any = None, compute_dtype: Any = jnp.float32, place: Place | None = None
+    ) -> Checkpoint:
+        """Reads it into memory, one stacked parameter after another.
 
         Args:
-          dtype: of the parameters; None keeps the checkpoint's.
-          compute_dtype: of the modules' matrix products.
+          dtype: as in `parameters`.
+          compute_dtype: of the modules' matrix products, but of `checkpoint.WIDE`.
+          place: where each parameter goes from the host; None is the first device.
 
         Raises:
           CheckpointError: as in `parameters`, or if a file cannot be read.
         """
-        models = {}
+        models, place = {}, place or on_first_device
         for name, values in self.parameters(dtype).items():
             graph, state = nnx.split(self._abstract(name, compute_dtype))
-            models[name] = nnx.merge(graph, read(state, values))
+            models[name] = nnx.merge(graph, read(state, values, _under(name, place)))
         return Checkpoint(self.configs, **models, tokenizer=self.tokenizer)
 
     def _abstract(self, name: str, compute_dtype: Any = jnp.float32) -> nnx.Module:
         _, kind = checkpoint.MODELS[name]
         return checkpoint.abstract(kind, getattr(self.configs, name), compute_dtype)
+
+
+def _under(name: str, function: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """A function of a parameter's path in a checkpoint as one of its path in a model."""
+    return lambda path, value: function(f"{name}.{path}", value)
 
 
 def files_in(*folders: Path) -> Iterable[Path]:

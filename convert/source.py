@@ -1,69 +1,96 @@
-"""Recognises the layout of a published checkpoint, and opens it."""
+"""Recognises the layout of a published checkpoint, opens it, and loads it."""
 
 import os
 from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
 
 from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import Configs
+from kvlock_jax.checkpoint import Checkpoint, Configs, Contents, Place
 from kvlock_jax.convert import diffusers, original, sizes
 from kvlock_jax.convert.published import Published, Weights, files_in
 from kvlock_jax.convert.weights import files, open_folder, open_pickle, read_json, refuse
 from kvlock_jax.errors import CheckpointError
 
+INDEX = "model_index.json"
+"""What makes a folder Diffusers'."""
+
 TRANSFORMER = "diffusion_pytorch_model"
+WEIGHTS = (f"{TRANSFORMER}.safetensors", f"{TRANSFORMER}.safetensors.index.json")
 VAE = "Wan2.1_VAE.pth"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl"
 """Where the publisher keeps things in an original folder."""
 
 
+def is_published(folder: epath.PathLike) -> bool:
+    """Whether a folder has the layout of a published checkpoint, whole or not."""
+    return _is_diffusers(folder) or _is_original(folder)
+
+
+def load(
+    source: str | os.PathLike,
+    dtype: Any = None,
+    compute_dtype: Any = jnp.float32,
+    place: Place | None = None,
+) -> Checkpoint:
+    """Loads a published checkpoint, as `Published.load` does; errors of `open_source` too."""
+    return open_source(source).load(dtype, compute_dtype, place)
+
+
+def describe(source: str | os.PathLike) -> Contents:
+    """What a published checkpoint holds; its weights stay unread, errors are `open_source`'s."""
+    return open_source(source).describe()
+
+
 def open_source(source: str | os.PathLike) -> Published:
     """Opens a published checkpoint, and reads none of its weights.
 
     Args:
-      source: a Diffusers folder, or an original one of the publisher.
+      source: a Diffusers folder, or an original one of the publisher; on a local disk.
 
     Raises:
       CheckpointError: if it is neither, is not of Wan 2.1, or a file is missing or damaged.
     """
+    if "://" in os.fspath(source):
+        raise CheckpointError(f"{source}: published checkpoints are read from local folders only")
     folder = Path(source).expanduser()
     if folder.is_file():
         refuse(folder)
         raise CheckpointError(f"{folder} is a file; give the folder of a whole checkpoint")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    if (folder / "model_index.json").is_file():
+    if _is_diffusers(folder):
         return diffusers.open_published(folder)
     if checkpoint.is_checkpoint(folder):
         raise CheckpointError(f"{folder} is a converted checkpoint already")
-    weights = TRANSFORMER + ".safetensors"
-    if any((folder / name).is_file() for name in (weights, f"{weights}.index.json")):
+    if _is_original(folder):
         return open_original(folder)
     for path in sorted(folder.iterdir()):
         refuse(path)
     raise CheckpointError(
-        f"{folder} is no checkpoint that can be converted: it has neither model_index.json "
-        f"(Diffusers' layout) nor {weights} or {weights}.index.json (the publisher's)"
+        f"{folder} is no checkpoint that can be converted: it has neither {INDEX} (Diffusers' "
+        f"layout) nor {' or '.join(WEIGHTS)} (the publisher's)"
     )
 
 
 def open_original(folder: Path) -> Published:
     """Opens a folder in the publisher's own layout, as `open_source` does."""
+    described = folder / "config.json"
+    values = read_json(described) if described.is_file() else {}
+    one_of = (diffusers.TRANSFORMER.family, diffusers.VACE_TRANSFORMER.family)
+    if values.get("_class_name") in one_of:
+        raise CheckpointError(
+            f"{folder} is one model of a Diffusers folder; give the one with model_index.json"
+        )
     parts = {VAE: _beside(folder / VAE), TEXT_ENCODER: _beside(folder / TEXT_ENCODER)}
     absent = [name for name, path in parts.items() if not path.is_file()]
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
         absent.append(f"{TOKENIZER}/tokenizer.json")
     if absent:
         raise CheckpointError(f"{folder} has no {', '.join(absent)}")
-    described = folder / "config.json"
-    values = read_json(described) if described.is_file() else {}
-    if values.get("_class_name") in (
-        diffusers.TRANSFORMER.family,
-        diffusers.VACE_TRANSFORMER.family,
-    ):
-        raise CheckpointError(
-            f"{folder} is one model of a Diffusers folder; give the one with model_index.json"
-        )
     tensors = {
         "transformer": open_folder(folder, TRANSFORMER),
         "vae": open_pickle(folder / VAE),
@@ -85,6 +112,14 @@ def open_original(folder: Path) -> Published:
         read.append(described)
     tokenizer = folder / TOKENIZER
     return Published("original", folder, configs, weights, tokenizer, tuple(read))
+
+
+def _is_diffusers(folder: epath.PathLike) -> bool:
+    return (epath.Path(folder) / INDEX).exists()
+
+
+def _is_original(folder: epath.PathLike) -> bool:
+    return any((epath.Path(folder) / name).exists() for name in WEIGHTS)
 
 
 def _beside(path: Path) -> Path:

@@ -10,12 +10,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
+from kvlock_jax.checkpoint import Place, on_first_device
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.store import Parameter
 
@@ -27,6 +27,8 @@ ROWS = 1 << 26
 
 Path = tuple[str | int, ...]
 Transform = Callable[[np.ndarray], np.ndarray]
+DtypeOf = Callable[[str, np.dtype], np.dtype]
+"""From a parameter's dotted path and the dtype of its tensors to its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,11 @@ class LazyTensor:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     rows: Callable[[int, int], np.ndarray] | None = None
+
+
+def as_found(path: str, found: np.dtype) -> np.dtype:
+    """The dtypes of the checkpoint."""
+    return found
 
 
 def same(array: np.ndarray) -> np.ndarray:
@@ -149,21 +156,24 @@ def plan(
 
 
 def parameters(
-    sources: Iterable[Source], tensors: Mapping[str, LazyTensor], dtype: Any = None
+    sources: Iterable[Source], tensors: Mapping[str, LazyTensor], dtype: DtypeOf = as_found
 ) -> dict[str, Parameter]:
     """The parameters of a plan by dotted path; values are read as they are asked for.
 
     Args:
       sources: what `plan` returned, or a part of it.
       tensors: the checkpoint.
-      dtype: of the arrays; None keeps the checkpoint's.
+      dtype: of each array.
     """
-    return {".".join(map(str, s.path)): _parameter(s, tensors, dtype) for s in sources}
+    found = {".".join(map(str, source.path)): source for source in sources}
+    return {
+        path: _parameter(source, tensors, np.dtype(dtype(path, source.dtype)))
+        for path, source in found.items()
+    }
 
 
-def _parameter(source: Source, tensors: Mapping[str, LazyTensor], dtype: Any = None) -> Parameter:
-    shape, kind = source.shape, np.dtype(source.dtype if dtype is None else dtype)
-    nbytes = math.prod(shape) * kind.itemsize
+def _parameter(source: Source, tensors: Mapping[str, LazyTensor], kind: np.dtype) -> Parameter:
+    shape, nbytes = source.shape, math.prod(source.shape) * kind.itemsize
 
     def layer(key: str) -> np.ndarray:
         return source.transform(tensors[key].read()).astype(kind, copy=False)
@@ -196,24 +206,28 @@ def _parameter(source: Source, tensors: Mapping[str, LazyTensor], dtype: Any = N
 
 
 def fill(
-    abstract: nnx.State,
-    tensors: Mapping[str, LazyTensor],
-    table: Table,
-    source: str,
-    dtype: Any = None,
+    abstract: nnx.State, tensors: Mapping[str, LazyTensor], table: Table, source: str
 ) -> nnx.State:
     """The parameters of a model, with the values of a checkpoint: `plan`, `parameters`, `read`."""
-    return read(abstract, parameters(plan(abstract, tensors, table, source), tensors, dtype))
+    return read(abstract, parameters(plan(abstract, tensors, table, source), tensors))
 
 
-def read(abstract: nnx.State, values: Mapping[str, Parameter]) -> nnx.State:
-    """Reads parameters into the structure of an abstract state."""
-    return nnx.from_flat_state(
-        [
-            (path, variable.replace(jnp.asarray(values[".".join(map(str, path))].whole())))
-            for path, variable in nnx.to_flat_state(abstract)
-        ]
-    )
+def read(
+    abstract: nnx.State, values: Mapping[str, Parameter], place: Place = on_first_device
+) -> nnx.State:
+    """Reads parameters into the structure of an abstract state, each to its place.
+
+    One is on the host at a time, and a device gets its own part of it only.
+    """
+    filled = []
+    for path, variable in nnx.to_flat_state(abstract):
+        name = ".".join(map(str, path))
+        host = values[name].whole()
+        host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+        sharding = place(name, host.shape)
+        array = jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+        filled.append((path, variable.replace(array)))
+    return nnx.from_flat_state(filled)
 
 
 def _published(

@@ -6,17 +6,20 @@ moment, and what it does not name is removed by the next save. (Renaming the fol
 not do: an object store copies to rename, and a full folder cannot be replaced in one step.)
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax import nnx
 
@@ -41,8 +44,36 @@ MODELS: Mapping[str, tuple[type, Callable[..., nnx.Module]]] = {
 }
 """Config of each field of `Configs` and `Checkpoint`, and what makes a module of it."""
 
+WIDE = (WanVAE,)
+"""What computes in float32 whatever is asked for, as the publisher and Diffusers run it."""
+
+MULTIPLIED = re.compile(
+    r"transformer\.(?!condition_embedder\.time_)(.+\.)?kernel"
+    r"|text_encoder\.(.+\.kernel|shared\.embedding)"
+)
+"""Parameters that a module takes in its compute dtype, and the text encoder's vocabulary, which is
+published in bfloat16. All others, and so all of the VAE, are taken in float32 (DESIGN.md 3)."""
+
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """From a parameter's name, such as `transformer.proj_out.kernel`, and shape to its sharding."""
+
+
+def on_first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """The `Place` of a model on one device."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def dtype_of(path: str, found: np.dtype, asked: Any) -> np.dtype:
+    """The dtype that a parameter gets where one is asked for: rounded only if `MULTIPLIED`.
+
+    Args:
+      path: of the parameter, such as `transformer.proj_out.kernel`.
+      found: its dtype in the source.
+      asked: what is asked for; None keeps all as they are.
+    """
+    found, asked = np.dtype(found), np.dtype(found if asked is None else asked)
+    rounds = asked.itemsize < np.dtype(np.float32).itemsize
+    return found if rounds and not MULTIPLIED.fullmatch(path) else asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +182,9 @@ def family(config: WanConfig) -> str:
 def abstract(
     kind: Callable[..., nnx.Module], config: Any, compute_dtype: Any = jnp.float32
 ) -> nnx.Module:
-    """A model with shapes in place of parameters."""
-    return nnx.eval_shape(lambda: kind(config, dtype=compute_dtype, rngs=nnx.Rngs(0)))
+    """A model with shapes in place of parameters; those of `WIDE` compute in float32."""
+    dtype = jnp.float32 if kind in WIDE else compute_dtype
+    return nnx.eval_shape(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def is_checkpoint(folder: epath.PathLike) -> bool:
@@ -179,7 +211,8 @@ def save(
       on_bytes: told of bytes of parameters on their way to the disk.
 
     Raises:
-      CheckpointError: if the folder cannot be made, or the disk is full.
+      CheckpointError: if the folder cannot be made, the disk is full, or the tokenizer is not to be
+        read.
     """
     folder = epath.Path(folder)
     try:
@@ -190,9 +223,8 @@ def save(
         for name in MODELS:
             store.write(data / name, parameters[name], on_bytes)
         (data / "tokenizer").mkdir()
-        for file in epath.Path(tokenizer).iterdir():
-            if file.is_file():
-                file.copy(data / "tokenizer" / file.name)
+        for name, content in _files(epath.Path(tokenizer)).items():
+            (data / "tokenizer" / name).write_bytes(content)
         metadata = Metadata(
             family(configs.transformer),
             importlib.metadata.version("kvlock-jax"),
@@ -254,42 +286,56 @@ def load(
     compute_dtype: Any = jnp.float32,
     place: Place | None = None,
 ) -> Checkpoint:
-    """Restores a checkpoint, once all its files and its parameters' shapes are checked.
+    """Restores a checkpoint; its files are checked meanwhile, and its parameters' shapes before.
 
     Args:
       folder: what `save` wrote.
-      dtype: of the parameters; None keeps each as it was saved.
-      compute_dtype: of the modules' matrix products.
+      dtype: of the parameters that `dtype_of` lets be rounded; None keeps each as it was saved.
+      compute_dtype: of the modules' matrix products, but of `WIDE`.
       place: where each parameter goes, straight from its file; None is the first device.
 
     Raises:
       CheckpointError: if there is no checkpoint, files are missing or damaged, or parameters do not
         fit the models that the configs describe; then it lists them all.
     """
-    folder = epath.Path(folder)
-    metadata = read_metadata(folder)
-    data = folder / metadata.data
-    store.check(data, metadata.files)
-    models, stored, problems = {}, {}, []
-    for name, (_, kind) in MODELS.items():
-        models[name] = abstract(kind, getattr(metadata.configs, name), compute_dtype)
-        stored[name] = store.describe(data / name)
-        problems += _misfits(name, _flat(nnx.state(models[name])), stored[name])
-    if problems:
-        raise CheckpointError("\n".join([f"{data} does not fit its configs:", *problems]))
-    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    metadata, place = read_metadata(folder), place or on_first_device
+    data = epath.Path(folder) / metadata.data
     filled = {}
-    for name, model in models.items():
-        targets = {
-            path: jax.ShapeDtypeStruct(
-                array.shape,
-                dtype or array.dtype,
-                sharding=place(f"{name}.{path}", array.shape) if place else single,
-            )
-            for path, array in stored[name].items()
+    with _checked(data, metadata.files):
+        models = {
+            name: abstract(kind, getattr(metadata.configs, name), compute_dtype)
+            for name, (_, kind) in MODELS.items()
         }
-        filled[name] = _fill(model, store.read(data / name, targets))
+        stored = {name: store.describe(data / name) for name in MODELS}
+        problems = [
+            line
+            for name, model in models.items()
+            for line in _misfits(name, _flat(nnx.state(model)), stored[name])
+        ]
+        if problems:
+            raise CheckpointError("\n".join([f"{data} does not fit its configs:", *problems]))
+        for name, model in models.items():
+            targets = {}
+            for path, array in stored[name].items():
+                full = f"{name}.{path}"
+                kind, sharding = dtype_of(full, array.dtype, dtype), place(full, array.shape)
+                targets[path] = jax.ShapeDtypeStruct(array.shape, kind, sharding=sharding)
+            filled[name] = _fill(model, store.read(data / name, targets))
     return Checkpoint(metadata.configs, **filled, tokenizer=data / "tokenizer")
+
+
+@contextlib.contextmanager
+def _checked(data: epath.Path, files: Mapping[str, str]) -> Iterator[None]:
+    """Checks files in another thread while the block reads them.
+
+    What is wrong with a file comes before what went wrong because of it.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        check = pool.submit(store.check, data, files)
+        try:
+            yield
+        finally:
+            check.result()
 
 
 def _flat(state: nnx.State) -> dict[str, Any]:
@@ -315,6 +361,15 @@ def _misfits(name: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) ->
         if path in stored and stored[path].shape != array.shape
     ]
     return lines
+
+
+def _files(folder: epath.Path) -> dict[str, bytes]:
+    """The files of a folder by name; those of a tokenizer are small."""
+    try:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    except OSError as error:
+        path = error.filename or folder
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _current(folder: epath.Path) -> str | None:

@@ -1,68 +1,53 @@
-"""The command line: `kvlock edit`, `kvlock convert` and `kvlock info`.
-
-Named flags are argparse's, with a parser per sub-command; `--config.x.y=value` is `config_flags`',
-over flags of its own. Absl's bridge between the two does not serve: it copies absl's flags when a
-parser is built, and `config_flags` knows its own only once it has read the config file and the
-command line, of which the default config even depends on the checkpoint.
-
-What a run is made of, each over the one before: the config file (or the checkpoint's own settings),
-`--config.x.y=value`, named flags.
-"""
+"""The command line: `kvlock edit`, `kvlock batch`, `kvlock convert` and `kvlock info`."""
 
 import argparse
-import concurrent.futures
-import contextlib
+import dataclasses
 import importlib.metadata
 import os
-import re
-import runpy
 import sys
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from absl import flags
 from jax import numpy as jnp
-from ml_collections import ConfigDict, config_flags
-from rich import progress
-from rich.console import Console
 
-from kvlock_jax import info, lock, report, roofline, video
+from kvlock_jax import (
+    batch,
+    devices,
+    info,
+    lock,
+    manifest,
+    options,
+    remote,
+    report,
+    roofline,
+    video,
+)
 from kvlock_jax.checkpoint import Contents
 from kvlock_jax.config import EditConfig
 from kvlock_jax.convert import command as convert
-from kvlock_jax.edit import Result, Settings, config, config_name, describe, load, settle
+from kvlock_jax.edit import Model, Result, describe, load
 from kvlock_jax.edit import run as run_edit
-from kvlock_jax.errors import ConfigError, Error, InputError
+from kvlock_jax.errors import Error, InputError
 from kvlock_jax.inputs import read
+from kvlock_jax.job import Job, identity, prepare
+from kvlock_jax.manifest import Common, Failure, Request
+from kvlock_jax.settings import config, config_name, settle
+from kvlock_jax.terminal import counting, interruptibly, say, ticking, warnings_as_lines
 
-FAILED, INTERRUPTED = 2, 130
-"""Exit status where the caller can mend it, and after Ctrl-C."""
+SOME_FAILED, FAILED, INTERRUPTED = 1, 2, 130
+"""Exit status after failures among many edits, where the caller can mend it, and after Ctrl-C."""
 
-_T = TypeVar("_T")
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-_SETTINGS = (
-    ("preset", str, "preset", "the method or a baseline: " + ", ".join(lock.PRESETS)),
-    ("sample.steps", int, "sample_steps steps", "solver steps"),
-    ("sample.shift", float, "sample_shift shift", "more spends more steps on high noise"),
-    ("sample.guidance_scale", float, "sample_guide_scale guidance_scale", "guidance, 1 is none"),
-    ("sample.solver", str, "sample_solver solver", "unipc, dpm++ or euler"),
-    ("sample.seed", int, "base_seed seed", "seed of the noise"),
-    ("edit.source_prompt", str, "src_prompt", "what the source shows"),
-    ("edit.negative_prompt", str, "negative_prompt", "what to lead away from"),
-    ("edit.size", str, "size", "WIDTH*HEIGHT to work and write at; the video's own by default"),
-    ("edit.frame_num", int, "frame_num", "frames to take from the start; all by default"),
-    ("edit.dilate", int, "dilate", "pixels by which the mask grows"),
-    ("edit.invert_mask", bool, "invert_mask", "edit what is black"),
-    ("edit.context_scale", float, "context_scale", "of a VACE model's hints; 1 as published"),
-    ("edit.show_masked", bool, "show_masked", "show a VACE model what is under the mask"),
-    ("edit.composite", bool, "composite", "take pixels outside the mask from the source"),
-)
-"""Key of the config, type, names of the flag, help."""
+_OF_AN_EDIT = {
+    "src_video video": "a video, an image or a folder of images",
+    "src_mask mask": "a video, an image, a folder of images or an .npy",
+    "bbox": "X0,Y0,X1,Y1: a box of pixels in place of a mask",
+    "src_ref_images": "A.png,B.png: pictures to keep to; VACE models only",
+    "prompt": "what the masked part should show",
+}
+"""Flags that are no settings and that a manifest's line has too, and their help."""
 
 _OUTPUTS = {
     "save_file": tuple(video.CONTAINERS),
@@ -90,12 +75,13 @@ def main(argv: Sequence[str]) -> int:
       argv: arguments without the program's name.
 
     Returns:
-      0, 2 for an error that the caller can mend (one line on stderr, further ones indented), or 130
-      after Ctrl-C. Anything else that is wrong is a bug, and is raised.
+      0, 1 if some of many edits failed, 2 for an error that the caller can mend (one line on
+      stderr, further ones indented), or 130 after Ctrl-C. Anything else that is wrong is a bug, and
+      is raised.
     """
     try:
         args, others = _parser().parse_known_args(argv)
-        args.command(args, others)
+        return args.command(args, others) or 0
     except Error as error:
         first, *more = str(error).splitlines()
         print(f"error: {first}", *(f"  {line.strip()}" for line in more), sep="\n", file=sys.stderr)
@@ -103,7 +89,6 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 # --- flags ------------------------------------------------------------------------------------
@@ -120,8 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("kvlock", description="Training-free video editing: KV-Lock on Wan 2.1.")
     version = importlib.metadata.version("kvlock-jax")
     parser.add_argument("--version", action="version", version=f"kvlock {version}")
-    commands = parser.add_subparsers(required=True, metavar="edit|convert|info")
+    commands = parser.add_subparsers(required=True, metavar="edit|batch|convert|info")
     _add_edit(commands)
+    _add_batch(commands)
     convert.add(commands)
     _add_info(commands)
     return parser
@@ -136,26 +122,52 @@ def _add_edit(commands: Any) -> None:
     # Without abbreviations: --config.x would pass for some.
     parser = commands.add_parser("edit", description=about, epilog=tail, allow_abbrev=False)
     parser.set_defaults(command=_edit)
+    _add_shared(parser, required=("src_video", "prompt"))
     add = parser.add_argument
-    add("--ckpt_dir", "--ckpt", default="demo", help="'demo' (default), or a checkpoint's folder")
-    add("--src_video", "--video", required=True, help="a video, an image or a folder of images")
-    add("--src_mask", "--mask", help="a video, an image, a folder of images or an .npy")
-    add("--bbox", metavar="X0,Y0,X1,Y1", help="a box of pixels in place of a mask")
-    add("--src_ref_images", metavar="A.png,B.png", help="pictures to keep to; VACE models only")
-    add("--prompt", required=True, help="what the masked part should show")
     add("--save_file", "--output", required=True, help=f"a video: {', '.join(video.CONTAINERS)}")
-    add("--lossless", action="store_true", help="write every bit of it; .mkv is smallest")
     add("--trace", metavar="FILE.json", help="write what each step did")
     add("--plot", metavar="FILE.png", help="draw what each step did")
     add("--compare", metavar="VIDEO", help="write source, mask and edit side by side")
-    add("--config", metavar="FILE.py", help="settings: a file with get_config()")
-    add("--dtype", choices=_DTYPES, default="float32", help="of matrix products and the cache")
-    for key, kind, names, about in _SETTINGS:
+
+
+def _add_batch(commands: Any) -> None:
+    about = "Edit many videos: one JSON object to a line of a manifest, keys named as the flags."
+    tail = (
+        "Flags of an edit hold for every line that does not say otherwise; paths in lines are "
+        "relative to the manifest. A line may have an id and a save_file of its own. Paths may be "
+        "gs:// or of any scheme that fsspec knows. Run again, it does what is missing or changed. "
+        "Exit status: 0, 1 if edits failed (DIR/failed.jsonl says which), 2 if none could start."
+    )
+    parser = commands.add_parser("batch", description=about, epilog=tail, allow_abbrev=False)
+    parser.set_defaults(command=_batch)
+    add = parser.add_argument
+    add("--manifest", required=True, metavar="EDITS.jsonl", help="the edits")
+    add("--save_dir", required=True, metavar="DIR", help="folder of videos, and a JSON beside each")
+    about = "edits that run together, at most; by default one for each device of the mesh's data"
+    add("--batch_size", type=int, help=about)
+    add("--num_shards", type=int, default=1, help="machines that share the manifest")
+    add("--shard_index", type=int, default=0, help="which of them this is, from 0")
+    add("--overwrite", action="store_true", help="do finished edits again")
+    _add_shared(parser)
+
+
+def _add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) -> None:
+    """Adds what one edit and many have in common."""
+    about = "'demo' (default), or a checkpoint's folder"
+    parser.add_argument("--ckpt_dir", "--ckpt", default="demo", help=about)
+    for names, about in _OF_AN_EDIT.items():
         flag = [f"--{name}" for name in names.split()]
-        if kind is bool:
-            add(*flag, dest=key, action=argparse.BooleanOptionalAction, help=about)
-        else:
-            add(*flag, dest=key, type=kind, metavar=kind.__name__.upper(), help=about)
+        parser.add_argument(*flag, required=names.split()[0] in required, help=about)
+    about = "write every bit of the video; .mkv is smallest"
+    parser.add_argument("--lossless", action="store_true", help=about)
+    _add_dtype(parser)
+    devices.add(parser)
+    options.add(parser)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    about = "of matrix products and the cache"
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help=about)
 
 
 def _add_info(commands: Any) -> None:
@@ -168,58 +180,7 @@ def _add_info(commands: Any) -> None:
     parser.add_argument("--devices", type=int, default=1, help="that share the video")
     chips = ", ".join(roofline.CHIPS)
     parser.add_argument("--chip", choices=roofline.CHIPS, help=f"what they are: {chips}")
-    about = "of matrix products and the cache"
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help=about)
-
-
-def _settings(args: argparse.Namespace, overrides: list[str], own: str) -> Settings:
-    """The run's settings; `own` names the checkpoint's, for where there is no config file."""
-    run_config = _read_config(args.config) if args.config else config(own)
-    run_config = _override(run_config, overrides)
-    given = {key: getattr(args, key) for key, *_ in _SETTINGS}
-    with run_config.unlocked(), run_config.ignore_type():  # a file may write 3 for 3.0
-        run_config.update_from_flattened_dict({k: v for k, v in given.items() if v is not None})
-    return settle(run_config)
-
-
-def _read_config(path: str) -> ConfigDict:
-    file = Path(path).expanduser()
-    if file.suffix != ".py" or not file.is_file():
-        raise ConfigError(f"--config {path}: no such file; it must be a .py with get_config()")
-    # Not by `config_flags`, whose way of loading Python is deprecated; an import would leave a
-    # __pycache__ beside the file.
-    made = runpy.run_path(os.fspath(file)).get("get_config", lambda: None)()
-    if not isinstance(made, ConfigDict):
-        raise ConfigError(f"--config {path}: it must have a get_config() that gives a ConfigDict")
-    return made
-
-
-def _override(base: ConfigDict, arguments: list[str]) -> ConfigDict:
-    """A config with `--config.x.y=value` applied."""
-    for argument in arguments:
-        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            _check_key(base, match[1])
-        elif argument.startswith("-") and not re.match(r"-[\d.]", argument):
-            raise ConfigError(f"unknown flag {argument.partition('=')[0]}; see kvlock edit --help")
-    values, argv = flags.FlagValues(), ["kvlock", *arguments]
-    try:
-        config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=argv)
-        _, *left = values(argv)
-    except flags.Error as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    if left:
-        raise ConfigError(f"unexpected argument {left[0]!r}; see kvlock edit --help")
-    return values.config
-
-
-def _check_key(base: ConfigDict, key: str) -> None:
-    """Names what there is in place of an unknown key, as `config_flags` does not."""
-    at, where = base, "the config"
-    for part in key.split("."):
-        if not isinstance(at, ConfigDict) or part not in at:
-            has = ", ".join(at) if isinstance(at, ConfigDict) else "no keys"
-            raise ConfigError(f"unknown key --config.{key}: {where} has {has}")
-        at, where = at[part], part
+    _add_dtype(parser)
 
 
 # --- edit -------------------------------------------------------------------------------------
@@ -230,27 +191,38 @@ def _edit(args: argparse.Namespace, others: list[str]) -> None:
         raise InputError("give either --src_mask FILE or --bbox x0,y0,x1,y1")
     _check_outputs(args)
     contents = describe(args.ckpt_dir)
-    settings = _settings(args, others, config_name(args.ckpt_dir, contents.configs))
+    own = config_name(args.ckpt_dir, contents.configs)
+    settings = settle(options.gather(args, others, own))
     mask = args.src_mask if args.bbox is None else tuple(args.bbox.split(","))
-    with _warnings_as_lines():
+    with warnings_as_lines():
         pictures = [name for name in (args.src_ref_images or "").split(",") if name]
         inputs = read(args.src_video, mask, args.prompt, settings.edit, pictures)
     frames, height, width = inputs.mask.shape
-    _say("video", f"{frames} frames of {width}x{height} at {float(inputs.fps):g} per second")
-    _say("mask", f"{100 * inputs.mask.mean():.1f} % of the pixels are edited")
-    _say("preset", f"{settings.preset}: {lock.PRESETS[settings.preset]}")
+    say("video", f"{frames} frames of {width}x{height} at {float(inputs.fps):g} per second")
+    say("mask", f"{100 * inputs.mask.mean():.1f} % of the pixels are edited")
+    say("preset", f"{settings.preset}: {lock.PRESETS[settings.preset]}")
 
+    devices.join(args)
+    placed = devices.place(args, contents.configs.transformer, many=False)
     start = time.perf_counter()
-    model = load(args.ckpt_dir, _DTYPES[args.dtype])
+    model = _load(args, contents, placed)
     seconds = {"load": time.perf_counter() - start}
-    _say("loaded", f"{args.ckpt_dir}: {_summary(contents)}, computing in {args.dtype}")
-    with _ticking(settings.sample.steps) as tick:
-        result = _interruptibly(lambda: run_edit(model, inputs, settings, on_step=tick))
+    with ticking(settings.sample.steps) as tick:
+        result = interruptibly(lambda: run_edit(model, inputs, settings, on_step=tick))
 
     seconds |= result.seconds
-    _say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
-    _say("kept", _kept(result))
-    _write(args, result)
+    say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
+    say("kept", _kept(result))
+    if devices.is_writer():
+        _write(args, result)
+
+
+def _load(args: argparse.Namespace, contents: Contents, placed: devices.Placement) -> Model:
+    dtype, where = _DTYPES[args.dtype], dataclasses.asdict(placed)
+    model = load(args.ckpt_dir, dtype, **where)
+    say("loaded", f"{args.ckpt_dir}: {_summary(contents)}, computing in {args.dtype}")
+    say("on", str(placed))
+    return model
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -279,7 +251,7 @@ def _write(args: argparse.Namespace, result: Result) -> None:
         report.write_trace(args.trace, result, {name: getattr(args, name) for name in names})
     if args.plot:
         report.plot_trace(args.plot, result.trace, result.settings)
-    _say("wrote", ", ".join(getattr(args, flag) for flag in _OUTPUTS if getattr(args, flag)))
+    say("wrote", ", ".join(getattr(args, flag) for flag in _OUTPUTS if getattr(args, flag)))
 
 
 def _kept(result: Result) -> str:
@@ -297,55 +269,51 @@ def _kept(result: Result) -> str:
     return ", ".join(parts)
 
 
-def _interruptibly(work: Callable[[], _T]) -> _T:
-    """Does the work in another thread: Ctrl-C is for this one, and compiled code would hold it."""
-    future = concurrent.futures.Future()
-
-    def target() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=target, daemon=True).start()
-    return future.result()
+# --- batch ------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _ticking(steps: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, else a line at every tenth of the steps; both on stderr."""
-    console = Console(stderr=True)
-    if not console.is_interactive:
-        lines = {-(-steps * tenth // 10) for tenth in range(1, 11)}
-        yield lambda step: step + 1 in lines and _log(f"step {step + 1} of {steps}")
-        return
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
+def _batch(args: argparse.Namespace, others: list[str]) -> int:
+    contents = describe(args.ckpt_dir)
+    placed = devices.place(args, contents.configs.transformer, many=True)
+    size = args.batch_size
+    if size is None:
+        size = placed.mesh.shape["data"] if placed.mesh else 1
+    settings = options.gather(args, others, config_name(args.ckpt_dir, contents.configs))
+    settle(settings)  # what is wrong with the flags is wrong with every line
+    names = [*(names.split()[0] for names in _OF_AN_EDIT), "lossless"]
+    given = {name: value for name in names if (value := getattr(args, name))}
+    job = Job(
+        manifest=remote.resolve(args.manifest),
+        save_dir=remote.resolve(args.save_dir),
+        common=Common(settings, manifest.resolved(given, ".")),
+        checkpoint=identity(args.ckpt_dir) | {"dtype": args.dtype},
+        batch_size=size,
+        shard=(args.shard_index, args.num_shards),
+        overwrite=args.overwrite,
     )
-    with progress.Progress(*columns, console=console) as bar:
-        task = bar.add_task("compiling", total=steps)
-        yield lambda step: bar.update(task, completed=step + 1, description="sampling")
+    work = prepare(job)
+    total, groups = len(work.missing), len(work.pending)
+    edits = total + len(work.finished) + len(work.failures)
+    say("edits", f"{edits}, of which {len(work.failures)} cannot run as they stand")
+    say("skipped", f"{len(work.finished)} finished before, unchanged")
+    say("to do", f"{total} in {groups} groups of up to {size}")
 
+    def loaded() -> Model:
+        return _load(args, contents, placed)
 
-@contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in caught:
-        _log(f"warning: {warning.message}")
+    def runner(*group: Any) -> Sequence[Result | Exception]:
+        return interruptibly(lambda: batch.run_group(*group))
 
+    with warnings_as_lines(), counting(total) as tell:
 
-def _say(what: str, text: str) -> None:
-    print(f"{what:8} {text}", flush=True)
+        def on_end(request: Request, failure: Failure | None) -> None:
+            tell(f"{request.id} failed: {failure.reason}" if failure else f"{request.id} done")
 
-
-def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        summary = batch.run(work, loaded, runner, on_end)
+    where = f": {summary.failures}" if summary.failures else ""
+    done = f"{summary.done} done, {summary.skipped} skipped, {summary.failed} failed{where}"
+    say("batch", done)
+    return SOME_FAILED if summary.failed else 0
 
 
 # --- info -------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """What an edit costs on paper: memory and arithmetic, from the sizes of the model alone.
 
 Nothing here touches an array. Arithmetic is that of the matrix products, two operations for each
-multiply-add; the rest of a block is under 2 % of it at any size that is used. Costs are those of
-one device where a `Layout` is asked for, and of one group of devices that shares its edits' tokens:
-a further mesh axis of other edits multiplies nothing but their number.
+multiply-add; of a block of 1.3B at 81 frames of 480x832 the rest is under 2 % of it, as XLA counts
+(exponentials apart). Costs are those of one device where a `Layout` is asked for, and of one group
+of devices that shares its edits' tokens: a further mesh axis of other edits multiplies nothing but
+their number.
 
 Attention is taken to keep its logits on the chip, as a kernel that works in blocks does: at 81
 frames of 480x832 those of one block and row of 1.3B would be 48 GiB.
@@ -20,9 +21,17 @@ TEXT_TOKENS = 512
 """Length that Wan 2.1 pads every text to."""
 
 TOKEN_BLOCK = 128
-"""Tokens of a shard are a multiple of it where there are several: the lanes of a TPU."""
+"""Tokens of each of several devices are a multiple of it where they are many: a TPU's lanes."""
+
+MANY_TOKENS = 1024
+"""Tokens of a device from which on blocks of `TOKEN_BLOCK` are at most an eighth of padding."""
 
 FLOAT32 = 4
+
+
+def token_block(tokens: int, shards: int) -> int:
+    """What the tokens of each of `shards` devices are a multiple of."""
+    return TOKEN_BLOCK if shards > 1 and tokens >= MANY_TOKENS * shards else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +104,9 @@ class Layout:
             _require(getattr(self, name) > 0, self, name, "over 0")
 
     @classmethod
-    def of(cls, devices: int, shard_weights: bool = False) -> "Layout":
-        """The layout of a number of devices; several have blocks of `TOKEN_BLOCK`."""
-        return cls(devices, shard_weights, TOKEN_BLOCK if devices > 1 else 1)
+    def of(cls, devices: int, shard_weights: bool, tokens: int) -> "Layout":
+        """The layout of a number of devices, with the padding that a program of as many has."""
+        return cls(devices, shard_weights, token_block(tokens, devices))
 
     def local(self, tokens: int) -> int:
         """Tokens of one device, with padding; times `devices` it is what keys are padded to."""
@@ -195,37 +204,74 @@ def cache_bytes(workload: Workload, layout: Layout) -> int:
     return 2 * numbers * workload.dtype_bytes
 
 
-def activation_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes that a step of the loop takes on a device beside weights and cache; an estimate.
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Bytes on a device beside weights and cache, by part; those of the block are the largest's.
 
-    Both guidance branches run as one pass of `2 B` rows. What lives at once is taken to be, of the
-    block that is running: the residual stream before and after, float32; and the larger of
-
-    - self-attention: queries, own keys and values, all devices' keys and values where there are
-      several, and the result;
-    - feed-forward: its input, and its hidden layer in float32 and in the compute dtype.
-
-    To that come the control tokens of VACE, one block's gathered weights where they are sharded,
-    and the latents that a run holds on to: source, noise, the solver's, and 10 clean estimates.
-    It errs on the high side: for blocks of 1.3B on 8 chips, 81 frames of 480x832 in bfloat16, it is
-    0.62 GB, where the TPU's compiler took 0.41 GB.
+    Attributes:
+      latents: source, noise, the edit's, the solver's three, and 10 clean estimates, float32.
+      text: keys and values of all cross-attentions, of the edit's rows and the source's, whole on
+        each device, in the compute dtype.
+      control: control tokens of a VACE edit and of its source, float32.
+      positions: cosines and sines of every token, float32.
+      stream: the residual stream of the edit's rows before a block and after, float32.
+      carried: the same of the control tokens that the context blocks hand on.
+      block: what lives between the two (`activations`).
+      weights: of the block that is running, gathered from all devices where they are sharded.
     """
-    config, number = workload.config, workload.dtype_bytes
-    rows, local = 2 * workload.batch, layout.local(workload.tokens)
-    stream = rows * local * config.dim
-    gathered = 2 * stream * layout.devices if layout.devices > 1 else 0
-    attention = number * (4 * stream + gathered)
-    hidden = rows * local * config.ffn_dim
-    feed_forward = number * stream + (FLOAT32 + number) * hidden
-    control = FLOAT32 * stream if config.vace_layers else 0
-    block = workload.weight_bytes * _block_parameters(config) if layout.shard_weights else 0
-    latents = 16 * math.prod(workload.latent_shape) * config.in_channels * workload.batch
-    return math.ceil(
-        2 * FLOAT32 * stream
-        + max(attention, feed_forward)
-        + control
-        + block
-        + FLOAT32 * latents / layout.devices
+
+    latents: int
+    text: int
+    control: int
+    positions: int
+    stream: int
+    carried: int
+    block: int
+    weights: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+def activations(workload: Workload, layout: Layout) -> Activations:
+    """What a step of the loop takes on a device beside weights and cache, with the lock on.
+
+    Both guidance branches of `B` edits run as one pass of `R = 2 B` rows; the source's pass has `B`
+    rows, and another time. With `n` tokens on each of `P` devices, `D` and `F` the widths and `a`
+    bytes of the compute dtype, a block holds at most the largest of
+
+    - `R n D (a + 3 * 4)`: input, and queries, keys and values before they are cast;
+    - `R n D (3 a + 4) + 2 a R P n D`: all three, the result, and every device's keys and values,
+      where there are several;
+    - `R n (D a + F (4 + a))`: feed-forward's input, its hidden layer, and that again cast.
+
+    It is an estimate: a compiler may keep less, by doing a part at a time, or more, by fetching
+    weights ahead. Attention's logits stay on the chip.
+    """
+    config, number, edits = workload.config, workload.dtype_bytes, workload.batch
+    wide, rows, local = config.dim, 2 * workload.batch, layout.local(workload.tokens)
+    tokens, contexts = rows * local, len(config.vace_layers)
+    text = (config.num_layers + contexts) * (rows + edits) * workload.text_tokens * wide
+    gathered = 2 * number * layout.devices * wide if layout.devices > 1 else 0
+    cells = local * math.prod(config.patch_size) * config.in_channels
+    return Activations(
+        latents=16 * FLOAT32 * edits * cells,
+        text=2 * number * text,
+        control=2 * FLOAT32 * edits * local * wide if contexts else 0,
+        positions=FLOAT32 * local * config.attention_head_dim,
+        stream=2 * FLOAT32 * tokens * wide,
+        carried=2 * FLOAT32 * tokens * wide if contexts else 0,
+        block=tokens
+        * max(
+            wide * (number + 3 * FLOAT32),
+            wide * (3 * number + FLOAT32) + gathered,
+            wide * number + config.ffn_dim * (FLOAT32 + number),
+        ),
+        weights=math.ceil(workload.weight_bytes * _block_parameters(config))
+        if layout.shard_weights
+        else 0,
     )
 
 

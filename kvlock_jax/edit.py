@@ -6,11 +6,10 @@ result = edit(model, video, mask, "a blue square", config=config("demo"))
 
 import dataclasses
 import functools
-import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -20,21 +19,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Bool, Float, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from kvlock_jax import lock, metrics
 from kvlock_jax import video as files
-from kvlock_jax.checkpoint import Checkpoint, Configs, Contents
-from kvlock_jax.config import EditConfig, LockConfig, SampleConfig, from_config_dict
-from kvlock_jax.errors import CheckpointError, ConfigError, InputError, SamplingError
+from kvlock_jax.checkpoint import Checkpoint, Contents
+from kvlock_jax.errors import CheckpointError, InputError, SamplingError
 from kvlock_jax.inputs import Box, Frames, Inputs, Mask, Path_, Picture, read
-from kvlock_jax.models import vae
-from kvlock_jax.models.conditioning import control, on_canvas
-from kvlock_jax.models.vace import VACEContext
+from kvlock_jax.models import layout, vae
+from kvlock_jax.models.conditioning import on_canvas
+from kvlock_jax.models.sharded_attention import Attend, gathered
+from kvlock_jax.patches import Grid, Patches
+from kvlock_jax.prepare import prepare
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.sampler import Edits, Program, Trace, sample
-from kvlock_jax.shapes import Latents
+from kvlock_jax.settings import Settings, config, config_name, settle
+from kvlock_jax.shapes import VAE_STRIDES, Latents
 from kvlock_jax.text import Tokenizer, encode_prompts
 
 _DEMO = Path(__file__).parent / "demo" / "weights"
@@ -70,23 +72,19 @@ class Model:
       name: what it was loaded from.
       checkpoint: its three networks and their configs.
       tokenizer: of its text encoder.
+      mesh: the devices it lies on; `None` is the first.
       ticker: where its sampling loop reports.
     """
 
     name: str
     checkpoint: Checkpoint
     tokenizer: Tokenizer
+    mesh: Mesh | None = None
     ticker: Ticker = dataclasses.field(default_factory=Ticker)
 
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """A run's settings, checked; what `ConfigDict`s become."""
-
-    preset: str
-    sample: SampleConfig
-    lock: LockConfig
-    edit: EditConfig
+    def on_mesh(self) -> AbstractContextManager:
+        """The mesh as the ambient one, in which its programs must be compiled and run."""
+        return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,19 +112,34 @@ class Result:
     settings: Settings
 
 
-def load(source: Path_, dtype: Any = jnp.float32) -> Model:
+def load(
+    source: Path_,
+    dtype: Any = jnp.float32,
+    *,
+    mesh: Mesh | None = None,
+    spread: bool = False,
+    attend: Attend = gathered,
+) -> Model:
     """Loads a model to edit with.
 
     Args:
-      source: `"demo"` for the embedded model, a Diffusers folder, or a converted checkpoint.
+      source: `"demo"` for the embedded model, a published folder, or a converted checkpoint.
       dtype: compute dtype of matrix products; the parameters keep the checkpoint's.
+      mesh: of `sharding.make_mesh`, to spread an edit over devices; `None` takes the first.
+      spread: whether the transformer's weights are spread over the mesh's `frames` too, each layer
+        gathered when it is used: for models that would not fit on each device.
+      attend: how tokens on several devices attend to each other: `gathered`, or `ring`, which
+        never holds all keys and values at once.
 
     Raises:
       CheckpointError: if it is none of these, or is damaged.
+      ConfigError: the mesh does not divide the model's heads.
     """
     reader, folder = _reader(source)
-    loaded = reader.load(folder, compute_dtype=dtype)
-    return Model(os.fspath(source), loaded, Tokenizer(loaded.tokenizer))
+    place = functools.partial(layout.place, mesh, spread=spread) if mesh else None
+    loaded = reader.load(folder, compute_dtype=dtype, place=place)
+    loaded.transformer.attend = attend
+    return Model(os.fspath(source), loaded, Tokenizer(loaded.tokenizer), mesh)
 
 
 def describe(source: Path_) -> Contents:
@@ -138,7 +151,7 @@ def describe(source: Path_) -> Contents:
 def _reader(source: Path_) -> tuple[ModuleType, epath.Path]:
     """The module that reads a checkpoint, and the checkpoint's folder."""
     from kvlock_jax import checkpoint
-    from kvlock_jax.convert import diffusers
+    from kvlock_jax.convert import source as published
 
     folder = epath.Path(_DEMO if os.fspath(source) == "demo" else source).expanduser()
     try:
@@ -147,62 +160,12 @@ def _reader(source: Path_) -> tuple[ModuleType, epath.Path]:
         raise CheckpointError(f"{source}: {error}") from error
     if not found:
         raise CheckpointError(f"{source}: no such folder; give 'demo' or a checkpoint's folder")
-    return (diffusers if (folder / "model_index.json").exists() else checkpoint), folder
-
-
-def config(name: str) -> ConfigDict:
-    """The settings in `configs/NAME.py`, to be changed at will.
-
-    Raises:
-      ConfigError: there is no such file.
-    """
-    try:
-        module = importlib.import_module(f"kvlock_jax.configs.{name}")
-    except ModuleNotFoundError as error:
-        folder = Path(importlib.import_module("kvlock_jax.configs").__path__[0])
-        known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
-        raise ConfigError(f"no config {name!r}; there are {', '.join(known)}") from error
-    return module.get_config()
+    return (published if published.is_published(folder) else checkpoint), folder
 
 
 def default_config(model: Model) -> ConfigDict:
     """The settings for a model that was loaded: the publisher's for its size."""
     return config(config_name(model.name, model.checkpoint.configs))
-
-
-def config_name(source: Path_, configs: Configs) -> str:
-    """Which of the settings there are (`config`) are a checkpoint's.
-
-    The video's size is not known yet: 14B gets the settings for 720p, which the publisher's
-    `generate.py` takes at 480p too; `config("t2v_14b_480p")` is the README's milder shift.
-    """
-    if os.fspath(source) == "demo":
-        return "demo"
-    family = "vace" if configs.transformer.vace_layers else "t2v"
-    return f"{family}_{'14b_720p' if configs.transformer.dim >= 5120 else '1_3b_480p'}"
-
-
-def settle(run: ConfigDict) -> Settings:
-    """Checks a run's settings, and fills the lock's from its preset.
-
-    Raises:
-      ConfigError: naming the key that is unknown, of the wrong type, or out of range.
-    """
-    parts = ("preset", "sample", "edit", "kvlock")
-    for key in run:
-        if key not in parts:
-            raise ConfigError(f"unknown key {key!r} of the config; it has {', '.join(parts)}")
-    if absent := [part for part in parts if part not in run]:
-        raise ConfigError(f"the config has no {', '.join(absent)}; it must have {', '.join(parts)}")
-    sampling = from_config_dict(SampleConfig, run.sample)
-    preset = dataclasses.asdict(lock.preset(run.preset, sampling.guidance_scale))
-    changed = {name: value for name, value in run.kvlock.items() if value is not None}
-    return Settings(
-        preset=run.preset,
-        sample=sampling,
-        lock=from_config_dict(LockConfig, preset | changed),
-        edit=from_config_dict(EditConfig, run.edit),
-    )
 
 
 def edit(
@@ -247,86 +210,103 @@ def run(
     on_step: Callable[[int], None] | None = None,
 ) -> Result:
     """`edit` of a video that was read, with settings that were checked."""
-    if inputs.references and not model.checkpoint.configs.transformer.vace_layers:
-        raise InputError("reference pictures need a VACE model, this one is text-to-video")
-    clock = _Clock()
-    source, region = inputs.source, inputs.mask
-    fit = files.Fit(*source.shape[:3])
-    networks, references = model.checkpoint, len(inputs.references)
-
-    with clock.stage("encode text"):
-        texts = [inputs.prompt, settings.edit.negative_prompt, settings.edit.source_prompt]
-        context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
-    with clock.stage("encode video"):
-        pixels = jnp.asarray(fit.apply(source))[None]
-        mask = jnp.asarray(fit.apply_mask(region))[None]
-        pictures = [on_canvas(r, *pixels.shape[2:4])[None] for r in inputs.references]
-        conditions = prepare(networks, pixels, mask, context, settings.edit, pictures)
-        latents, prompts, source_prompts = jax.block_until_ready(conditions)
-    foreground = jnp.pad(lock.to_latent_mask(mask), [(0, 0), (references, 0), (0, 0), (0, 0)])
     if noise is None:
-        noise = jax.random.normal(jax.random.key(settings.sample.seed), latents.shape, jnp.float32)
-    noise = jnp.asarray(noise, jnp.float32)
-    if noise.shape != latents.shape:
-        raise InputError(f"noise must have the shape {latents.shape}, found {noise.shape}")
+        noise = draw_noise(model, inputs, jax.random.key(settings.sample.seed))
+    (result,) = run_batch(model, [inputs], [settings], noise, on_step=on_step)
+    return result
 
-    edits = Edits(latents, noise, foreground, prompts, source_prompts, references)
-    edited, trace = _sample(model, settings, edits, clock, on_step)
-    with clock.stage("decode video"):
-        result = fit.undo(_decoded(model, edited[:, references:]))
-    if settings.edit.composite:
-        result = np.where(region[..., None], result, source)
-    trace = jax.tree.map(lambda x: np.asarray(x)[:, 0] if x.ndim > 1 else np.asarray(x), trace)
-    measured = metrics.measure(source, result, region)
-    return Result(result, source, region, inputs.fps, trace, measured, clock.seconds, settings)
+
+def run_batch(
+    model: Model,
+    inputs: Sequence[Inputs],
+    settings: Sequence[Settings],
+    noise: Float[Array, "sources T H W C"],
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> list[Result]:
+    """Edits that run together, source by source.
+
+    Args:
+      model: of `load`; `sources` must divide by the `data` axis of its mesh.
+      inputs: of one size and with as many references each. With fewer sources than edits, each
+        source has as many edits as any other, one after another.
+      settings: of each edit; all but `edit` are those of the first.
+      noise: of unit variance; the edits of a source start from the same.
+      on_step: called with the number of each finished step.
+
+    Returns:
+      What became of each edit. Stages share their times.
+    """
+    first, networks = settings[0], model.checkpoint
+    references = len(inputs[0].references)
+    if references and not networks.configs.transformer.vace_layers:
+        raise InputError("reference pictures need a VACE model, this one is text-to-video")
+    fit = files.Fit(*inputs[0].source.shape[:3])
+    clock, sources = _Clock(), len(noise)
+    heads = inputs[:: len(inputs) // sources]  # of each source, its first edit
+    with model.on_mesh():
+        with clock.stage("encode text"):
+            texts = [
+                t
+                for i, s in zip(inputs, settings, strict=True)
+                for t in (i.prompt, s.edit.negative_prompt)
+            ]
+            texts += [s.edit.source_prompt for s in settings[:: len(inputs) // sources]]
+            context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
+        with clock.stage("encode video"):
+            pixels = np.stack([fit.apply(i.source) for i in heads])
+            mask = np.stack([fit.apply_mask(i.mask) for i in inputs])
+            pictures = [
+                np.stack([on_canvas(i.references[n], *pixels.shape[2:4]) for i in heads])
+                for n in range(references)
+            ]
+            edits = prepare(networks, pixels, mask, context, first.edit, noise, pictures)
+            edits = jax.block_until_ready(edits)
+        edited, trace = _sample(model, first, edits, clock, on_step)
+        with clock.stage("decode video"):
+            decoded = _decoded(model, _video_latents(edited, edits.grid, references))
+    trace = jax.tree.map(np.asarray, trace)
+    results = []
+    for n, (given, own) in enumerate(zip(inputs, settings, strict=True)):
+        video = fit.undo(decoded[n])
+        if own.edit.composite:
+            video = np.where(given.mask[..., None], video, given.source)
+        told = jax.tree.map(lambda x, n=n: x[:, n] if x.ndim > 1 else x, trace)
+        measured = metrics.measure(given.source, video, given.mask)
+        results.append(
+            Result(video, given.source, given.mask, given.fps, told, measured, clock.seconds, own)
+        )
+    return results
+
+
+def draw_noise(model: Model, inputs: Inputs, key: Array) -> Float[np.ndarray, "one T H W C"]:
+    """Noise of unit variance for one source: of its latents' shape, references first."""
+    frames, height, width = files.Fit(*inputs.source.shape[:3]).model_shape
+    time, rows, columns = VAE_STRIDES
+    space = ((frames - 1) // time + 1 + len(inputs.references), height // rows, width // columns)
+    channels = model.checkpoint.configs.transformer.in_channels
+    return np.asarray(jax.random.normal(key, (1, *space, channels), jnp.float32))
 
 
 def round_trip(model: Model, video: Frames) -> Frames:
     """The video through the VAE and back: the ceiling of any edit's background."""
     fit = files.Fit(*video.shape[:3])
-    latents = vae.encode(model.checkpoint.vae, jnp.asarray(fit.apply(video))[None])
-    return fit.undo(_decoded(model, latents))
+    with model.on_mesh():
+        latents = vae.encode(model.checkpoint.vae, fit.apply(video)[None])
+        return fit.undo(_decoded(model, latents)[0])
 
 
-def prepare(
-    networks: Checkpoint,
-    video: UInt8[Array, "B frames height width 3"],
-    mask: Bool[Array, "B frames height width"],
-    context: Float[Array, "R S D"],
-    settings: EditConfig,
-    pictures: Sequence[Float[Array, "B height width 3"]] = (),
-) -> tuple[Latents, Any, Any]:
-    """The source's latents, and `prompts` and `source_prompts` of `Edits`, for a batch of videos.
-
-    Args:
-      networks: text-to-video, or VACE, which sees the videos too (METHOD.md section 11).
-      video: of sizes that the networks take (`video.Fit`).
-      mask: true is edited.
-      context: text contexts, `R = 3 B`: prompts, negative prompts, source prompts.
-      settings: `context_scale` and `show_masked`.
-      pictures: references in [-1, 1], for VACE; their latent frames come first.
-    """
-    encode = functools.partial(vae.encode, networks.vae)
-    config, rows = networks.configs.transformer, 2 * len(video)
-    if not config.vace_layers:
-        return encode(video), context[:rows], context[rows:]
-    video = video.astype(jnp.float32) / 127.5 - 1.0
-    seen = video if settings.show_masked else jnp.where(mask[..., None], 0.0, video)
-    edited = control(encode, seen, mask, pictures)
-    whole = control(encode, video, jnp.zeros_like(mask), pictures)
-    scale = jnp.full(len(context), settings.context_scale)
-    prompts = VACEContext(context[:rows], jnp.concatenate([edited, edited]), scale[:rows])
-    # with nothing masked, what is kept is the source itself, after its references
-    latents = whole[..., : config.in_channels]
-    return latents, prompts, VACEContext(context[rows:], whole, scale[rows:])
+@functools.partial(jax.jit, static_argnames=("grid", "references"))
+def _video_latents(patches: Patches, grid: Grid, references: int) -> Latents:
+    return grid.join(patches)[:, references:]
 
 
 def _decoded(model: Model, latents: Latents) -> Frames:
-    """The one video of `latents`, as the model made it."""
+    """The videos of `latents`, as the model made them."""
     video, finite = vae.decode(model.checkpoint.vae, latents)
     if not finite:  # uint8 has no NaN: they would pass for some grey
         raise SamplingError("the VAE's pixels are not finite: compute in float32")
-    return np.asarray(video)[0]
+    return np.asarray(video)
 
 
 def _sample(
@@ -335,15 +315,15 @@ def _sample(
     edits: Edits,
     clock: "_Clock",
     on_step: Callable[[int], None] | None,
-) -> tuple[Latents, Trace]:
+) -> tuple[Patches, Trace]:
     """Compiles the loop where it must be, and runs it."""
     table = solvers.table(settings.sample.solver, settings.sample.steps, settings.sample.shift)
     knobs = lock.knobs(settings.lock, settings.sample.guidance_scale)
     program = Program(
         settings.lock.enabled, settings.lock.guidance, settings.lock.window, model.ticker.tick
     )
-    transformer = model.checkpoint.transformer
-    args = (transformer, jnp.array(edits.noise, copy=True), edits, table, knobs)
+    start = _start(edits)
+    args = (model.checkpoint.transformer, start, edits, table, knobs)
     with clock.stage("compile"):
         sample.lower(*args, program=program).compile()
     with clock.stage("sample"), model.ticker.listening(on_step):
@@ -356,6 +336,12 @@ def _sample(
             f"lower the guidance scale, or compute in float32"
         )
     return latents, trace
+
+
+@jax.jit
+def _start(edits: Edits) -> Patches:
+    """What edits start from: their source's noise, in memory of its own, which is donated."""
+    return edits.spread(edits.noise)
 
 
 class _Clock:

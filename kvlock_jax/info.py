@@ -1,13 +1,13 @@
 """What a checkpoint holds, and what an edit with it needs, as text."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from kvlock_jax import costs, roofline
+from kvlock_jax import costs, roofline, sharding
 from kvlock_jax.checkpoint import Contents
 from kvlock_jax.costs import Layout, Workload
-from kvlock_jax.edit import Settings
 from kvlock_jax.roofline import CHIPS
+from kvlock_jax.settings import Settings
 from kvlock_jax.video import Fit
 
 
@@ -47,16 +47,25 @@ def holds(contents: Contents) -> Iterator[str]:
     yield _line("sizes", sizes)
     yield _line("weights", _bytes(_weights(contents)))
     if contents.source:
-        source, maker = contents.source, f"kvlock_jax {contents.version}"
-        yield _line("converted", f"by {maker} from {source['folder']}, {source['layout']} layout")
-        yield from (f"  {digest}  {name}" for name, digest in source["files"].items())
+        yield from _origin(contents)
+
+
+def _origin(contents: Contents) -> Iterator[str]:
+    """Where a checkpoint comes from, as far as it says so in our words; others may have made it."""
+    source = contents.source if isinstance(contents.source, Mapping) else {}
+    folder, layout = source.get("folder", "an unknown folder"), source.get("layout", "unknown")
+    yield _line("converted", f"by kvlock_jax {contents.version} from {folder}, {layout} layout")
+    files = source.get("files")
+    for name, digest in files.items() if isinstance(files, Mapping) else ():
+        yield f"  {digest}  {name}"
 
 
 def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
     """Lines that say what one edit needs of each device, and at least how long its steps take.
 
-    Weights are on every device, unless the chip is named and cannot hold them beside the rest: then
-    each of several devices has its part.
+    Weights lie on several devices as `edit.load` puts them there: the VAE's on each, a part of the
+    text encoder's, and of the transformer's a part where the chip is named and they would take much
+    of its memory (`sharding.worth_spreading`).
 
     Args:
       contents: of the checkpoint.
@@ -75,12 +84,11 @@ def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
     cache = costs.cache_bytes(workload, Layout())
     yield _line("cache", f"{_bytes(cache)} in {plan.dtype}: {tokens}")
 
-    layout = Layout.of(plan.devices)
-    parts = _per_device(contents, workload, layout)
     memory = CHIPS[plan.chip].memory if plan.chip else None
-    if memory and plan.devices > 1 and sum(parts.values()) > memory:
-        layout = Layout.of(plan.devices, shard_weights=True)
-        parts = _per_device(contents, workload, layout)
+    several = plan.devices > 1
+    spread = several and memory is not None and sharding.worth_spreading(stored.size, memory)
+    layout = Layout.of(plan.devices, spread, workload.tokens)
+    parts = _per_device(contents, workload, layout)
     yield ""
     yield from _table(parts, workload, layout, plan, memory)
     if plan.chip:
@@ -94,11 +102,12 @@ def _weights(contents: Contents) -> int:
 
 def _per_device(contents: Contents, workload: Workload, layout: Layout) -> dict[str, int]:
     """Bytes on a device."""
-    weights = _weights(contents)
+    sizes = {name: model.size for name, model in contents.models.items()}
+    shared = sizes["text_encoder"] + sizes["transformer"] * layout.shard_weights
     return {
-        "weights": -(-weights // layout.devices) if layout.shard_weights else weights,
+        "weights": sum(sizes.values()) - shared + -(-shared // layout.devices),
         "cache": costs.cache_bytes(workload, layout),
-        "activations": costs.activation_bytes(workload, layout),
+        "activations": costs.activations(workload, layout).total,
     }
 
 
@@ -106,14 +115,21 @@ def _table(
     parts: dict[str, int], workload: Workload, layout: Layout, plan: Plan, memory: int | None
 ) -> Iterator[str]:
     local = layout.local(workload.tokens)
-    spread = f"1/{layout.devices} on each" if layout.shard_weights else "all of them"
+    weights = "of transformer, VAE and text encoder"
+    if layout.devices > 1:
+        whole, parted = ("VAE", "transformer and text encoder")
+        if not layout.shard_weights:
+            whole, parted = ("transformer and VAE", "text encoder")
+        weights = f"of {whole}, and 1/{layout.devices} of {parted}"
     notes = {
-        "weights": f"of transformer, VAE and text encoder, {spread}",
+        "weights": weights,
         "cache": f"{local:,} tokens",
-        "activations": "of the sampling loop, without attention's logits: an estimate",
+        "activations": "of the sampling loop: an estimate",
     }
     if layout.devices > 1:
-        notes["cache"] += f" of {layout.devices * local:,}, padding and all"
+        notes["cache"] += f" of {layout.devices * local:,}"
+    if layout.devices * local > workload.tokens:
+        notes["cache"] += ", padding and all"
     yield f"per device, of {plan.devices} {plan.chip or 'in all'}"
     for name, size in parts.items():
         yield _row(name, size, notes[name])
@@ -121,7 +137,7 @@ def _table(
     verdict = ""
     if memory:
         fits = "fits in" if total <= memory else "does not fit in"
-        verdict = f"{fits} {_short(memory)}, but for the logits"
+        verdict = f"{fits} {_short(memory)}"
     yield _row("total", total, verdict)
 
 

@@ -147,8 +147,9 @@ def interconnect_binds_from(
     """The smallest number of chips, at least 2, whose bound is the interconnect; None up to `most`.
 
     What a chip computes falls with their number, while the keys and values that it receives tend to
-    those of the whole video. Tokens are taken to divide evenly: padding to `TOKEN_BLOCK` would make
-    compute bind again at some numbers above.
+    those of the whole video. It is a figure of the model, not of a run on as many chips: tokens are
+    taken to divide with as little padding as they can (blocks of `TOKEN_BLOCK` would make compute
+    bind again at some numbers above), and weights to be sharded, or not, at every number alike.
     """
     for devices in range(2, most + 1):
         cost = step(workload, Layout(devices, shard_weights), lock, steps)

@@ -20,6 +20,9 @@ from jaxtyping import Array, Bool, Float
 Latents = Float[Array, "B T H W C"]
 LatentMask = Bool[Array, "B T H W"]
 TokenMask = Bool[Array, "B L"]
+Cells = Float[Array, "B *space C"]
+"""Latents in any order: whole, `B T H W C`, or as the patches of tokens, `B L cells C`."""
+CellMask = Bool[Array, "B *space"]
 Heads = Float[Array, "B L N K"]
 PerEdit = Float[Array, "B"]
 

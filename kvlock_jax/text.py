@@ -1,6 +1,5 @@
 """Prompts to token ids, and prompts to the text context that Wan's transformer attends to."""
 
-import functools
 import html
 import json
 import re
@@ -111,15 +110,15 @@ def encode_prompts(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the text encoder embeds "
             f"{known}: they are not of one checkpoint"
         )
-    ids, mask = tokenizer(prompts)
-    return _hidden_states(*nnx.split(encoder), jnp.asarray(ids), jnp.asarray(mask))
+    return encode(encoder, *tokenizer(prompts))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden_states(
-    graph: nnx.GraphDef, params: nnx.State, ids: Int[Array, "B S"], mask: Bool[Array, "B S"]
+@jax.jit
+def encode(
+    encoder: nnx.Module, ids: Int[Array, "B S"], mask: Bool[Array, "B S"]
 ) -> Float[Array, "B S D"]:
-    hidden = nnx.merge(graph, params)(ids, mask).astype(jnp.float32)
+    """Hidden states of token ids, float32, and zeros where the mask is not set."""
+    hidden = encoder(ids, mask).astype(jnp.float32)
     return jnp.where(mask[..., None], hidden, 0.0)
 
 

@@ -1,6 +1,7 @@
 """Prints the demo model's figures, from seeds and photos it was not trained on.
 
-    python scripts/eval_demo.py [--model DIR] [--presets kvlock_anchor,cfg] [--png DIR]
+    python scripts/eval_demo.py [--model DIR] [--presets kvlock,cfg] [--png DIR]
+    python scripts/eval_demo.py --context_scale 0 --presets kvlock_anchor,cfg   # as text-to-video
 
 Texts to video are judged on 4 seeds of each of the 24 captions; edits on 48 clips, each to another
 colour and another shape inside a box 4 px wider than the object. Background PSNR is that of
@@ -27,10 +28,11 @@ from kvlock_jax.demo.world import (
     render,
     render_background,
 )
-from kvlock_jax.edit import prepare, settle
 from kvlock_jax.models import vae
+from kvlock_jax.prepare import prepare
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.sampler import Edits, Program, sample
+from kvlock_jax.sampling.sampler import Program, sample
+from kvlock_jax.settings import settle
 from kvlock_jax.text import encode_prompts
 from kvlock_jax.video import write_png
 
@@ -63,16 +65,14 @@ def generate(model, config, scenes, seeds, clips, masks):
     videos, traces = [], []
     for i in range(0, len(scenes), BATCH):
         part = slice(i, i + BATCH)
-        texts = [*[s.caption for s in scenes[part]], *[""] * BATCH, *[""] * BATCH]
+        texts = [text for s in scenes[part] for text in (s.caption, "")] + [""] * BATCH
         context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
         draw = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (3, 12, 12, 16)))
         noise = draw(jnp.asarray(seeds[part], jnp.uint32))
-        video, mask = jnp.asarray(clips[part]), jnp.asarray(masks[part])
-        source, *prompts = prepare(networks, video, mask, context, settings.edit)
-        edits = Edits(source, noise, lock.to_latent_mask(mask), *prompts)
-        start = jnp.array(noise, copy=True)
+        edits = prepare(networks, clips[part], masks[part], context, settings.edit, noise)
+        start = jnp.array(edits.noise, copy=True)
         latents, trace = sample(networks.transformer, start, edits, table, knobs, program=program)
-        videos.append(np.asarray(vae.decode(networks.vae, latents)[0]))
+        videos.append(np.asarray(vae.decode(networks.vae, edits.grid.join(latents))[0]))
         window = np.asarray(trace.scheduled)
         fields = (trace.sigma2, trace.fusion_ratio, trace.guidance_scale)
         traces.append([np.asarray(f)[window].mean() for f in fields])
@@ -99,7 +99,8 @@ def main() -> None:
     """Parses the flags and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--presets", default="kvlock_anchor,cfg")
+    presets = "cfg,kvlock,hard_lock,fixed_half,global_detection,kvlock_anchor"
+    parser.add_argument("--presets", default=presets)
     parser.add_argument("--guidance", type=float, help="instead of the config's guidance scale")
     parser.add_argument("--shift", type=float, help="instead of the config's shift")
     parser.add_argument("--context_scale", type=float, help="0 makes VACE weights text-to-video")

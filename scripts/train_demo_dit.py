@@ -25,10 +25,11 @@ from kvlock_jax.demo.world import COLOURS, SHAPES, caption, random_scene, render
 from kvlock_jax.lock import to_latent_mask
 from kvlock_jax.models.vae import WanVAE
 from kvlock_jax.models.wan import WanTransformer
+from kvlock_jax.patches import Grid
 from kvlock_jax.text import Tokenizer, encode_prompts, write_word_tokenizer
 
 BATCH, SHARD = 16, 500
-GRID = (3, 6, 6)
+GRID = Grid.of((3, 12, 12))
 OBJECT_WEIGHT = 3.0  # of the loss on the object's latents
 SHIFT = 2.0  # of the noise levels trained at
 DROP = 0.1  # share of clips that lose their caption, for guidance
@@ -114,7 +115,8 @@ def main() -> None:
 
     def velocity(params, z, sigma, text):
         model = nnx.merge(graph, params)
-        return model(z, 1000 * sigma, model.condition(text, GRID))
+        told = model.condition(text, GRID)
+        return GRID.join(model(GRID.split(z), 1000 * sigma, told))
 
     def noised(x, sigma, key):
         eps = jax.random.normal(key, x.shape)

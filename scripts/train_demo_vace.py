@@ -139,8 +139,8 @@ def main() -> None:
 
     def velocity(params, base, z, sigma, text, control):
         model = nnx.merge(graph, params, base)
-        shown = VACEContext(text, control, jnp.ones((z.shape[0],)))
-        return model(z, 1000 * sigma, model.condition(shown, GRID))
+        shown = VACEContext(text, GRID.split(control), jnp.ones((z.shape[0],)))
+        return GRID.join(model(GRID.split(z), 1000 * sigma, model.condition(shown, GRID)))
 
     def noised(x, sigma, key):
         eps = jax.random.normal(key, x.shape)

@@ -14,6 +14,13 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """Lets go of a module's programs: each is memory maps, of which a process has 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A tiny Wan 2.1 in a Diffusers folder (tests/tiny.py); a test that damages it copies it."""

@@ -1,15 +1,21 @@
 """Attention and rotary positions against plain loops and complex numbers in float64."""
 
 import cmath
+import functools
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kvlock_jax.models.attention import attend, rope_axes, rope_table, rotate
+from kvlock_jax.models.attention import attend, attend_part, rope_axes, rope_table, rotate
 
 GRID = (3, 4, 5)
 
@@ -135,3 +141,173 @@ def test_attend_under_vmap_equals_rows():
     q, k, v = (heads(3, 4, 2, 6, seed=s) for s in range(3))
     rows = jax.vmap(lambda *x: attend(*(a[None] for a in x))[0])(q, k, v)
     np.testing.assert_allclose(attend(q, k, v), rows, rtol=1e-6, atol=1e-6)
+
+
+# -- the kernel is chosen when the program is lowered ---------------------------------------------
+
+
+def weights(q, k, keys=None):
+    """Of the softmax, `B L N S` in float64."""
+    q, k = (np.asarray(x, np.float64) for x in (q, k[:, :keys]))
+    logits = np.einsum("blnk,bsnk->blns", q, k) / np.sqrt(q.shape[-1])
+    exps = np.exp(logits - logits.max(-1, keepdims=True))
+    return exps / exps.sum(-1, keepdims=True)
+
+
+def softmax(q, k, v, keys=None):
+    return np.einsum("blns,bsnk->blnk", weights(q, k, keys), np.asarray(v[:, :keys], np.float64))
+
+
+def qkv(length=20, present=30, keys=None):
+    q, k, v = (heads(2, n, 3, 16, seed=s) for s, n in enumerate((length, present, present)))
+    real = jnp.arange(present)[:, None, None] < (present if keys is None else keys)
+    return q, k, jnp.where(real, v, 1e4)
+
+
+def in_scan(q, k, v, keys):
+    _, out = jax.lax.scan(lambda carry, x: (carry, attend(x, k, v, keys)), 0, q[None])
+    return out[0]
+
+
+def in_cond(q, k, v, keys):
+    return jax.lax.cond(q[0, 0, 0, 0] < jnp.inf, lambda: attend(q, k, v, keys), lambda: 0 * q)
+
+
+def in_map(q, k, v, keys):
+    return jax.vmap(lambda q, k, v: attend(q[None], k[None], v[None], keys)[0])(q, k, v)
+
+
+FORMS = {"eager": attend, "jit": jax.jit(attend, static_argnums=3)} | {
+    f.__name__: jax.jit(f, static_argnums=3) for f in (in_scan, in_cond, in_map)
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("keys", [None, 25])
+def test_attend_wherever_it_is_called(form, keys):
+    q, k, v = qkv(keys=keys)
+    found = FORMS[form](q, k, v, keys)
+    np.testing.assert_allclose(found, softmax(q, k, v, keys), rtol=0, atol=1e-5)
+
+
+def test_keys_may_be_traced():
+    q, k, v = qkv(keys=11)
+    run = jax.jit(lambda *arrays: attend(*arrays))
+    for keys in (11, 7):
+        want = softmax(q, k, v, keys)
+        np.testing.assert_allclose(run(q, k, v, jnp.int32(keys)), want, rtol=0, atol=1e-5)
+    assert run._cache_size() == 1
+
+
+KERNEL = "tpu_custom_call"
+
+
+@pytest.mark.parametrize("function", [attend, attend_part, in_scan, in_cond, in_map])
+def test_each_backend_gets_its_own(function):
+    q = jax.ShapeDtypeStruct((2, 256, 3, 128), jnp.bfloat16)
+    if function is in_cond:
+        q = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    run = jax.jit(functools.partial(function, keys=200))
+    on_tpu = export.export(run, platforms=["tpu"])(q, q, q).mlir_module()
+    on_cpu = export.export(run, platforms=["cpu"])(q, q, q).mlir_module()
+    assert KERNEL in on_tpu and KERNEL not in on_cpu
+    assert "256x256x" not in on_tpu  # no logits there
+
+
+def gradient(q, k, v, out, keys):
+    """Of `sum(out * attention)` in float64, by the chain rule written out."""
+    p = weights(q, k, keys)
+    q, k, v, out = (np.asarray(x, np.float64) for x in (q, k[:, :keys], v[:, :keys], out))
+    dp = np.einsum("blnk,bsnk->blns", out, v)
+    ds = p * (dp - (dp * p).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
+    dq, dk = np.einsum("blns,bsnk->blnk", ds, k), np.einsum("blns,blnk->bsnk", ds, q)
+    return dq, dk, np.einsum("blns,blnk->bsnk", p, out)
+
+
+@pytest.mark.parametrize("keys, traced", [(None, False), (25, False), (25, True)])
+def test_gradients(keys, traced):
+    q, k, v = qkv(keys=keys)
+    out = heads(*q.shape, seed=9)
+
+    def loss(q, k, v, keys):
+        return jnp.sum(out * attend(q, k, v, keys))
+
+    count = jnp.int32(keys) if traced else keys
+    static = () if traced else (3,)
+    found = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=static)(q, k, v, count)
+    for grad, want in zip(found, gradient(q, k, v, out, keys), strict=True):
+        real = grad[:, : want.shape[1]]
+        np.testing.assert_allclose(real, want, rtol=0, atol=1e-5 * np.abs(want).max())
+        np.testing.assert_array_equal(grad[:, want.shape[1] :], 0.0)
+
+
+def test_gradient_of_the_logsumexp():
+    q, k, v = qkv()
+    found = jax.grad(lambda k: attend_part(q, k, v)[1].sum())(k)
+    want = np.einsum("blns,blnk->bsnk", weights(q, k), np.asarray(q, np.float64)) / 4
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("rows, length", [(2, 24), (3, 25)])
+def test_attend_in_a_mesh(shape, rows, length):
+    """Queries are shared out where they divide, and the result is the same where they do not."""
+    q, k, v = (heads(rows, n, 3, 16, seed=s) for s, n in enumerate((length, 30, 30)))
+    mesh = jax.make_mesh(shape, ("data", "frames", "model"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        found = jax.jit(attend)(q, k, v)
+    np.testing.assert_allclose(found, softmax(q, k, v), rtol=0, atol=1e-5)
+    if length == 24:
+        spec = PartitionSpec("data" if rows == 2 else None, ("frames", "model"))
+        assert found.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4)
+
+
+TPU = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from kvlock_jax.models.attention import attend
+from kvlock_jax.models.sharded_attention import gathered, ring
+
+def report(name, f, shapes, mesh, spec, dtype):
+    q, k, v = (jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, spec)) for s in shapes)
+    compiled = jax.jit(f).lower(q, k, v).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    found = [text.count(f" {kind}(") for kind in ("all-gather", "collective-permute-start")]
+    print("FOUND", name, dtype, memory.temp_size_in_bytes, "tpu_custom_call" in text, *found)
+
+for name in ("v5e:2x4", "v6e:2x4"):
+    devices = np.array(topologies.get_topology_desc(name, platform="tpu").devices)
+    axes = dict(axis_names=("data", "frames", "model"), axis_types=(AxisType.Auto,) * 3)
+    one, eight = (Mesh(devices[:n].reshape(1, n, 1), **axes) for n in (1, 8))
+    q, k = (2, 4096, 12, 128), (2, 32768, 12, 128)
+    for dtype in ("bfloat16", "float32"):
+        run = lambda q, k, v: attend(q, k, v, 32760)
+        report("attend", run, (q, k, k), one, PartitionSpec(), dtype)
+    cells = [(1, 6240, 1, 384)] * 3
+    with jax.set_mesh(eight):
+        for f in (gathered, ring):
+            run = lambda q, k, v: f(q, k, v, 32760)
+            spec = PartitionSpec("data", "frames", "model")
+            report(f.__name__, run, (k, k, k), eight, spec, "bfloat16")
+        report("cells", attend, cells, eight, PartitionSpec(), "float32")
+"""
+
+
+@pytest.mark.xdist_group("libtpu")
+def test_the_tpu_compiler_takes_them():
+    """At the size of 81 frames of 480x832 for 1.3B, whose logits would be 6 GB a device."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
+    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    ran = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith("FOUND")]
+    assert len(found) == 2 * 5
+    keys = 2 * 32_768 * 12 * 128 * 2  # bytes of either keys or values
+    for name, _, temporaries, custom, gathers, permutes in found:
+        assert custom == "True", name
+        limit = {"gathered": 3 * keys, "ring": keys}.get(name, keys / 8)
+        assert int(temporaries) < limit, (name, temporaries)
+        assert (int(gathers), int(permutes)) == {"gathered": (2, 0), "ring": (0, 2)}.get(
+            name, (0, 0)
+        )

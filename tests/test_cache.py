@@ -32,7 +32,7 @@ def test_fusion_is_the_loop(branches):
     ratio = np.array([0.25, 0.9])
     expected = new.astype(np.float64)
     for row in range(branches * B):
-        edit = row % B
+        edit = row // branches
         for token in range(L):
             if not foreground[edit, token]:
                 kept = (1 - ratio[edit]) * expected[row, token]
@@ -66,16 +66,17 @@ def test_both_ends_are_exact_to_the_bit(dtype, jit):
     locked = np.asarray(mix(new, cached, foreground, jnp.ones(B)))
     for row in range(len(new)):
         for token in range(L):
-            kept = foreground[row % B, token]
-            source = new[row, token] if kept else cached[row % B, token]
+            edit = row // 3
+            kept = foreground[edit, token]
+            source = new[row, token] if kept else cached[edit, token]
             assert_same_bits(locked[row, token], source)
 
 
 def test_a_batch_may_hold_both_ends():
     new, cached, _ = case()
     mix = fuse(new, cached, jnp.zeros((B, L), bool), jnp.asarray([0.0, 1.0]))
-    assert_same_bits(mix[0::B], new[0::B])
-    for row in mix[1::B]:
+    assert_same_bits(mix[:2], new[:2])
+    for row in mix[2:]:
         assert_same_bits(row, cached[1])
 
 
@@ -108,11 +109,22 @@ def test_gradients_are_those_of_the_line_even_at_its_ends(alpha):
     d_new, d_cached, d_ratio = jax.grad(loss, argnums=(0, 1, 2))(new, cached, ratio)
     background = ~foreground[:, :, None, None]
     share = alpha * background
-    np.testing.assert_allclose(d_new, weights * (1 - np.tile(share, (2, 1, 1, 1))), rtol=1e-6)
-    by_branch = weights.reshape(2, B, L, N, K)
-    np.testing.assert_allclose(d_cached, share * by_branch.sum(0), rtol=1e-5, atol=1e-6)
-    pull = by_branch * background * (cached - new.reshape(2, B, L, N, K))
-    np.testing.assert_allclose(d_ratio, pull.sum((0, 2, 3, 4)), rtol=1e-5)
+    np.testing.assert_allclose(d_new, weights * (1 - np.repeat(share, 2, axis=0)), rtol=1e-6)
+    by_branch = weights.reshape(B, 2, L, N, K)
+    np.testing.assert_allclose(d_cached, share * by_branch.sum(1), rtol=1e-5, atol=1e-6)
+    pull = (background * cached)[:, None] - background[:, None] * new.reshape(B, 2, L, N, K)
+    np.testing.assert_allclose(d_ratio, (by_branch * pull).sum((1, 2, 3, 4)), rtol=1e-5)
+
+
+def test_edits_of_one_source_share_its_cache():
+    new, cached, _ = case(3)  # 1 source, 3 edits of it, 2 branches of each
+    foreground = np.random.default_rng(2).random((3, L)) > 0.5
+    ratio = np.array([0.1, 0.5, 0.9], np.float32)
+    together = fuse(new, cached[:1], jnp.asarray(foreground), jnp.asarray(ratio))
+    for edit in range(3):
+        rows = slice(2 * edit, 2 * edit + 2)
+        alone = fuse(new[rows], cached[:1], foreground[edit][None], ratio[edit : edit + 1])
+        np.testing.assert_array_equal(together[rows], alone)
 
 
 def test_fusion_maps_over_layers():

@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import whole
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -139,7 +141,7 @@ def test_restored_models_compute_the_same(folder, original):
 
     @nnx.jit
     def velocity(model):
-        return model(latents, jnp.full((1,), 500.0), model.condition(context, (2, 1, 2)))
+        return whole.velocity(model, latents, jnp.full((1,), 500.0), context)
 
     np.testing.assert_array_equal(velocity(got.transformer), velocity(original.transformer))
 
@@ -147,10 +149,13 @@ def test_restored_models_compute_the_same(folder, original):
 def test_dtypes(folder, original):
     got = checkpoint.load(folder, jnp.bfloat16, compute_dtype=jnp.bfloat16)
     for name in MODELS:
-        assert getattr(got, name).dtype == jnp.bfloat16
+        wide = name == "vae"  # as the publisher and Diffusers run it
+        assert getattr(got, name).dtype == (jnp.float32 if wide else jnp.bfloat16)
         want = values(getattr(original, name))
         for path, array in values(getattr(got, name)).items():
-            np.testing.assert_array_equal(array, want[path].astype(ml_dtypes.bfloat16))
+            rounded = path == "shared.embedding" or want[path].dtype == ml_dtypes.bfloat16
+            assert array.dtype == (ml_dtypes.bfloat16 if rounded else np.float32), path
+            np.testing.assert_array_equal(array, want[path].astype(array.dtype))
     assert checkpoint.load(folder).transformer.dtype == jnp.float32
 
 
@@ -159,8 +164,12 @@ def test_parameters_go_where_they_are_placed(folder, original):
     asked = {}
 
     def place(name, shape):
-        split = ["model" if size % 8 == 0 else None for size in shape[-1:]]
-        asked[name] = NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), *split))
+        """An inner axis where there are layers and it divides, else the last one that does."""
+        axes = [i for i in range(1 if ".blocks." in name else 0, len(shape)) if shape[i] % 8 == 0]
+        spec = [None] * len(shape)
+        if axes:
+            spec[axes[0] if ".blocks." in name else axes[-1]] = "model"
+        asked[name] = NamedSharding(mesh, PartitionSpec(*spec))
         return asked[name]
 
     got = checkpoint.load(folder, place=place)
@@ -171,6 +180,12 @@ def test_parameters_go_where_they_are_placed(folder, original):
     assert not asked
     kernel = got.transformer.proj_out.kernel
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(24, 2)}
+    stacked = got.transformer.blocks.attn1.to_q.kernel
+    assert stacked.sharding.spec == PartitionSpec(None, "model", None)
+    expected = np.asarray(original.transformer.blocks.attn1.to_q.kernel[...])
+    for shard in stacked.addressable_shards:
+        rows = slice(3 * shard.device.id, 3 * shard.device.id + 3)
+        np.testing.assert_array_equal(shard.data, expected[:, rows], strict=True)
 
     by_default = checkpoint.load(folder).transformer.proj_out.kernel
     assert by_default.sharding == SingleDeviceSharding(jax.devices()[0])
@@ -335,6 +350,37 @@ def test_folder_that_cannot_be_made(original, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write to .*file/wan: Not a directory"):
         save(tmp_path / "file" / "wan", original)
+
+
+def test_tokenizer_that_cannot_be_read(original, tmp_path):
+    absent = dataclasses.replace(original, tokenizer=tmp_path / "words")
+    with pytest.raises(CheckpointError, match=rf"cannot read {tmp_path}/words: No such file"):
+        save(tmp_path / "wan", absent)
+
+
+def test_files_are_checked_while_they_are_read(folder, monkeypatch):
+    """A damaged one is named although Orbax has read it, or failed at it, by then."""
+    check, read, order = store.check, store.read, []
+
+    def slow(*args):
+        time.sleep(0.2)
+        check(*args)
+
+    def noted(*args):
+        order.append(args)
+        return read(*args)
+
+    monkeypatch.setattr(store, "check", slow)
+    monkeypatch.setattr(store, "read", noted)
+    checkpoint.load(folder)
+    assert len(order) == len(MODELS)
+    (data_of(folder) / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer\.json has CRC-32"):
+        checkpoint.load(folder)
+    assert len(order) == 2 * len(MODELS)
+    (data_of(folder) / "vae" / "_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match=r"not as it was written: vae/_METADATA has"):
+        checkpoint.load(folder)
 
 
 def test_no_checkpoint(tmp_path):

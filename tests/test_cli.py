@@ -1,4 +1,4 @@
-"""`kvlock edit` and `kvlock info`, case by case, on a tiny model of random weights."""
+"""`kvlock edit`, `batch` and `info`, case by case, on a tiny model of random weights."""
 
 import dataclasses
 import hashlib
@@ -9,18 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import av
+import jax
 import numpy as np
 import pytest
 import tiny
-from rich.console import Console
 from safetensors.numpy import load_file
 
 from kvlock_jax import cli, store, video
 from kvlock_jax.convert import command, weights
-from kvlock_jax.edit import load
+from kvlock_jax.edit import default_config, edit, load
 from kvlock_jax.errors import CheckpointError, SamplingError
 from kvlock_jax.inputs import TRAINED_FRAMES
 
@@ -46,7 +47,7 @@ def folder(tmp_path, monkeypatch):
 def loads(monkeypatch, model):
     """Puts `model` in place of loading, so that its loop compiles once; lists what was loaded."""
     calls = []
-    monkeypatch.setattr(cli, "load", lambda *args: calls.append(args) or model)
+    monkeypatch.setattr(cli, "load", lambda *args, **where: calls.append(args) or model)
     return calls
 
 
@@ -120,7 +121,7 @@ def test_an_edit_with_all_it_writes(folder, tiny_checkpoint, capsys):
     assert 0 < trace["metrics"]["background_psnr"] < 100
 
     lines = dict(line.split(maxsplit=1) for line in output.splitlines())
-    assert list(lines) == ["video", "mask", "preset", "loaded", "times", "kept", "wrote"]
+    assert list(lines) == ["video", "mask", "preset", "loaded", "on", "times", "kept", "wrote"]
     assert lines["mask"].startswith("4.2 % ")  # 64 of 1536
     assert lines["preset"].startswith("kvlock: the paper")
     assert re.search(r"wan2\.1-t2v, [\d,]+ parameters in float32, .*float32$", lines["loaded"])
@@ -330,7 +331,7 @@ def test_what_must_be_given(capsys):
     assert cli.main(["edit", "--prompt=a star"]) == 2
     assert re.match(r"error: .*--src_video.*--save_file.*\n", capsys.readouterr().err)
     assert cli.main([]) == 2
-    assert "edit|convert|info" in capsys.readouterr().err
+    assert "edit|batch|convert|info" in capsys.readouterr().err
     assert cli.main(["train"]) == 2
     assert "'train'" in capsys.readouterr().err
 
@@ -424,7 +425,7 @@ def test_no_checkpoint(fails, folder):
 
 
 def test_further_lines_are_indented(kvlock, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise CheckpointError("wan does not fit:\n  missing: a.weight\nunexpected: b.weight")
 
     monkeypatch.setattr(cli, "load", broken)
@@ -513,27 +514,112 @@ def test_killed_while_sampling(folder, tiny_checkpoint):
     assert (folder / "out.mp4").read_text() == "the film before"
 
 
-# --- progress ---------------------------------------------------------------------------------
+# --- batch ------------------------------------------------------------------------------------
+
+LINES = [
+    {"id": "one", "src_video": "in.mkv", "prompt": "a red star", "lossless": True},
+    {"src_video": "in.mkv", "bbox": "0,0,8,8", "prompt": "a blue circle", "save_file": "b.mkv"},
+    {"id": "bad", "src_video": "absent.mkv", "prompt": "a red star"},
+]
 
 
-def test_progress_without_a_terminal(capsys):
-    with cli._ticking(50) as tick:
-        for step in range(50):
-            tick(step)
-    assert capsys.readouterr().err.splitlines() == [f"step {n} of 50" for n in range(5, 51, 5)]
+@pytest.fixture
+def many(folder, loads, tiny_checkpoint, capsys):
+    """Runs `kvlock batch` of `edits.jsonl` to `out`."""
+
+    def run(*flags: str, rows=LINES) -> tuple[int, dict[str, str], str]:
+        (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        named = "--manifest=edits.jsonl --save_dir=out --mask=mask.mkv --steps=2".split()
+        status = cli.main(["batch", f"--ckpt={tiny_checkpoint}", *named, *flags])
+        output, errors = capsys.readouterr()
+        found = (line.split("  ", 1) for line in output.splitlines())
+        return status, {what.strip(): text.strip() for what, text in found}, errors
+
+    return run
 
 
-def test_progress_on_a_terminal(monkeypatch, tmp_path):
-    with open(tmp_path / "screen", "w+") as screen:
-        terminal = Console(file=screen, force_terminal=True, force_interactive=True, width=90)
-        monkeypatch.setattr(cli, "Console", lambda stderr: terminal)
-        with cli._ticking(3) as tick:
-            for step in range(3):
-                tick(step)
-        screen.seek(0)
-        text = screen.read()
-    assert "sampling" in text and "3/3" in text
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is back
+def test_a_batch_and_again(many, folder, model, loads, tiny_checkpoint):
+    status, lines, errors = many()
+    assert status == 1
+    assert lines["edits"] == "3, of which 1 cannot run as they stand"
+    assert lines["skipped"].startswith("0 ") and lines["to do"] == "2 in 1 groups of up to 8"
+    assert lines["loaded"].startswith(f"{tiny_checkpoint}: wan2.1-t2v, ")
+    assert lines["batch"] == f"2 done, 0 skipped, 1 failed: {folder}/out/failed.jsonl"
+    told = errors.splitlines()
+    assert told[0] == "1 of 2: one done" and re.fullmatch("2 of 2: edit-[0-9a-f]{16} done", told[1])
+    assert only(folder / "out") == ["b.json", "b.mkv", "failed.jsonl", "one.json", "one.mp4"]
+    assert json.loads(Path("out/failed.jsonl").read_text()) == {
+        "line": 3,
+        "id": "bad",
+        "reason": f"{folder}/absent.mkv: no such file or folder",
+    }
+
+    # the first edit by what it is made of: noise of seed 0 and CRC-32 of its id
+    shape = (1, 2, 4, 6, 4)
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), zlib.crc32(b"one")), shape)
+    config = default_config(model)
+    config.sample.steps = 2
+    want = edit(model, "in.mkv", "mask.mkv", "a red star", config=config, noise=noise)
+    found = video.read_video("out/one.mp4")
+    np.testing.assert_array_equal(found.frames, want.video)
+    assert found.fps == 12 and edited("out/b.mkv").shape == (5, 32, 48, 3)
+    told = json.loads(Path("out/one.json").read_text())
+    assert told["metrics"]["background_psnr"] == want.metrics.background_psnr
+    assert told["defaults"] == {"src_mask": f"{folder}/mask.mkv"}
+    assert told["checkpoint"].keys() == {"name", "identity", "dtype"}
+    assert told["seconds"].keys() >= {"read", "sample"}
+
+    status, lines, errors = many()
+    assert status == 1 and errors == "" and len(loads) == 1
+    assert lines["batch"].startswith("0 done, 2 skipped, 1 failed")
+    shutil.copy("in.mkv", "absent.mkv")
+    status, lines, errors = many("--batch_size=2")
+    assert status == 0 and lines["batch"] == "1 done, 2 skipped, 0 failed"
+    assert lines["to do"] == "1 in 1 groups of up to 2"
+    assert "failed.jsonl" not in only(folder / "out")
+    status, lines, _ = many("--config.kvlock.tau=0.5", "--num_shards=2", "--shard_index=1")
+    assert (status, lines["batch"]) == (0, "1 done, 0 skipped, 0 failed")
+    assert json.loads(Path("out/bad.json").read_text())["settings"]["lock"]["tau"] == 0.5
+    assert many("--config.kvlock.tau=0.5", "--overwrite")[1]["batch"].startswith("3 done")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--manifest=none.jsonl"], r"/none\.jsonl: no such file"),
+        (["--manifest=gs://b/edits.jsonl"], "gs://b/edits.jsonl: cannot be read .*gcsfs"),
+        (["--num_shards=2", "--shard_index=2"], "shard_index must be 0 to 1 of 2, found 2"),
+        (["--batch_size=0"], "batch_size must be 1 or more"),
+        (["--steps=0"], r"SampleConfig\.steps must be at least 1"),
+        (["--prompts=x"], "unknown flag --prompts"),
+        (["--config.kvlock.tua=1"], r"unknown key --config\.kvlock\.tua: kvlock has"),
+        (["--bbox=0,0,8,8"], "either src_mask or bbox, found both"),
+        (["--src_mask=", "--bbox=0,0,8"], "bbox must be four whole numbers"),
+        (["--ckpt=absent"], "absent: no such folder"),
+        (["--save_dir=in.mkv"], "in.mkv: cannot be made"),
+    ],
+)
+def test_a_batch_that_cannot_start(many, folder, flags, says):
+    status, _, errors = many(*flags)
+    assert status == 2 and re.search(says, errors), errors
+    assert re.fullmatch(r"error: [^\n]+\n", errors)
+    assert only(folder) == ["edits.jsonl", *FILES]
+
+
+def test_an_interrupted_batch(many, folder, monkeypatch):
+    monkeypatch.setattr(cli.batch, "run_batch", interrupt)
+    status, _, errors = many()
+    assert status == 130 and errors == "interrupted\n"
+    assert only(folder / "out") == ["failed.jsonl"]
+
+
+def test_many_frames_are_warned_of_once(many, monkeypatch):
+    video.write_video("in.mkv", tiny.clip(TRAINED_FRAMES + 1, 16, 16), 12)
+    monkeypatch.setattr(cli.batch, "run_batch", lambda *_, **__: 1 / 0)
+    row = {"src_video": "in.mkv", "bbox": "0,0,8,8", "prompt": "a star"}
+    status, _, errors = many(rows=[row, row | {"id": "2"}])
+    assert status == 1 and errors.count("warning: 82 frames") == 1
+    assert errors.count("failed: ZeroDivisionError: division by zero") == 2
 
 
 # --- info -------------------------------------------------------------------------------------
@@ -597,9 +683,9 @@ def test_info_of_a_run_on_several_devices(capsys, tiny_checkpoint):
     lines = info(capsys, str(tiny_checkpoint), *flags.split(), "--chip=v6e")
     # padded to 5 frames of 32x48, 2 x 2 x 3 tokens; 2 layers of width 24, keys and values
     assert lines["cache"].endswith("12 tokens of 5 frames of 48x32")
-    size = 2 * 2 * 128 * 24 * 2 / 1024
-    assert lines["  cache"] == f"{size:.1f} KiB  128 tokens of 256, padding and all"
-    assert lines["  total"].endswith("fits in 29.8 GiB, but for the logits")
+    size = 2 * 2 * 6 * 24 * 2 / 1024
+    assert lines["  cache"] == f"{size:.1f} KiB  6 tokens of 12"
+    assert lines["  total"].endswith("fits in 29.8 GiB")
     assert "kvlock_anchor: 50 of 50 steps" in lines["step"]
     without = info(capsys, str(tiny_checkpoint), *flags.split())
     assert without["  cache"] == lines["  cache"] and "step" not in without

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import whole
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
@@ -26,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from kvlock_jax import checkpoint, text
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.convert import command, diffusers, original, table
+from kvlock_jax.convert import command, diffusers, original, source, table
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.models.vace import WanVACETransformer
 
@@ -149,12 +150,12 @@ def test_every_published_key_lands_on_one_parameter(name, layout):
     model = nnx.state(checkpoint.abstract(kind, config))
     sources = table.plan(model, tensors, TABLES[layout][type(config)], name)
     tied = [key for key in shapes if key == "encoder.embed_tokens.weight"]
-    keys = [key for source in sources for key in source.keys]
+    keys = [key for found in sources for key in found.keys]
     assert sorted(keys + tied) == sorted(shapes)
     assert len(sources) == len(jax.tree.leaves(model))
-    assert len({source.path for source in sources}) == len(sources)
-    for source in sources:
-        assert math.prod(source.shape) == sum(math.prod(shapes[key]) for key in source.keys)
+    assert len({found.path for found in sources}) == len(sources)
+    for found in sources:
+        assert math.prod(found.shape) == sum(math.prod(shapes[key]) for key in found.keys)
 
 
 # -- folders -------------------------------------------------------------------------------------
@@ -210,11 +211,7 @@ def test_loaded_transformer_equals_the_pipeline(pipeline, saved):
             torch.tensor(context),
         ).sample.permute(0, 2, 3, 4, 1)
 
-    @nnx.jit
-    def run(model, latents, timestep, context):
-        return model(latents, timestep, model.condition(context, (2, 2, 3)))
-
-    got = run(model, *map(jnp.asarray, (latents, timestep, context)))
+    got = nnx.jit(whole.velocity)(model, *map(jnp.asarray, (latents, timestep, context)))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want.numpy()).max())
 
 
@@ -223,7 +220,7 @@ def test_shards_give_the_same(pipeline, saved, tmp_path):
     pipeline.text_encoder.save_pretrained(tmp_path / "text_encoder", max_shard_size="5KB")
     for component in diffusers.components(saved):
         assert len(list((tmp_path / component.name).glob("*.safetensors"))) > 1
-    one, many = diffusers.load(saved), diffusers.load(tmp_path)
+    one, many = source.load(saved), source.load(tmp_path)
     for component in diffusers.components(saved):
         want = parameters(getattr(one, component.name))
         got = parameters(getattr(many, component.name))
@@ -246,13 +243,6 @@ def test_bfloat16_is_kept_and_read_without_torch(folder):
     vae = diffusers.load_model(path.parent, diffusers.AUTOENCODER)
     bias = vae.encoder.conv_in.bias[...]
     np.testing.assert_array_equal(bias, arrays["encoder.conv_in.bias"])
-
-
-def test_dtype_of_parameters(saved):
-    loaded = diffusers.load(saved, jnp.bfloat16)
-    for component in diffusers.components(saved):
-        kinds = {array.dtype for array in parameters(getattr(loaded, component.name)).values()}
-        assert kinds == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("kept", ["shared.weight", "encoder.embed_tokens.weight"])
@@ -278,14 +268,14 @@ def test_mismatches_of_all_models_at_once(folder):
     edit_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", spoil)
     edit_json(folder / "transformer" / "config.json", num_layers=1, ffn_dim=21)
     with pytest.raises(CheckpointError) as caught:
-        diffusers.load(folder)
+        source.load(folder)
     lines = str(caught.value).splitlines()
     assert "  missing: quant_conv.bias" in lines and "  unexpected: extra" in lines
     assert "  unexpected: blocks.1.attn1.to_q.weight" in lines
     assert any("blocks.0.ffn.net.0.proj.bias is [20]; the model has [21]" in x for x in lines)
     edit_json(folder / "transformer" / "config.json", num_layers=3, ffn_dim=20)
     with pytest.raises(CheckpointError, match=r"missing: blocks\.2\.attn2\.norm_q\.weight"):
-        diffusers.load(folder)
+        source.load(folder)
 
 
 def _cut(path: Path) -> None:
@@ -299,7 +289,7 @@ def _quantise(path: Path) -> None:
 
 WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 BROKEN = {
-    "no folder": (shutil.rmtree, "", r"cannot read .*model_index\.json"),
+    "no folder": (shutil.rmtree, "", "no such folder"),
     "index not JSON": (lambda p: p.write_text("{"), "model_index.json", "is not JSON"),
     "index a list": (lambda p: p.write_text("[]"), "model_index.json", "found a list"),
     "another pipeline": (
@@ -357,7 +347,7 @@ def test_broken_folder(folder, case):
     damage, where, message = BROKEN[case]
     damage(folder / where)
     with pytest.raises(CheckpointError, match=message):
-        diffusers.load(folder)
+        source.load(folder)
 
 
 # -- VACE ----------------------------------------------------------------------------------------
@@ -367,8 +357,8 @@ def test_vace_folder(tiny_vace_checkpoint, tmp_path):
     configs = diffusers.read_configs(tiny_vace_checkpoint)
     assert configs.transformer.vace_layers == (0, 2)
     assert configs.transformer.vace_in_channels == 72
-    assert diffusers.describe(tiny_vace_checkpoint).family == "wan2.1-vace"
-    loaded = diffusers.load(tiny_vace_checkpoint)
+    assert source.describe(tiny_vace_checkpoint).family == "wan2.1-vace"
+    loaded = source.load(tiny_vace_checkpoint)
     assert type(loaded.transformer) is WanVACETransformer
     command.convert(tiny_vace_checkpoint, tmp_path)
     assert checkpoint.describe(tmp_path).family == "wan2.1-vace"
@@ -386,4 +376,4 @@ def test_vace_folder_must_say_its_own(tiny_vace_checkpoint, tmp_path, key):
     copy = shutil.copytree(tiny_vace_checkpoint, tmp_path / "wan")
     edit_json(copy / "transformer" / "config.json", **{key: "drop"})
     with pytest.raises(CheckpointError, match=rf"config\.json has no {key}"):
-        diffusers.load(copy)
+        source.load(copy)

@@ -16,12 +16,13 @@ import ml_dtypes
 import numpy as np
 import originals
 import pytest
+import whole
 from flax import nnx
 from rich.console import Console
 
 from kvlock_jax import checkpoint, cli
 from kvlock_jax.checkpoint import MODELS
-from kvlock_jax.convert import command, diffusers, table
+from kvlock_jax.convert import command, source, table
 from kvlock_jax.convert.command import convert
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.models.vace import VACEContext
@@ -54,7 +55,7 @@ def pieces(request, monkeypatch):
 
 def test_a_diffusers_folder(tiny_checkpoint, tmp_path, pieces):
     contents = convert(tiny_checkpoint, tmp_path / "own")
-    assert_same(checkpoint.load(tmp_path / "own"), diffusers.load(tiny_checkpoint))
+    assert_same(checkpoint.load(tmp_path / "own"), source.load(tiny_checkpoint))
     assert contents == checkpoint.describe(tmp_path / "own")
     assert contents.version == importlib.metadata.version("kvlock-jax")
     assert (contents.source["layout"], contents.source["folder"]) == ("diffusers", "wan")
@@ -63,17 +64,6 @@ def test_a_diffusers_folder(tiny_checkpoint, tmp_path, pieces):
         name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in on_disk.items()
     }
     assert {model.dtypes for model in contents.models.values()} == {("float32",)}
-
-
-@pytest.mark.parametrize("dtype", command.DTYPES)
-def test_dtypes(tiny_checkpoint, tmp_path, dtype):
-    contents = convert(tiny_checkpoint, tmp_path / "own", command.DTYPES[dtype])
-    assert {model.dtypes for model in contents.models.values()} == {(dtype,)}
-    got, want = checkpoint.load(tmp_path / "own"), diffusers.load(tiny_checkpoint)
-    for name in MODELS:
-        theirs = values(getattr(want, name))
-        for path, array in values(getattr(got, name)).items():
-            np.testing.assert_array_equal(array, theirs[path].astype(dtype))
 
 
 # -- what the publisher's own code gave ----------------------------------------------------------
@@ -96,8 +86,7 @@ def channels_last(array: np.ndarray) -> jax.Array:
 
 @nnx.jit
 def velocity(model, latents, timestep, context):
-    grid = tuple(n // p for n, p in zip(latents.shape[1:4], (1, 2, 2), strict=True))
-    return model(latents, timestep, model.condition(context, grid))[0]
+    return whole.velocity(model, latents, timestep, context)[0]
 
 
 @pytest.fixture(scope="module", params=list(originals.CLASSES))
@@ -170,7 +159,7 @@ kill()
 
 
 def test_killed_at_random_moments(tiny_checkpoint, tmp_path, capsys):
-    rng, want = random.Random(), diffusers.load(tiny_checkpoint)
+    rng, want = random.Random(), source.load(tiny_checkpoint)
     moments = [rng.uniform(0.02, 0.4), rng.uniform(0.4, 0.8), rng.uniform(0.8, 1.1)]
     processes = [
         subprocess.Popen(
@@ -185,14 +174,15 @@ def test_killed_at_random_moments(tiny_checkpoint, tmp_path, capsys):
         assert (process.returncode, out) == (-signal.SIGKILL, "old\n")
         target = tmp_path / str(i)
         left = sorted(p.name for p in target.iterdir())
-        (dtype,) = checkpoint.describe(target).models["vae"].dtypes
+        dtype, *_ = checkpoint.describe(target).models["transformer"].dtypes
         with capsys.disabled():
             print(f"\nkilled at {moments[i]:.2f} of a conversion: {dtype}, {', '.join(left)}")
         kept = checkpoint.load(target)
         for name in MODELS:  # the old one or the new one, and nothing of the other
             theirs = values(getattr(want, name))
             for path, array in values(getattr(kept, name)).items():
-                np.testing.assert_array_equal(array, theirs[path].astype(dtype), strict=True)
+                kind = checkpoint.dtype_of(f"{name}.{path}", theirs[path].dtype, dtype)
+                np.testing.assert_array_equal(array, theirs[path].astype(kind), strict=True)
         convert(tiny_checkpoint, target)
         assert_same(checkpoint.load(target), want)
         assert len(list(target.glob("kvlock-*"))) == 1 and (target / checkpoint.METADATA).is_file()
@@ -282,9 +272,9 @@ def test_source_that_vanishes(tiny_checkpoint, tmp_path):
 def test_the_command(capsys, tiny_checkpoint, tmp_path):
     flags = [f"--src={tiny_checkpoint}", f"--dst={tmp_path / 'own'}", "--dtype=bfloat16"]
     assert cli.main(["convert", *flags]) == 0
-    source, wrote = capsys.readouterr().out.splitlines()
-    assert source == f"source   {tiny_checkpoint}: wan2.1-t2v, diffusers layout"
-    assert wrote.startswith(f"wrote    {tmp_path / 'own'}: 0.00 GB in bfloat16, ")
+    read, wrote = capsys.readouterr().out.splitlines()
+    assert read == f"source   {tiny_checkpoint}: wan2.1-t2v, diffusers layout"
+    assert wrote.startswith(f"wrote    {tmp_path / 'own'}: 0.00 GB in bfloat16, float32, ")
     assert cli.main(["info", str(tmp_path / "own")]) == 0
     shown = capsys.readouterr().out
     for path in tiny_checkpoint.rglob("*.safetensors"):

@@ -7,17 +7,19 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import originals
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from kvlock_jax import checkpoint
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.convert import sizes, weights
+from kvlock_jax.convert import command, sizes, source, weights
 from kvlock_jax.convert.source import open_source
 from kvlock_jax.convert.table import LazyTensor
 from kvlock_jax.errors import CheckpointError
@@ -142,6 +144,11 @@ def test_config_that_does_not_fit(tmp_path, family, changes, message):
         open_source(folder)
 
 
+def test_one_model_of_a_diffusers_folder(tiny_checkpoint):
+    with pytest.raises(CheckpointError, match=r"wan/transformer is one model .* model_index\.json"):
+        open_source(tiny_checkpoint / "transformer")
+
+
 def test_unpublished_sizes_need_a_config(folder):
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="width 64 is not of any heads of 128; put the pub"):
@@ -175,6 +182,27 @@ def test_mismatches_of_all_models_at_once(folder):
     assert VAE in text and TEXT in text
 
 
+# -- for those who edit --------------------------------------------------------------------------
+
+
+def test_either_layout_is_loaded_and_described(saved, tiny_checkpoint, tmp_path):
+    for folder, layout in ((saved, "original"), (tiny_checkpoint, "diffusers")):
+        assert source.is_published(folder) and source.is_published(epath.Path(folder))
+        contents, models = source.describe(folder), source.load(folder, compute_dtype=jnp.bfloat16)
+        assert contents == open_source(folder).describe()
+        assert models.configs == contents.configs and models.transformer.dtype == jnp.bfloat16
+        assert models.tokenizer == open_source(folder).tokenizer
+        command.convert(folder, tmp_path / layout)
+        assert not source.is_published(tmp_path / layout)
+        assert checkpoint.describe(tmp_path / layout).models == contents.models
+    assert not source.is_published(tmp_path) and not source.is_published(tmp_path / "nothing")
+
+
+def test_published_folders_are_local():
+    with pytest.raises(CheckpointError, match=r"gs://b/wan: .* read from local folders only"):
+        open_source(epath.Path("gs://b/wan"))
+
+
 # -- pickles -------------------------------------------------------------------------------------
 
 
@@ -198,9 +226,9 @@ def test_pickle_of_the_old_format(tmp_path):
 
 
 def test_safetensors_beside_a_pickle_need_no_torch(folder, saved, monkeypatch):
-    for name, source in ((VAE, "vae"), (TEXT, "umt5")):
+    for name, stem in ((VAE, "vae"), (TEXT, "umt5")):
         shutil.copy(
-            originals.DATA / f"{source}.safetensors", (folder / name).with_suffix(".safetensors")
+            originals.DATA / f"{stem}.safetensors", (folder / name).with_suffix(".safetensors")
         )
     (folder / TEXT).unlink()
     want = {

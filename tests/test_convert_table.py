@@ -69,7 +69,7 @@ def test_parameters_are_read_as_they_are_asked_for(monkeypatch):
     assert values["b"].whole().shape == (2, 3)
     monkeypatch.setattr(table, "TOGETHER", 10)
     read.clear()
-    one = table.parameters(sources, tensors, np.float64)["a"]
+    one = table.parameters(sources, tensors, lambda path, found: np.float64)["a"]
     assert (one.rows, one.dtype, one.nbytes) == (1, np.float64, 2 * 2 * 3 * 8)
     np.testing.assert_array_equal(one.read(1, 2), [[[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]])
     assert read == ["a.1.weight"]
@@ -93,6 +93,12 @@ def test_layers_of_unlike_dtype_are_not_rounded():
     tensors = lazy({"a.0": wide.astype(ml_dtypes.bfloat16), "a.1": wide})
     filled = table.fill(state(a=(2, 1)), tensors, (table.Row("a", "a.*"),), "it")
     np.testing.assert_array_equal(filled["a"][...], [[1.0], wide])
+
+
+def test_float64_becomes_what_jax_has():
+    filled = table.fill(state(a=(3,)), lazy({"a": np.arange(3.0)}), (table.Row("a", "a"),), "it")
+    assert filled["a"][...].dtype == np.float32
+    np.testing.assert_array_equal(filled["a"][...], [0, 1, 2])
 
 
 def test_every_mismatch_at_once():

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 
 import pytest
 
-from kvlock_jax import config, costs, info
+from kvlock_jax import costs, info
 from kvlock_jax.checkpoint import Configs, Contents, Stored, family
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.edit import settle
+from kvlock_jax.costs import Layout, Workload
 from kvlock_jax.info import Plan
+from kvlock_jax.settings import config, settle
 from kvlock_jax.video import Fit
 
 SMALL, LARGE = WanConfig(12, 128, 30, 8960), WanConfig(40, 128, 40, 13824)
@@ -77,6 +78,21 @@ def test_what_a_converted_checkpoint_was_made_of(tmp_path):
     ).returncode
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"repo": "a/b"}, ["by kvlock_jax 3 from an unknown folder, unknown layout"]),
+        ({"folder": "wan", "files": ["a"]}, ["by kvlock_jax 3 from wan, unknown layout"]),
+        ("elsewhere", ["by kvlock_jax 3 from an unknown folder, unknown layout"]),
+        ({}, []),
+    ],
+)
+def test_a_source_in_others_words(source, said):
+    made = dataclasses.replace(contents(SMALL), version="3", source=source)
+    assert [line.split(maxsplit=1)[1] for line in info.holds(made) if "converted" in line] == said
+    assert list(info.holds(made))[-1].startswith("converted" if said else "weights")
+
+
 @pytest.mark.parametrize(("wan", "gib"), [(SMALL, "5.6 GiB"), (LARGE, "25.0 GiB")])
 def test_cache_of_published_sizes(wan, gib):
     """81 frames of 480x832 in bfloat16, DESIGN.md section 2."""
@@ -88,24 +104,29 @@ def test_cache_of_published_sizes(wan, gib):
 def test_memory_per_device():
     lines = words(needs(SMALL, devices=8))
     assert lines["per"] == "device, of 8 in all"
-    # (1.419 + 0.127 + 5.681) billion parameters of 2 bytes; 32,768 tokens' keys and values by 8
-    assert lines["  weights"] == "13.5 GiB  of transformer, VAE and text encoder, all of them"
+    # 1.419 + 0.127 + 5.681 / 8 billion parameters of 2 bytes; 32,768 tokens' keys and values by 8
+    assert lines["  weights"] == "4.2 GiB  of transformer and VAE, and 1/8 of text encoder"
     assert lines["  cache"] == "720.0 MiB  4,096 tokens of 32,768, padding and all"
-    assert lines["  total"] == "14.7 GiB"
+    size = costs.activations(Workload(SMALL, 81, 480, 832), Layout(8, False, 128)).total
+    assert lines["  activations"] == f"{size / 2**20:.1f} MiB  of the sampling loop: an estimate"
+    assert lines["  total"] == f"{(4.2026 * 2**30 + 720 * 2**20 + size) / 2**30:.1f} GiB"
     assert not {"step", "scaling"} & set(lines)
+    alone = words(needs(SMALL))
+    assert alone["  weights"] == "13.5 GiB  of transformer, VAE and text encoder"
+    assert alone["  cache"] == "5.6 GiB  32,760 tokens"
 
 
 def test_a_chip_that_cannot_hold_all_weights_gets_a_part():
     lines = words(needs(SMALL, devices=8, chip="v5e"))
-    assert lines["  weights"].startswith("13.5 GiB") and lines["  total"].endswith(
-        "fits in 14.9 GiB, but for the logits"
-    )
+    assert lines["  weights"].startswith("4.2 GiB")
+    assert lines["  total"].endswith("  fits in 14.9 GiB")
     large = words(needs(LARGE, "t2v_14b_480p", devices=8, chip="v5e"))
-    assert large["  weights"] == "4.7 GiB  of transformer, VAE and text encoder, 1/8 on each"
-    assert large["  total"].endswith("fits in 14.9 GiB, but for the logits")
+    # (14.288 + 5.681) / 8 + 0.127 billion parameters
+    assert large["  weights"] == "4.9 GiB  of VAE, and 1/8 of transformer and text encoder"
+    assert large["  total"].endswith("  fits in 14.9 GiB")
     one = words(needs(LARGE, "t2v_14b_480p", chip="v5e"))  # one has no other to share with
-    assert one["  weights"].endswith("all of them")
-    assert one["  total"].endswith("does not fit in 14.9 GiB, but for the logits")
+    assert one["  weights"].endswith("of transformer, VAE and text encoder")
+    assert one["  total"].endswith("  does not fit in 14.9 GiB")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
-"""What stays float32 when the compute dtype is bfloat16 (DESIGN.md section 3), and that it matters.
+"""What stays float32 when the compute dtype is bfloat16 (DESIGN.md section 3), read off programs.
 
-Two kinds of tests. The first read the program: in a transformer's pass, and in a whole sampling
-loop, bfloat16 numbers may be multiplied as matrices and moved about, nothing else; VAE and text
-encoder may do more, but no norm and no softmax. The others compute, where bfloat16 would lose the
-result. Of both, each is shown to fail once the island is taken away.
+In a transformer's pass, and in a whole sampling loop, bfloat16 numbers may be multiplied as
+matrices and moved about, nothing else; the text encoder may do more, but no norm and no softmax;
+the VAE has none. Each test is shown to fail once the island is taken away.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
@@ -15,35 +13,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from islands import (
+    FUNCTIONS,
+    GRID,
+    LAYERS,
+    LOW,
+    OF_THE_LOOP,
+    T2V,
+    VACE,
+    WIDE,
+    attend,
+    context_of,
+    lower,
+    patches,
+    transformer,
+)
 
-from kvlock_jax import lock
-from kvlock_jax.config import LockConfig, UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.models import attention, linear, vae, wan
+from kvlock_jax import checkpoint, lock
+from kvlock_jax.config import LockConfig, UMT5Config, VAEConfig
+from kvlock_jax.models import wan
 from kvlock_jax.models.umt5 import UMT5Encoder
-from kvlock_jax.models.vace import VACEContext, wan_transformer
 from kvlock_jax.models.vae import WanVAE
 from kvlock_jax.sampling import sampler, solvers
 from kvlock_jax.sampling.sampler import Edits, Program
 
-LOW, WIDE = jnp.dtype("bfloat16"), jnp.dtype("float32")
-GRID = (2, 2, 3)
-SHAPE = (2, 4, 6)  # latent cells of GRID
-T2V = WanConfig(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    num_layers=2,
-    ffn_dim=20,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=8,
-)
-VACE = dataclasses.replace(T2V, vace_layers=(0,), vace_in_channels=8)
 MOVES = set(
     "broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice expand_dims gather pad "
     "reshape rev select_n slice split squeeze transpose".split()
 )
 ISLANDS = set("cos div exp log reduce_max reduce_sum rsqrt sin sqrt".split())
+
+
+@pytest.fixture(autouse=True)
+def plain_attention(monkeypatch):
+    """Of texts; tokens have it from `transformer`."""
+    monkeypatch.setattr(wan, "replicated_keys", attend)
 
 
 # -- reading the program -------------------------------------------------------------------------
@@ -113,27 +117,14 @@ def carried(jaxpr) -> set:
     return {dtype for dtype in found if jnp.issubdtype(dtype, jnp.floating)}
 
 
-def transformer(config=T2V, dtype=LOW):
-    return wan_transformer(config, dtype=dtype, rngs=nnx.Rngs(0))
-
-
 def abstract(config=T2V):
     """Without numbers, which programs do not need and which take seconds to draw."""
     return nnx.eval_shape(lambda: transformer(config))
 
 
-def context_of(config, rows, rng):
-    text = jnp.asarray(rng.standard_normal((rows, 3, config.text_dim)), jnp.float32)
-    if not config.vace_layers:
-        return text
-    control = rng.standard_normal((rows, *SHAPE, config.vace_in_channels))
-    return VACEContext(text, jnp.asarray(control, jnp.float32), jnp.ones((rows,)))
-
-
 def one_pass(model, locked=False):
     """The program of a pass, with a lock or without; it gives keys and values too."""
     rng = np.random.default_rng(0)
-    z = jnp.asarray(rng.standard_normal((1, *SHAPE, 4)), jnp.float32)
 
     def run(model, z, context):
         conditioning = model.condition(context, GRID)
@@ -145,21 +136,16 @@ def one_pass(model, locked=False):
         assert (velocity.dtype, cache.k.dtype, cache.v.dtype) == (WIDE, LOW, LOW)
         return velocity, cache
 
-    return jax.make_jaxpr(run)(model, z, context_of(model.config, 1, rng))
+    return jax.make_jaxpr(run)(model, patches(rng), context_of(model.config, 1, rng))
 
 
 def loop(model, guidance="cfg"):
     """The program of a whole sampling run, with lock, schedules and pinned background."""
     rng = np.random.default_rng(0)
-    z = jnp.asarray(rng.standard_normal((1, *SHAPE, 4)), jnp.float32)
+    z = patches(rng)
     settings = LockConfig(background="source", guidance=guidance, rescale_uncond=guidance == "cfg")
-    edits = Edits(
-        source=z,
-        noise=z,
-        foreground=jnp.ones((1, *SHAPE), bool),
-        prompts=context_of(model.config, 2, rng),
-        source_prompts=context_of(model.config, 1, rng),
-    )
+    prompts, source = (context_of(model.config, rows, rng) for rows in (2, 1))
+    edits = Edits(z, z, jnp.ones(z.shape[:3], bool), prompts, source, GRID)
     args = (model, z, edits, solvers.table("unipc", 4, 3.0), lock.knobs(settings, 5.0))
     return sampler.sample.trace(*args, program=Program(True, guidance, 3)).jaxpr
 
@@ -192,72 +178,6 @@ def test_the_loop_only_multiplies_and_moves_bfloat16(config, guidance):
 
 
 # -- the same, without an island -----------------------------------------------------------------
-
-
-def rounding(function):
-    """`function` with its result rounded, which its dtype does not show."""
-
-    def rounded(*args, **kwargs):
-        out = function(*args, **kwargs)
-        return jax.tree.map(lambda x: x.astype(LOW).astype(x.dtype), out)
-
-    return rounded
-
-
-def low_attend(q, k, v):
-    logits = jnp.einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=WIDE)
-    weights = jax.nn.softmax((logits * q.shape[-1] ** -0.5).astype(LOW), axis=-1)
-    return jnp.einsum("BNLS,BSNK->BLNK", weights, v, preferred_element_type=WIDE)
-
-
-def low_sums(x, kernel):
-    return jnp.matmul(x, kernel).astype(WIDE)
-
-
-def low_fuse(new, cached, foreground, fusion_ratio):
-    weight = jnp.where(foreground, 0.0, fusion_ratio[:, None])[:, :, None, None].astype(LOW)
-    return new + weight * (cached - new)
-
-
-def low_push(window, x0, push=lock.push):
-    return push(window, x0.astype(LOW))
-
-
-def low_step(row, state, latents, x0, step=solvers.step):
-    return step(row, state, latents, x0.astype(LOW))
-
-
-def low_norm(norm, x):
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(square) * norm.gamma[...].astype(x.dtype)
-
-
-def lower(model, path):
-    """Gives a layer the dtype that an argument forgotten in its constructor would."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        model = model[int(parent)] if parent.isdecimal() else getattr(model, parent)
-    getattr(model, name).dtype = LOW
-
-
-LAYERS = (
-    "blocks.norm1 blocks.norm2 blocks.norm3 norm_out blocks.attn1.norm_q blocks.attn1.norm_k "
-    "blocks.attn2.norm_q blocks.attn2.norm_k"
-).split()
-FUNCTIONS = {
-    "softmax": (wan, "attend", low_attend),
-    "rotary positions": (wan, "rotate", rounding(attention.rotate)),
-    "sums of products": (linear, "_matmul", low_sums),
-    "residual stream": (wan.Block, "__call__", rounding(wan.Block.__call__)),
-    "what is added to it": (wan.FeedForward, "__call__", rounding(wan.FeedForward.__call__)),
-}
-OF_THE_LOOP = {
-    "mixing of keys": (wan, "fuse", low_fuse),
-    "variance": (lock, "push", low_push),
-    "solver": (solvers, "step", low_step),
-    "guidance": (lock, "guide", rounding(lock.guide)),
-    "factor of the unconditional": (lock, "projection_scale", rounding(lock.projection_scale)),
-}
 
 
 @pytest.mark.parametrize("path", LAYERS)
@@ -293,13 +213,6 @@ def of_text():
     return jax.make_jaxpr(lambda model: model(ids, ids))(model)
 
 
-def of_video():
-    """The program of the VAE for one frame, there and back."""
-    config = VAEConfig(4, 4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
-    model = nnx.eval_shape(lambda: WanVAE(config, dtype=LOW, rngs=nnx.Rngs(0)))
-    return jax.make_jaxpr(lambda m: m.decode(m.encode(jnp.zeros((1, 1, 16, 16, 3)))))(model)
-
-
 def test_text_encoder_keeps_its_islands():
     jaxpr = of_text()
     assert lost_islands(jaxpr) == [] and carried(jaxpr) == {WIDE}
@@ -321,132 +234,14 @@ def test_a_lost_softmax_of_the_text_encoder_is_seen(monkeypatch):
     assert "exp" in lost_islands(of_text())
 
 
-def test_vae_keeps_its_islands(monkeypatch):
-    jaxpr = of_video()
-    assert lost_islands(jaxpr) == [] and {"exp", "rsqrt"} <= count(jaxpr).keys()
-    monkeypatch.setattr(vae, "attend", low_attend)
-    monkeypatch.setattr(vae.RMSNorm, "__call__", low_norm)
-    assert {"exp", "rsqrt"} <= set(lost_islands(of_video()))
+def test_the_vae_is_all_float32():
+    """One frame there and back, of the module that a checkpoint gets under bfloat16."""
+    config = VAEConfig(4, 4, num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+    frame = jnp.zeros((1, 1, 16, 16, 3))
 
+    def touching(model):
+        program = jax.make_jaxpr(lambda m: m.decode(m.encode(frame)))(model)
+        return any(touches(equation, LOW) for equation in equations(program))
 
-# -- where bfloat16 loses the result -------------------------------------------------------------
-
-RNG = np.random.default_rng(1)
-
-
-def error(found, expected) -> float:
-    """Relative L2."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
-def modulation(model, timestep):
-    return np.asarray(model.condition_embedder.time(jnp.array([timestep]))[1])
-
-
-@pytest.mark.parametrize("layer", ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj"])
-def test_modulation_is_that_of_float32(layer):
-    """To the bit: 998 and 999, both 1000 in bfloat16, stay apart."""
-    low, wide = transformer(), transformer(dtype=WIDE)
-    for t in (998.0, 999.0):
-        np.testing.assert_array_equal(modulation(low, t), modulation(wide, t))
-    assert error(modulation(low, 998.0), modulation(low, 999.0)) > 1e-3
-    lower(low, f"condition_embedder.{layer}")
-    assert not np.array_equal(modulation(low, 999.0), modulation(wide, 999.0))
-
-
-def velocity(model):
-    """Of a model whose residual stream lies about 1000, where bfloat16 counts by fours."""
-    rng = np.random.default_rng(2)
-    z = jnp.asarray(rng.standard_normal((1, *SHAPE, 4)), jnp.float32)
-    model.patch_embedding.bias[...] = jnp.full((model.config.dim,), 1000.0)
-    context = context_of(model.config, 1, rng)
-    run = jax.jit(lambda m, z: m(z, jnp.full((1,), 500.0), m.condition(context, GRID)))
-    return run(model, z)
-
-
-def test_a_large_residual_stream_keeps_what_is_small(monkeypatch):
-    expected, kept = velocity(transformer(dtype=WIDE)), velocity(transformer())
-    norm = nnx.LayerNorm.__call__
-    with monkeypatch.context() as patch:
-        patch.setattr(nnx.LayerNorm, "__call__", lambda n, x: norm(n, x.astype(LOW).astype(WIDE)))
-        norms = velocity(transformer())
-    monkeypatch.setattr(*FUNCTIONS["residual stream"])
-    stream = velocity(transformer())
-    errors = [error(found, expected) for found in (kept, norms, stream)]
-    assert errors[0] < 0.02 and min(errors[1:]) > 0.2, errors
-
-
-def test_softmax_of_large_logits():
-    """About 480, where bfloat16 counts by twos: half a unit from key to key decides."""
-    keys = np.full((1, 8, 1, 64), 7.5)
-    keys[0, :, 0, :16] += np.arange(8)[:, None] / 32
-    q, k = jnp.full((1, 1, 1, 64), 8.0, LOW), jnp.asarray(keys, LOW)
-    v = jnp.asarray(RNG.standard_normal((1, 8, 1, 64)), LOW)
-    weights = np.exp(0.5 * np.arange(8))
-    expected = weights / weights.sum() @ np.asarray(v, np.float64)[0, :, 0]
-    assert error(attention.attend(q, k, v)[0, 0, 0], expected) < 5e-3
-    assert error(low_attend(q, k, v)[0, 0, 0], expected) > 0.05
-
-
-def test_rotary_positions_far_out():
-    """Of 1024 frames, against complex numbers in float64; with rounded tables 100 times off."""
-    size = 12
-    pairs = size - 2 * (2 * (size // 6))
-    rope = attention.rope_table((1024, 1, 1), size)
-    x = jnp.asarray(RNG.standard_normal((1, 1024, 1, size)), WIDE)
-    turned = np.asarray(attention.rotate(x, rope), np.float64)[0, :, 0, :pairs]
-    place = np.arange(1024)[:, None] * 10_000.0 ** (-np.arange(0, pairs, 2) / pairs)
-    whole = np.asarray(x, np.float64)[0, :, 0, :pairs]
-    expected = (whole[:, ::2] + 1j * whole[:, 1::2]) * np.exp(1j * place)
-    assert error(turned[:, ::2], expected.real) < 1e-6
-    low = attention.rotate(x, tuple(t.astype(LOW).astype(WIDE) for t in rope))
-    assert error(np.asarray(low)[0, :, 0, :pairs:2], expected.real) > 1e-4
-
-
-def test_variance_of_estimates_that_hardly_waver():
-    """Deviations of 0.01 about 8, where bfloat16 counts by 1/32."""
-    estimates = (8 + 0.01 * RNG.standard_normal((5, 1, 2, 4, 6, 4))).astype(np.float32)
-    expected = estimates.astype(np.float64).var(axis=0, ddof=1).mean()
-    everywhere = jnp.ones((1, 2, 4, 6), bool)
-
-    def statistic(push):
-        window = lock.X0Window.zeros(5, (1, 2, 4, 6, 4))
-        for x0 in estimates:
-            window = push(window, jnp.asarray(x0))
-        return float(lock.hallucination(window, everywhere)[0])
-
-    assert statistic(lock.push) == pytest.approx(expected, rel=1e-4)
-    assert statistic(low_push) != pytest.approx(expected, rel=0.2)
-
-
-def test_small_steps_are_not_lost():
-    """The first of 50 at shift 16 are 1e-3 long, a quarter of bfloat16's unit below 1."""
-    table = solvers.euler(50, 16.0)
-    noise, clean = RNG.standard_normal((2, 1, 2, 4, 6, 4)).astype(np.float32)
-
-    def low(row, state, latents, x0):
-        a, b = row.predictor[:2].astype(LOW)
-        return (a * latents.astype(LOW) + b * x0.astype(LOW)).astype(WIDE), state
-
-    def run(step):
-        z = jnp.asarray(noise)
-        state = solvers.init(z)
-        for k in range(10):
-            row = jax.tree.map(lambda column, k=k: jnp.asarray(column[k]), table)
-            z, state = step(row, state, z, jnp.asarray(clean))
-        return z - noise
-
-    moved = (1 - np.float64(table.sigma_next[9])) * (clean - noise.astype(np.float64))
-    assert error(run(solvers.step), moved) < 1e-4
-    assert error(run(low), moved) > 0.1
-
-
-def test_projection_over_many_elements():
-    """`s*` sums a million products at full size; 24,576 here, where bfloat16 stops counting."""
-    v = (1 + 0.1 * RNG.standard_normal((2, 1, 3, 32, 64, 4))).astype(np.float32)
-    cond, uncond = v.astype(np.float64)
-    region = jnp.ones((1, 3, 32, 64), bool)
-    found = lock.projection_scale(jnp.asarray(v[0], LOW), jnp.asarray(v[1], LOW), region)
-    assert found.dtype == WIDE
-    assert float(found[0]) == pytest.approx((cond * uncond).sum() / (uncond**2).sum(), rel=1e-3)
+    assert not touching(checkpoint.abstract(WanVAE, config, LOW))
+    assert touching(nnx.eval_shape(lambda: WanVAE(config, dtype=LOW, rngs=nnx.Rngs(0))))

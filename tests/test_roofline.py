@@ -21,7 +21,9 @@ def video(config: WanConfig = SMALL, **changes: int) -> Workload:
 
 
 def step(workload: Workload, devices: int, settings, shard_weights: bool = False) -> Step:
-    return roofline.step(workload, Layout.of(devices, shard_weights), settings, STEPS)
+    return roofline.step(
+        workload, Layout.of(devices, shard_weights, workload.tokens), settings, STEPS
+    )
 
 
 def test_arithmetic_of_a_step():
@@ -30,7 +32,9 @@ def test_arithmetic_of_a_step():
     assert step(video(), 1, CFG).flops == edit
     assert step(video(), 1, KVLOCK).flops == pytest.approx(edit + 0.4 * source)
     assert step(video(), 1, ANCHOR).flops == edit + source
-    padded = [f(video(), Layout.of(8)) for f in (costs.edit_flops, costs.source_flops)]
+    padded = [
+        f(video(), Layout.of(8, False, 32_760)) for f in (costs.edit_flops, costs.source_flops)
+    ]
     assert step(video(), 8, ANCHOR).flops == sum(padded) / 8
 
 

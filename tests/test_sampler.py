@@ -10,12 +10,14 @@ import pytest
 
 from kvlock_jax import lock
 from kvlock_jax.lock import KVCache
+from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.sampler import Edits, Program, Trace, sample
 
 EDITS, T, H, W, C = SHAPE = (2, 3, 4, 6, 2)
 LAYERS, HEADS, SIZE = 2, 2, 4  # a patch of 1 x 2 x 2 cells of 2 channels is 2 heads of 4
 LENGTH, WIDTH = T * (H // 2) * (W // 2), HEADS * SIZE
+GRID = Grid((T, H, W), LENGTH)
 STEPS, WINDOW, OMEGA, SHIFT = 14, 10, 3.0, 3.0
 
 
@@ -43,7 +45,7 @@ class Fake:
     on_model: Callable | None = dataclasses.field(default=None, metadata={"static": True})
 
     def condition(self, context, grid):
-        assert grid == (T, H // 2, W // 2)
+        assert grid == GRID
         return jnp.tanh(context)
 
     def __call__(self, latents, timestep, conditioning, lock=None):
@@ -82,17 +84,15 @@ class Fake:
             total = total + (k * v).reshape(*k.shape[:2], -1).mean(axis=1, keepdims=True)
         velocity = to_cells(jnp.tanh(x @ self.out + total))
         over = timestep < self.limit
-        return jnp.where(over[:, None, None, None, None], jnp.inf, velocity)
+        return jnp.where(over[:, None, None, None], jnp.inf, velocity)
 
 
 def to_tokens(z):
-    z = z.reshape(-1, T, H // 2, 2, W // 2, 2, C).transpose(0, 1, 2, 4, 3, 5, 6)
     return z.reshape(-1, LENGTH, WIDTH)
 
 
 def to_cells(x):
-    x = x.reshape(-1, T, H // 2, W // 2, 2, 2, C).transpose(0, 1, 2, 4, 3, 5, 6)
-    return x.reshape(-1, T, H, W, C)
+    return x.reshape(-1, LENGTH, 4, C)
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +106,7 @@ class Echo:
     def __call__(self, latents, timestep, conditioning, lock=None):
         cached = lock.cache.v[0].reshape(-1, LENGTH, WIDTH)
         seen = to_cells(jnp.where(lock.foreground[..., None], 0.0, cached))
-        return jnp.concatenate([seen, seen])
+        return jnp.repeat(seen, 2, axis=0)
 
     def keys_values(self, latents, timestep, conditioning):
         x = to_tokens(latents).reshape(1, -1, LENGTH, HEADS, SIZE)
@@ -128,19 +128,24 @@ def make_edits(seed=1, references=0) -> Edits:
     foreground[:, :references] = False
     normal = (rng.normal(size=s) for s in (SHAPE, SHAPE, (2 * EDITS, WIDTH), (EDITS, WIDTH)))
     source, noise, prompts, source_prompts = (jnp.asarray(x, jnp.float32) for x in normal)
-    return Edits(source, noise, jnp.asarray(foreground), prompts, source_prompts, references)
+    prompts = prompts.reshape(2, EDITS, WIDTH).swapaxes(0, 1).reshape(-1, WIDTH)
+    cells = (GRID.split(x) for x in (source, noise, jnp.asarray(foreground)))
+    return Edits(*cells, prompts, source_prompts, GRID, references)
+
+
+def whole(patches):
+    return np.asarray(GRID.join(patches))
 
 
 def one_edit(edits: Edits, i: int) -> Edits:
-    rows = jnp.array([i, i + edits.source.shape[0]])
     alone = jax.tree.map(lambda x: x[i : i + 1], edits)
-    return dataclasses.replace(alone, prompts=edits.prompts[rows])
+    return dataclasses.replace(alone, prompts=edits.prompts[2 * i : 2 * i + 2])
 
 
 def run(model, edits, settings, table=None, omega=OMEGA, on_step=None):
     table = solvers.euler(STEPS, SHIFT) if table is None else table
     program = Program(settings.enabled, settings.guidance, settings.window, on_step)
-    latents = jnp.array(edits.noise, copy=True)
+    latents = jnp.array(edits.spread(edits.noise), copy=True)
     return sample(model, latents, edits, table, lock.knobs(settings, omega), program=program)
 
 
@@ -179,12 +184,14 @@ def np_velocity(weights, z, level, text, cached, edited_tokens, alpha):
 def oracle(model, edits, i, settings, table, omega_0):
     """One edit by itself, METHOD.md section by section; its latents and its trace."""
     weights = {n: np.asarray(getattr(model, n), np.float64) for n in ("keys", "values", "out")}
-    source, noise = (np.asarray(x[i], np.float64) for x in (edits.source, edits.noise))
-    edited = np.asarray(edits.foreground[i])
+    per_source = EDITS // len(edits.source)
+    row = i // per_source
+    source, noise = (whole(x).astype(np.float64)[row] for x in (edits.source, edits.noise))
+    edited = whole(edits.foreground)[i, ..., 0]
     own, shown = edited.copy(), np.ones_like(edited)
     own[: edits.references], shown[: edits.references] = True, False
     edited_tokens = np_tokens(np.repeat(own[..., None], C, axis=-1)).any(axis=1)
-    texts = (edits.prompts[i], edits.prompts[EDITS + i], edits.source_prompts[i])
+    texts = (edits.prompts[2 * i], edits.prompts[2 * i + 1], edits.source_prompts[row])
     cond, uncond, told = (np.tanh(np.asarray(x, np.float64)) for x in texts)
     everything = np.ones_like(edited)
     steps = len(table.sigma)
@@ -261,7 +268,7 @@ def test_every_preset_is_the_method(preset, kappa, tau, references):
     latents, trace = run(model, edits, settings, table)
     for i in range(EDITS):
         want, rows = oracle(model, edits, i, settings, table, OMEGA)
-        np.testing.assert_allclose(latents[i], want, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(whole(latents)[i], want, rtol=2e-4, atol=2e-4)
         for field in dataclasses.fields(Trace):
             got = getattr(trace, field.name)
             got = got[:, i] if got.ndim > 1 else got
@@ -290,7 +297,7 @@ def test_the_lock_changes_the_edit():
 @pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
 def test_the_source_pass_is_at_the_level_of_the_step_with_the_noise_of_the_edit(solver):
     edits, table = make_edits(), solvers.table(solver, STEPS, SHIFT)
-    edits = dataclasses.replace(edits, foreground=jnp.zeros(SHAPE[:4], bool))
+    edits = dataclasses.replace(edits, foreground=jnp.zeros_like(edits.foreground))
     settings = settings_of("hard_lock", background="model")
     got = run(Echo(), edits, settings, table)[0]
     # The velocity is the source branch's own latents, so the result is a sum that needs no model.
@@ -360,11 +367,71 @@ def test_edits_are_independent(preset):
     assert not np.allclose(trace.sigma2[2:, 0], trace.sigma2[2:, 1], rtol=0.05)
 
     # nothing of another edit gets in, not even what is no number
-    spoiled = jax.tree.map(lambda x: x.at[1::2].set(jnp.nan) if x.dtype != bool else x, edits)
+    spoiled = jax.tree.map(
+        lambda x: x.at[len(x) // 2 :].set(jnp.nan) if x.dtype != bool else x, edits
+    )
     got, broken = run(make_fake(), spoiled, settings)
     np.testing.assert_array_equal(got[0], both[0])
     np.testing.assert_array_equal(broken.sigma2[:, 0], trace.sigma2[:, 0])
     np.testing.assert_array_equal(broken.finite, [[True, False]] * STEPS)
+
+
+@pytest.mark.parametrize("preset", ["kvlock", "kvlock_anchor", "cfg"])
+def test_edits_of_one_source_share_its_branch(preset):
+    edits, settings = make_edits(), settings_of(preset, kappa=9)
+    shared = dataclasses.replace(
+        edits,
+        source=edits.source[:1],
+        noise=edits.noise[:1],
+        source_prompts=edits.source_prompts[:1],
+    )
+    table, model = solvers.euler(STEPS, SHIFT), make_fake()
+    latents, trace = run(model, shared, settings, table)
+    for i in range(EDITS):
+        want, rows = oracle(model, shared, i, settings, table, OMEGA)
+        np.testing.assert_allclose(whole(latents)[i], want, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(trace.sigma2[:, i], rows.sigma2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["kvlock", "kvlock_anchor", "apg"])
+def test_padding_changes_nothing(preset):
+    edits, settings = make_edits(references=1), settings_of(preset, **PRESETS[preset])
+    table = solvers.euler(STEPS, SHIFT)
+    longer = Grid((T, H, W), LENGTH + 5)
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Padded:
+        """Knows the padding as a transformer does, and answers anything there."""
+
+        inner: Fake
+
+        def condition(self, context, grid):
+            assert grid == longer
+            return self.inner.condition(context, GRID)
+
+        def __call__(self, latents, timestep, conditioning, lock=None):
+            if lock is not None:
+                cache = jax.tree.map(lambda x: x[:, :, :LENGTH], lock.cache)
+                lock = dataclasses.replace(
+                    lock, cache=cache, foreground=lock.foreground[:, :LENGTH]
+                )
+            velocity = self.inner(latents[:, :LENGTH], timestep, conditioning, lock)
+            return jnp.pad(velocity, [(0, 0), (0, 5), (0, 0), (0, 0)], constant_values=7.0)
+
+        def keys_values(self, latents, timestep, conditioning):
+            _, cache = self.inner.keys_values(latents[:, :LENGTH], timestep, conditioning)
+            pad = [(0, 0), (0, 0), (0, 5), (0, 0), (0, 0)]
+            return latents, jax.tree.map(lambda x: jnp.pad(x, pad, constant_values=9.0), cache)
+
+    cells = (longer.split(GRID.join(x)) for x in (edits.source, edits.noise))
+    region = longer.split(whole(edits.foreground[..., None])[..., 0])
+    padded = Edits(*cells, region, edits.prompts, edits.source_prompts, longer, 1)
+    got, told = run(Padded(make_fake()), padded, settings, table)
+    want, trace = run(make_fake(), edits, settings, table)
+    np.testing.assert_allclose(longer.join(got), whole(want), rtol=1e-5, atol=1e-6)
+    assert not got[:, LENGTH:].any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), told, trace)
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
@@ -473,7 +540,7 @@ def test_the_carry_holds_one_step_and_the_trace_no_latents():
     args = (make_fake(), jnp.array(edits.noise, copy=True), edits, solvers.euler(STEPS, SHIFT))
     knobs, program = lock.knobs(settings, OMEGA), Program(True, "cfg", WINDOW)
     latents, trace = jax.eval_shape(lambda *a: sample(*a, program=program), *args, knobs)
-    assert (latents.shape, latents.dtype) == (SHAPE, jnp.float32)
+    assert (latents.shape, latents.dtype) == (edits.noise.shape, jnp.float32)
     per_step = {"sigma": (STEPS,), "scheduled": (STEPS,)}
     for field in dataclasses.fields(Trace):
         expected = per_step.get(field.name, (STEPS, EDITS))

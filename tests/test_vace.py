@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import whole
 from diffusers import WanVACETransformer3DModel
 from diffusers.models.transformers import transformer_wan
 from flax import nnx
@@ -174,21 +175,14 @@ def run_peer(peer, latents, timestep, context, fuse=lambda edit, block, k, v: (k
     return np.concatenate(velocities), keys, values
 
 
-def conditioning(model, latents, context):
-    patch = model.config.patch_size
-    grid = tuple(n // p for n, p in zip(latents.shape[1:4], patch, strict=True))
-    return model.condition(context, grid)
-
-
 @nnx.jit
 def keys_values_of(model, latents, timestep, context, lock=None):
-    return model.keys_values(latents, timestep, conditioning(model, latents, context), lock)
+    return whole.keys_values(model, latents, timestep, context, lock)
 
 
 @nnx.jit
 def velocity_of(model, latents, timestep, context):
-    """What the sampling loop calls."""
-    return model(latents, timestep, conditioning(model, latents, context))
+    return whole.velocity(model, latents, timestep, context)
 
 
 # -- parity --------------------------------------------------------------------------------------
@@ -356,7 +350,7 @@ def test_gradients_of_context_blocks_equal_the_peers(name, unroll):
     @nnx.jit
     @nnx.grad(argnums=nnx.DiffState(0, is_trained))
     def gradient(model, latents, timestep, context):
-        velocity = model(latents, timestep, conditioning(model, latents, context))
+        velocity = whole.velocity(model, latents, timestep, context)
         return jnp.sum(velocity * target)
 
     got = dict(nnx.to_flat_state(gradient(model, latents, timestep, context)))
@@ -377,7 +371,7 @@ def test_program_does_not_grow_with_layers():
 
         def program(params):
             model = nnx.merge(graph, params)
-            return model(latents, jnp.ones(1), conditioning(model, latents, context))
+            return whole.velocity(model, latents, jnp.ones(1), context)
 
         return str(jax.make_jaxpr(program)(params)).count("\n")
 
@@ -405,7 +399,7 @@ def test_hints_are_added_in_float32_under_bfloat16():
 
     @nnx.jit
     def first_hint(model, latents, timestep, context):
-        given = conditioning(model, latents, context)
+        given = whole.conditioning(model, latents, context)
         _, modulation = model.condition_embedder.time(timestep)
         x = jnp.full(given.control.shape, 1000.0)
         side = model._side(x, modulation, given)
@@ -432,10 +426,7 @@ def test_published_size_without_memory(size):
         for shape in ((1, 21, 60, 104, 16), (1,), (1, 512, 4096), (1, 21, 60, 104, 96), (1,))
     )
     velocity, cache = nnx.eval_shape(
-        lambda model, latents, timestep, context: model.keys_values(
-            latents, timestep, conditioning(model, latents, context)
-        ),
-        *(model, latents, timestep, VACEContext(*context)),
+        whole.keys_values, model, latents, timestep, VACEContext(*context)
     )
     assert velocity.shape == latents.shape and velocity.dtype == jnp.float32
     heads = (config.num_layers, 1, 32_760, config.num_attention_heads, 128)

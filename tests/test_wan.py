@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import whole
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers import transformer_wan
 from flax import nnx
@@ -125,21 +126,14 @@ def run_peer(peer, latents, timestep, context, fuse=lambda block, k, v: (k, v)):
     return velocity.permute(0, 2, 3, 4, 1).numpy(), keys, values
 
 
-def conditioning(model, latents, context):
-    patch = model.config.patch_size
-    grid = tuple(n // p for n, p in zip(latents.shape[1:4], patch, strict=True))
-    return model.condition(context, grid)
-
-
 @nnx.jit
 def velocity_of(model, latents, timestep, context, lock=None):
-    """What the sampling loop calls."""
-    return model(latents, timestep, conditioning(model, latents, context), lock)
+    return whole.velocity(model, latents, timestep, context, lock)
 
 
 @nnx.jit
 def keys_values_of(model, latents, timestep, context, lock=None):
-    return model.keys_values(latents, timestep, conditioning(model, latents, context), lock)
+    return whole.keys_values(model, latents, timestep, context, lock)
 
 
 def source_cache(model, seed=5):
@@ -290,9 +284,10 @@ def test_stacked_branches_share_the_cache():
     other = inputs(LOCKED, 8)[2]
     cache = source_cache(ours)
     lock = Lock(cache, half_mask(cache), jnp.array([0.4, 0.9]))
-    rows = [jnp.concatenate(x) for x in ([latents] * 2, [timestep] * 2, [context, other])]
+    pairs = ([latents] * 2, [timestep] * 2, [context, other])
+    rows = [jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]) for x in pairs]
     both = velocity_of(ours, *rows, lock)
-    for branch, text in zip(jnp.split(both, 2), (context, other), strict=True):
+    for branch, text in zip((both[::2], both[1::2]), (context, other), strict=True):
         assert relative_l2(branch, velocity_of(ours, latents, timestep, text, lock)) < 1e-6
     assert relative_l2(both[:2], both[2:]) > 1e-2
 
@@ -331,7 +326,7 @@ def test_bfloat16_is_only_multiplied():
 
     def program(params):
         model = nnx.merge(graph, params)
-        return model(*given[:2], conditioning(model, given[0], given[2]), lock)
+        return whole.velocity(model, *given, lock)
 
     seen = list(equations(jax.make_jaxpr(program)(params).jaxpr))
     assert {"exp", "tanh", "rsqrt"} <= {e.primitive.name for e in seen}  # of the blocks' inside
@@ -372,13 +367,7 @@ def test_published_size_without_memory(size):
     model = diffusers.abstract(diffusers.TRANSFORMER, config, jnp.bfloat16)
     shapes = ((1, 21, 60, 104, 16), (1,), (1, 512, 4096))  # 81 frames of 480x832
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    velocity, cache = nnx.eval_shape(
-        lambda model, latents, timestep, context: model.keys_values(
-            latents, timestep, conditioning(model, latents, context)
-        ),
-        model,
-        *given,
-    )
+    velocity, cache = nnx.eval_shape(whole.keys_values, model, *given)
     assert velocity.shape == shapes[0] and velocity.dtype == jnp.float32
     heads = (config.num_layers, 1, 32_760, config.num_attention_heads, 128)
     assert cache == KVCache.abstract(heads, jnp.dtype(jnp.bfloat16))

@@ -65,15 +65,16 @@ def fuse(
 
         mix = new + (1 - m) alpha (cached - new)
 
-    `new` has `R = r B` rows, the `r` guidance branches of the `B` edits one branch after another
-    (`cond_0 .. cond_{B-1}, uncond_0 ..`); all branches of an edit share its cache. The mix is
-    computed in float32 and returned in `new`'s dtype. Where alpha is 0, and in the foreground, it
-    is bit for bit `new`; in the background at alpha 1, bit for bit `cached` in that dtype.
+    Rows lie source by source, within it edit by edit, within it branch by branch: `new` has all of
+    them, `cached` one of each source, the mask and alpha one of each edit. The mix is computed in
+    float32 and returned in `new`'s dtype. Where alpha is 0, and in the foreground, it is bit for
+    bit `new`; in the background at alpha 1, bit for bit `cached` in that dtype.
     """
-    branches = new.reshape(-1, *cached.shape).astype(jnp.float32)
+    sources, edits = len(cached), len(foreground)
+    rows = new.reshape(sources, edits // sources, -1, *new.shape[1:]).astype(jnp.float32)
     alpha = fusion_ratio.astype(jnp.float32)[:, None]
-    weight = jnp.where(foreground, 0.0, alpha)[:, :, None, None]
-    mix = _interpolate(branches, cached.astype(jnp.float32), weight)
+    weight = jnp.where(foreground, 0.0, alpha).reshape(*rows.shape[:2], 1, -1, 1, 1)
+    mix = _interpolate(rows, cached.astype(jnp.float32)[:, None, None], weight)
     return mix.reshape(new.shape).astype(new.dtype)
 
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from kvlock_jax.shapes import LatentMask, Latents, PerEdit
+from kvlock_jax.shapes import CellMask, Cells, PerEdit
 
-Velocity = Float32[Array, "B T H W C"]
+Velocity = Float32[Array, "B *space C"]
 Number = Float[Array, ""] | float
 
 
 def projection_scale(
-    v_cond: Latents, v_uncond: Latents, region: LatentMask | None = None
+    v_cond: Cells, v_uncond: Cells, region: CellMask | None = None
 ) -> Float32[Array, "B"]:
     """The factor s* that brings the unconditional velocity nearest to the conditional one.
 
@@ -29,7 +29,7 @@ def projection_scale(
     return _dot(cond, uncond) / (_dot(uncond, uncond) + 1e-8)
 
 
-def guide(v_cond: Latents, v_uncond: Latents, omega: PerEdit, scale: PerEdit) -> Velocity:
+def guide(v_cond: Cells, v_uncond: Cells, omega: PerEdit, scale: PerEdit) -> Velocity:
     """The guided velocity for a guidance scale omega and a factor s (1: plain guidance).
 
     METHOD.md section 7; omega 1 is `v_cond`, omega 0 is `s v_uncond`, each exactly:
@@ -37,12 +37,12 @@ def guide(v_cond: Latents, v_uncond: Latents, omega: PerEdit, scale: PerEdit) ->
         v = (1 - omega) s v_uncond + omega v_cond
     """
     cond, uncond = v_cond.astype(jnp.float32), v_uncond.astype(jnp.float32)
-    return _spread((1.0 - omega) * scale) * uncond + _spread(omega) * cond
+    return _spread((1.0 - omega) * scale, cond) * uncond + _spread(omega, cond) * cond
 
 
 def apg(
-    v_cond: Latents,
-    v_uncond: Latents,
+    v_cond: Cells,
+    v_uncond: Cells,
     omega: PerEdit,
     buffer: Velocity,
     eta: Number,
@@ -63,15 +63,15 @@ def apg(
     """
     cond, uncond = v_cond.astype(jnp.float32), v_uncond.astype(jnp.float32)
     buffer = cond - uncond + momentum * buffer
-    d = _spread(_shrink(_dot(buffer, buffer), norm)) * buffer
+    d = _spread(_shrink(_dot(buffer, buffer), norm), cond) * buffer
     length = _dot(cond, cond)
     along = _dot(d, cond) / jnp.where(length > 0, length, 1.0)
     # d_orth + eta d_par as d - (1 - eta) d_par: nothing is taken off and put back at eta 1.
-    update = d - _spread((1.0 - eta) * along) * cond
-    return cond + _spread(omega - 1.0) * update, buffer
+    update = d - _spread((1.0 - eta) * along, cond) * cond
+    return cond + _spread(omega - 1.0, cond) * update, buffer
 
 
-def zero_init(v: Latents, step: Int[Array, ""], zero_steps: Int[Array, ""]) -> Latents:
+def zero_init(v: Cells, step: Int[Array, ""], zero_steps: Int[Array, ""]) -> Cells:
     """The velocity, or none in the first `zero_steps` steps (CFG-Zero*, METHOD.md section 10)."""
     return jnp.where(step < zero_steps, jnp.zeros_like(v), v)
 
@@ -82,9 +82,9 @@ def _shrink(square: PerEdit, norm: Number) -> PerEdit:
     return jnp.where(over, norm * jax.lax.rsqrt(jnp.where(over, square, 1.0)), 1.0)
 
 
-def _dot(a: Latents, b: Latents) -> PerEdit:
-    return (a * b).sum(axis=(1, 2, 3, 4))
+def _dot(a: Cells, b: Cells) -> PerEdit:
+    return (a * b).sum(axis=tuple(range(1, a.ndim)))
 
 
-def _spread(per_edit: PerEdit) -> Float[Array, "B 1 1 1 1"]:
-    return per_edit[:, None, None, None, None]
+def _spread(per_edit: PerEdit, like: Cells) -> Float[Array, "B *ones"]:
+    return per_edit.reshape(-1, *[1] * (like.ndim - 1))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from kvlock_jax.config import LockConfig
-from kvlock_jax.shapes import LatentMask, PerEdit
+from kvlock_jax.shapes import CellMask, PerEdit
 
 Number = Float32[Array, ""]
 Count = Int32[Array, ""]
@@ -110,11 +110,11 @@ def uncond_scale(projection: Float[Array, "B"], knobs: Knobs) -> PerEdit:
     return jnp.where(knobs.rescale_uncond, projection, 1.0)
 
 
-def detection_region(foreground: LatentMask, knobs: Knobs) -> LatentMask:
+def detection_region(foreground: CellMask, knobs: Knobs) -> CellMask:
     """Where the statistic is averaged, the foreground or everything (METHOD.md section 5)."""
     return foreground | knobs.detect_globally
 
 
-def projection_region(foreground: LatentMask, knobs: Knobs) -> LatentMask:
+def projection_region(foreground: CellMask, knobs: Knobs) -> CellMask:
     """Where s* is measured, the foreground if the rest is pinned (METHOD.md section 7)."""
     return foreground | ~knobs.pin_background

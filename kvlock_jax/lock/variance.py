@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from kvlock_jax.shapes import LatentMask, Latents, PerEdit
+from kvlock_jax.shapes import CellMask, Cells, PerEdit
 
 
 @jax.tree_util.register_dataclass
@@ -18,16 +18,16 @@ from kvlock_jax.shapes import LatentMask, Latents, PerEdit
 class X0Window:
     """The last clean estimates of the guided prediction, as a ring: the oldest is overwritten."""
 
-    estimates: Float32[Array, "window B T H W C"]
+    estimates: Float32[Array, "window B *space C"]
     count: Int32[Array, ""]  # of all estimates ever pushed
 
     @classmethod
     def zeros(cls, window: int, shape: tuple[int, ...]) -> "X0Window":
-        """An empty window for `window` estimates of latents of `shape`, `B T H W C`."""
+        """An empty window for `window` estimates of latents of `shape`, `B *space C`."""
         return cls(jnp.zeros((window, *shape), jnp.float32), jnp.zeros((), jnp.int32))
 
 
-def push(window: X0Window, x0: Latents) -> X0Window:
+def push(window: X0Window, x0: Cells) -> X0Window:
     """The window with `x0` as its newest estimate."""
     slot = window.count % window.estimates.shape[0]
     estimates = jax.lax.dynamic_update_index_in_dim(
@@ -41,7 +41,7 @@ def ready(window: X0Window) -> Bool[Array, ""]:
     return window.count >= 2
 
 
-def hallucination(window: X0Window, region: LatentMask) -> Float32[Array, "B"]:
+def hallucination(window: X0Window, region: CellMask) -> Float32[Array, "B"]:
     """The statistic sigma2 of each edit: the variance of its clean estimates, averaged.
 
     METHOD.md section 5, over the n <= W estimates present:
@@ -54,14 +54,14 @@ def hallucination(window: X0Window, region: LatentMask) -> Float32[Array, "B"]:
     size = window.estimates.shape[0]
     n = jnp.minimum(window.count, size)
     # The ring fills from the front, so the first n slots are the ones in use.
-    used = (jnp.arange(size) < n)[:, None, None, None, None, None]
+    used = (jnp.arange(size) < n).reshape(-1, *[1] * (window.estimates.ndim - 1))
     # Two passes: E[x^2] - E[x]^2 would lose a variance of 1e-2 beside a mean of 1e3 altogether.
     mean = _sum(window.estimates, used, axis=0) / jnp.maximum(n, 1).astype(jnp.float32)
     squares = _sum(jnp.square(window.estimates - mean), used, axis=0)
     variance = squares / jnp.maximum(n - 1, 1).astype(jnp.float32)
 
-    elements = region.sum(axis=(1, 2, 3)) * variance.shape[-1]
-    total = _sum(variance, region[..., None], axis=(1, 2, 3, 4))
+    elements = region.sum(axis=tuple(range(1, region.ndim))) * variance.shape[-1]
+    total = _sum(variance, region[..., None], axis=tuple(range(1, variance.ndim)))
     return jnp.where(ready(window), total / jnp.maximum(elements, 1).astype(jnp.float32), 0.0)
 
 

@@ -5,7 +5,7 @@ each through the VAE, and the mask itself. Origin: `prepare_video_latents` and `
 Diffusers' `WanVACEPipeline`, after the publisher's VACE code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,12 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from kvlock_jax.shapes import VAE_STRIDES, Latents
 
-Encode = Callable[[Float[Array, "B frames height width 3"]], Latents]
-"""The VAE's encoder: video in [-1, 1] to normalised latents."""
-
 
 def control(
-    encode: Encode,
-    video: Float[Array, "B frames height width 3"],
+    inactive: Latents,
+    reactive: Latents,
     mask: Bool[Array, "B frames height width"],
-    references: Sequence[Float[Array, "B height width 3"]] = (),
+    references: Sequence[Float[Array, "B 1 H W C"]] = (),
 ) -> Float[Array, "B T H W 96"]:
     """The channels of a video of which the masked part is to be generated.
 
@@ -33,20 +30,17 @@ def control(
     An empty mask shows the model the whole video, a full one nothing of it.
 
     Args:
-      encode: of the VAE.
-      video: `frames = 4 n + 1`; height and width multiples of 8.
-      mask: true is generated.
-      references: pictures to keep to, of the video's size, in [-1, 1]. Each becomes a latent frame
-        of its own before the video; the last one given comes first, as published.
+      inactive: latents of what is kept.
+      reactive: latents of what is under the mask.
+      mask: true is generated; `frames = 4 n + 1`, height and width multiples of 8.
+      references: latents of pictures to keep to. Each becomes a latent frame of its own before the
+        video; the last one given comes first, as published.
 
     Returns:
       `T = len(references) + n + 1` frames of channels.
     """
-    kept = ~mask[..., None]
-    inactive, reactive = encode(jnp.where(kept, video, 0.0)), encode(jnp.where(kept, 0.0, video))
     frames = [jnp.concatenate([inactive, reactive, fold_mask(mask)], axis=-1)]
-    for picture in references:
-        latents = encode(picture[:, None])
+    for latents in references:
         nothing = jnp.zeros((*latents.shape[:-1], frames[0].shape[-1] - latents.shape[-1]))
         frames.insert(0, jnp.concatenate([latents, nothing], axis=-1))
     return jnp.concatenate(frames, axis=1)

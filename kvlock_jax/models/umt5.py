@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kvlock_jax.config import UMT5Config
+from kvlock_jax.models.layout import gathered_layer
 
 Hidden = Float[Array, "B S D"]
 Mask = Bool[Array, "B S"]
@@ -176,7 +177,9 @@ class UMT5Encoder(nnx.Module):
         buckets, real = jnp.asarray(table), mask.astype(jnp.bool_)
         x = self.shared.embedding[...][ids].astype(jnp.float32)
         graph, params = nnx.split(self.block)
-        x, _ = jax.lax.scan(
-            lambda x, layer: (nnx.merge(graph, layer)(x, real, buckets), None), x, params
-        )
+
+        def block(x: Hidden, layer: Any) -> tuple[Hidden, None]:
+            return nnx.merge(graph, gathered_layer(layer))(x, real, buckets), None
+
+        x, _ = jax.lax.scan(block, x, params)
         return self.final_layer_norm(x)

@@ -16,33 +16,43 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kvlock_jax import sharding
 from kvlock_jax.config import WanConfig
 from kvlock_jax.lock import KVCache
-from kvlock_jax.models.attention import Rope
+from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
+from kvlock_jax.models.sharded_attention import Attend, gathered
 from kvlock_jax.models.wan import (
     Block,
     Conditioning,
     Context,
     Modulation,
+    Positions,
     Side,
     Tokens,
     WanTransformer,
-    patchify,
     stacked,
     text_cache,
 )
+from kvlock_jax.patches import Grid
 from kvlock_jax.shapes import PerEdit
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VACEContext:
-    """What an edit tells the transformer beside its latents (METHOD.md section 11)."""
+    """What an edit tells the transformer beside its latents (METHOD.md section 11).
+
+    Attributes:
+      text: of every row.
+      control: patches of `vace_in_channels`, on the grid of the latents. Of a part of the rows: one
+        serves as many rows, one after another, as there are more rows than of it.
+      scale: of the hints, as many as of `control`; 1 as trained, 0 is text-to-video.
+    """
 
     text: Context
-    control: Float[Array, "B T H W C"]  # C = vace_in_channels, on the grid of the latents
-    scale: PerEdit  # of the hints; 1 as trained, 0 is text-to-video
+    control: Float[Array, "B L cells C"]
+    scale: PerEdit
 
 
 @jax.tree_util.register_dataclass
@@ -63,10 +73,10 @@ class VACEBlock(Block):
         self.proj_out = _zero_linear(config.dim, dtype, rngs)
 
     def hint(
-        self, control: Tokens, modulation: Modulation, text: KVCache, rope: Rope
+        self, control: Tokens, modulation: Modulation, text: KVCache, positions: Positions
     ) -> tuple[Tokens, Tokens]:
         """What to add to the main stream, unscaled, and the control tokens after this block."""
-        control, _ = self(control, modulation, text, rope, None)
+        control, _ = self(control, modulation, text, positions, None)
         return self.proj_out(control), control
 
 
@@ -84,41 +94,50 @@ class WanVACETransformer(WanTransformer):
     """
 
     def __init__(
-        self, config: WanConfig, *, dtype: Any = jnp.float32, unroll: int = 1, rngs: nnx.Rngs
+        self,
+        config: WanConfig,
+        *,
+        dtype: Any = jnp.float32,
+        unroll: int = 1,
+        attend: Attend = gathered,
+        rngs: nnx.Rngs,
     ):
-        super().__init__(config, dtype=dtype, unroll=unroll, rngs=rngs)
+        super().__init__(config, dtype=dtype, unroll=unroll, attend=attend, rngs=rngs)
         width = int(np.prod(config.patch_size)) * config.vace_in_channels
         self.vace_patch_embedding = Linear(width, config.dim, dtype=dtype, rngs=rngs)
         self.vace_proj_in = _zero_linear(config.dim, dtype, rngs)
         layers = len(config.vace_layers)
         self.vace_blocks = stacked(VACEBlock, layers, config, dtype=dtype, rngs=rngs)
 
-    def condition(self, context: VACEContext, grid: tuple[int, int, int]) -> VACEConditioning:
+    def condition(self, context: VACEContext, grid: Grid) -> VACEConditioning:
         """All that passes over one grid share; nothing of it depends on latents or timestep.
 
         Args:
           context: text as `WanTransformer.condition` takes it, control and scale.
-          grid: tokens `T H W`.
+          grid: of the latents.
         """
         main = super().condition(context.text, grid)
-        control = patchify(context.control, self.config.patch_size)
+        control = context.control.reshape(*context.control.shape[:2], -1)
+        control = self.vace_proj_in(self.vace_patch_embedding(control))
         return VACEConditioning(
             text=main.text,
-            rope=main.rope,
+            positions=main.positions,
             vace_text=text_cache(self.vace_blocks, self.condition_embedder.text(context.text)),
-            control=self.vace_proj_in(self.vace_patch_embedding(control)),
+            control=sharding.constrain(control, "BLD"),
             scale=context.scale,
         )
 
     def _side(self, x: Tokens, modulation: Modulation, conditioning: VACEConditioning) -> Side:
         graph, params = nnx.split(self.vace_blocks)
-        scale = conditioning.scale.astype(jnp.float32)[:, None, None]
+        rows = len(x) // len(conditioning.scale)
+        scale = jnp.repeat(conditioning.scale.astype(jnp.float32), rows)[:, None, None]
+        given = x.reshape(-1, rows, *x.shape[1:]) + conditioning.control[:, None]
 
         def hinted(x: Tokens, control: Tokens, index: Array) -> tuple[Tokens, Tokens]:
             # Indexed inside the branch, so that a layer without a hint moves no weights.
             weights, text = jax.tree.map(lambda p: p[index], (params, conditioning.vace_text))
-            block = nnx.merge(graph, weights)
-            hint, control = block.hint(control, modulation, text, conditioning.rope)
+            block = nnx.merge(graph, gathered_layer(weights))
+            hint, control = block.hint(control, modulation, text, conditioning.positions)
             return x + scale * hint, control
 
         def plain(x: Tokens, control: Tokens, index: Array) -> tuple[Tokens, Tokens]:
@@ -132,15 +151,21 @@ class WanVACETransformer(WanTransformer):
         # 480x832.
         has_hint = np.isin(np.arange(self.config.num_layers), self.config.vace_layers)
         index = np.maximum(np.cumsum(has_hint, dtype=np.int32) - 1, 0)
-        return Side(conditioning.control + x, (has_hint, index), after)
+        control = sharding.constrain(given.reshape(x.shape), "BLD")
+        return Side(control, (has_hint, index), after)
 
 
 def wan_transformer(
-    config: WanConfig, *, dtype: Any = jnp.float32, unroll: int = 1, rngs: nnx.Rngs
+    config: WanConfig,
+    *,
+    dtype: Any = jnp.float32,
+    unroll: int = 1,
+    attend: Attend = gathered,
+    rngs: nnx.Rngs,
 ) -> WanTransformer:
     """The transformer that a config describes: VACE where it has `vace_layers`."""
     kind = WanVACETransformer if config.vace_layers else WanTransformer
-    return kind(config, dtype=dtype, unroll=unroll, rngs=rngs)
+    return kind(config, dtype=dtype, unroll=unroll, attend=attend, rngs=rngs)
 
 
 def _zero_linear(width: int, dtype: Any, rngs: nnx.Rngs) -> Linear:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
 
+from kvlock_jax import sharding
 from kvlock_jax.config import VAEConfig
 from kvlock_jax.errors import InputError
 from kvlock_jax.models.attention import attend
@@ -78,7 +79,7 @@ class CausalConv3d(nnx.Module):
     def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
         """Convolves a chunk after the two frames in `cache`, zeros before the first chunk."""
         x = jnp.concatenate([_past(x) if cache is None else cache, x], axis=1)
-        return self.valid(x), x[:, -2:]
+        return sharding.spread_space(self.valid(x)), x[:, -2:]
 
 
 def _past(x: Feature) -> Feature:
@@ -350,11 +351,18 @@ def _over_chunks(coder: nnx.Module, x: Feature, size: int) -> Feature:
 
 
 @jax.jit
-def encode(vae: WanVAE, video: UInt8[Array, "B frames height width 3"] | Video) -> Latents:
-    """Normalised latents of a video in levels of 255, or in [-1, 1] where they are floats."""
+def encode(
+    vae: WanVAE,
+    video: UInt8[Array, "B frames height width 3"] | Video,
+    shown: Bool[Array, "B frames height width"] | None = None,
+) -> Latents:
+    """Normalised latents of a video in levels of 255, or in [-1, 1] where they are floats.
+
+    Pixels that are not `shown` are 0, which is grey.
+    """
     if jnp.issubdtype(video.dtype, jnp.integer):
         video = video.astype(jnp.float32) / 127.5 - 1.0
-    return vae.encode(video)
+    return vae.encode(video if shown is None else jnp.where(shown[..., None], video, 0.0))
 
 
 @jax.jit
@@ -364,4 +372,4 @@ def decode(
     """A video in levels of 255, and whether all was finite before: integers have no NaN."""
     pixels = vae.decode(latents)
     levels = jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
-    return levels.astype(jnp.uint8), jnp.isfinite(pixels).all()
+    return sharding.everywhere((levels.astype(jnp.uint8), jnp.isfinite(pixels).all()))

@@ -16,11 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kvlock_jax import sharding
 from kvlock_jax.config import WanConfig
 from kvlock_jax.lock import KVCache, Lock, fuse
-from kvlock_jax.models.attention import Rope, attend, rope_table, rotate
+from kvlock_jax.models.attention import Rope, rope_table, rotate
+from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
-from kvlock_jax.shapes import Latents, PerEdit
+from kvlock_jax.models.sharded_attention import Attend, gathered, replicated_keys
+from kvlock_jax.patches import Grid, Patches
+from kvlock_jax.shapes import PerEdit
 
 Tokens = Float[Array, "B L D"]
 Context = Float[Array, "B S text_dim"]
@@ -29,11 +33,27 @@ Modulation = Float[Array, "B six D"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Positions:
+    """Where tokens are, and how they attend to each other.
+
+    Attributes:
+      rope: of every token, padding included.
+      keys: how many of the tokens are real; `None` if all.
+      attend: self-attention from `B L N K` queries, keys and values, and `keys`.
+    """
+
+    rope: Rope
+    keys: int | None = dataclasses.field(metadata={"static": True})
+    attend: Attend = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Conditioning:
     """What a pass needs beside latents and timestep; computed once, before the sampling loop."""
 
     text: KVCache  # cross-attention's, layers B S N K
-    rope: Rope
+    positions: Positions
 
 
 def _layer_norm(config: WanConfig, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -103,9 +123,9 @@ class Attention(nnx.Module):
         """Normalised keys, float32, and values, each `B S N K`."""
         return self._split(self.norm_k(self.to_k(x))), self._split(self.to_v(x))
 
-    def attend(self, q: Array, k: Array, v: Array) -> Tokens:
+    def attend(self, attend: Attend, q: Array, k: Array, v: Array, *keys: int | None) -> Tokens:
         """Attention in the compute dtype, and its output projection."""
-        y = attend(*(x.astype(self.dtype) for x in (q, k, v)))
+        y = attend(*(x.astype(self.dtype) for x in (q, k, v)), *keys)
         return self.to_out(y.reshape(*y.shape[:2], -1))
 
     def _split(self, x: Tokens) -> Float[Array, "B L N K"]:
@@ -138,7 +158,12 @@ class Block(nnx.Module):
         self.scale_shift_table = nnx.Param(init(rngs.params(), (6, config.dim), jnp.float32))
 
     def __call__(
-        self, x: Tokens, modulation: Modulation, text: KVCache, rope: Rope, lock: Lock | None
+        self,
+        x: Tokens,
+        modulation: Modulation,
+        text: KVCache,
+        positions: Positions,
+        lock: Lock | None,
     ) -> tuple[Tokens, KVCache]:
         """Runs the block on the float32 residual stream.
 
@@ -152,18 +177,19 @@ class Block(nnx.Module):
 
         y = self.norm1(x) * (1 + scale1) + shift1
         q, (k, v) = self.attn1.queries(y), self.attn1.keys_values(y)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k = rotate(q, positions.rope), rotate(k, positions.rope)
         k, v = k.astype(self.attn1.dtype), v.astype(self.attn1.dtype)
         if lock is not None:
             k = fuse(k, lock.cache.k, lock.foreground, lock.fusion_ratio)
             v = fuse(v, lock.cache.v, lock.foreground, lock.fusion_ratio)
-        x = x + self.attn1.attend(q, k, v) * gate1
+        x = x + self.attn1.attend(positions.attend, q, k, v, positions.keys) * gate1
 
         y = self.norm2(x) if self.norm2 else x
-        x = x + self.attn2.attend(self.attn2.queries(y), text.k, text.v)
+        x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
 
         y = self.norm3(x) * (1 + scale2) + shift2
-        return x + self.ffn(y) * gate2, KVCache(k=k, v=v)
+        x = sharding.constrain(x + self.ffn(y) * gate2, "BLD")
+        return x, sharding.constrain(KVCache(k=k, v=v), "BLNK")
 
 
 def stacked(
@@ -184,9 +210,10 @@ def text_cache(blocks: Block, text: Float[Array, "B S D"]) -> KVCache:
     graph, params = nnx.split(blocks.attn2)
 
     def of_layer(layer: Any) -> KVCache:
-        attention = nnx.merge(graph, layer)
+        attention = nnx.merge(graph, gathered_layer(layer))
         k, v = attention.keys_values(text)
-        return KVCache(k=k.astype(attention.dtype), v=v.astype(attention.dtype))
+        cache = KVCache(k=k.astype(attention.dtype), v=v.astype(attention.dtype))
+        return sharding.constrain(cache, "BSNK")
 
     return jax.lax.map(of_layer, params)
 
@@ -216,13 +243,20 @@ class WanTransformer(nnx.Module):
         softmax and the residual stream are float32.
       unroll: blocks that one turn of the scan runs. More compile longer; XLA on CPU compiles
         gradients of a loop's body badly, so a small model trains faster with all in one turn.
+      attend: self-attention among tokens that devices share: `gathered` or `ring`.
       rngs: source of the initial parameters.
     """
 
     def __init__(
-        self, config: WanConfig, *, dtype: Any = jnp.float32, unroll: int = 1, rngs: nnx.Rngs
+        self,
+        config: WanConfig,
+        *,
+        dtype: Any = jnp.float32,
+        unroll: int = 1,
+        attend: Attend = gathered,
+        rngs: nnx.Rngs,
     ):
-        self.config, self.dtype, self.unroll = config, dtype, unroll
+        self.config, self.dtype, self.unroll, self.attend = config, dtype, unroll, attend
         cells = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.patch_embedding = Linear(
             cells * config.in_channels, config.dim, dtype=dtype, rngs=rngs
@@ -234,28 +268,32 @@ class WanTransformer(nnx.Module):
         self.scale_shift_table = nnx.Param(init(rngs.params(), (2, config.dim), jnp.float32))
         self.proj_out = Linear(config.dim, cells * config.out_channels, dtype=dtype, rngs=rngs)
 
-    def condition(self, context: Context, grid: tuple[int, int, int]) -> Conditioning:
-        """Cross-attention's keys and values of a text, and the RoPE table of a token grid.
+    def condition(self, context: Context, grid: Grid) -> Conditioning:
+        """Cross-attention's keys and values of a text, and the positions of a token grid.
 
         Args:
           context: text embeddings, zeros after the last token; all `S` positions are attended to,
             as published.
-          grid: tokens `T H W`.
+          grid: of the latents.
         """
         text = text_cache(self.blocks, self.condition_embedder.text(context))
-        return Conditioning(text, rope_table(grid, self.config.attention_head_dim))
+        padding = [(0, grid.length - grid.tokens), (0, 0)]
+        tables = rope_table(grid.axes, self.config.attention_head_dim)
+        cos, sin = (sharding.constrain(jnp.pad(t, padding), "LK") for t in tables)
+        keys = grid.tokens if grid.tokens < grid.length else None
+        return Conditioning(text, Positions((cos, sin), keys, self.attend))
 
     def __call__(
         self,
-        latents: Latents,
+        latents: Patches,
         timestep: PerEdit,
         conditioning: Conditioning,
         lock: Lock | None = None,
-    ) -> Latents:
+    ) -> Patches:
         """The velocity `v = eps - x` of noisy latents (METHOD.md section 1), float32.
 
         Args:
-          latents: normalised, at noise level sigma; `H` and `W` multiples of the patch.
+          latents: normalised, at noise level sigma.
           timestep: `1000 sigma`.
           conditioning: of `condition`.
           lock: cache of all layers, and what to fuse where; rows as `kvlock_jax.lock.fuse` takes
@@ -266,24 +304,26 @@ class WanTransformer(nnx.Module):
 
     def keys_values(
         self,
-        latents: Latents,
+        latents: Patches,
         timestep: PerEdit,
         conditioning: Conditioning,
         lock: Lock | None = None,
-    ) -> tuple[Latents, KVCache]:
+    ) -> tuple[Patches, KVCache]:
         """The velocity, and all blocks' self-attention keys and values, `layers B L N K`."""
         return self._run(latents, timestep, conditioning, lock, keep=True)
 
     def _run(self, latents, timestep, conditioning, lock, *, keep):
         time, modulation = self.condition_embedder.time(timestep)
         graph, params = nnx.split(self.blocks)
-        x = self.patch_embedding(patchify(latents, self.config.patch_size))
+        x = self.patch_embedding(latents.reshape(*latents.shape[:2], -1))
+        x = sharding.constrain(x, "BLD")
         side = self._side(x, modulation, conditioning)
 
         def block(carry: tuple[Tokens, Any], layer: Any) -> tuple[Any, KVCache | None]:
             (x, state), (weights, text, cache, side_layer) = carry, layer
             own = lock and dataclasses.replace(lock, cache=cache)
-            x, kv = nnx.merge(graph, weights)(x, modulation, text, conditioning.rope, own)
+            run = nnx.merge(graph, gathered_layer(weights))
+            x, kv = run(x, modulation, text, conditioning.positions, own)
             return side.after(x, state, side_layer), kv if keep else None
 
         layers = (params, conditioning.text, lock and lock.cache, side.layers)
@@ -292,25 +332,8 @@ class WanTransformer(nnx.Module):
         table = self.scale_shift_table[...].astype(jnp.float32) + time[:, None]
         shift, scale = jnp.moveaxis(table, 1, 0)
         x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        return unpatchify(x, latents.shape[1:4], self.config.patch_size), cache
+        return sharding.constrain(x.reshape(*latents.shape[:3], -1), "B L cells C"), cache
 
     def _side(self, x: Tokens, modulation: Modulation, conditioning: Conditioning) -> Side:
         """What runs beside the blocks of a pass over the patch-embedded latents `x`."""
         return Side()
-
-
-def patchify(latents: Latents, patch: tuple[int, int, int]) -> Float[Array, "B L P"]:
-    """Tokens, frame-major: the cells of a patch row by row, each with its channels last."""
-    (batch, *space, channels), (p, q, r) = latents.shape, patch
-    t, h, w = (n // s for n, s in zip(space, patch, strict=True))
-    x = latents.reshape(batch, t, p, h, q, w, r, channels)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, t * h * w, -1)
-
-
-def unpatchify(
-    tokens: Float[Array, "B L P"], space: tuple[int, int, int], patch: tuple[int, int, int]
-) -> Latents:
-    """The inverse of `patchify`, for latents of `T H W` cells."""
-    (t, h, w), (p, q, r) = (n // s for n, s in zip(space, patch, strict=True)), patch
-    x = tokens.reshape(tokens.shape[0], t, h, w, p, q, r, -1)
-    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(tokens.shape[0], *space, -1)

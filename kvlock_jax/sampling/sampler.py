@@ -14,30 +14,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
-from kvlock_jax import lock
+from kvlock_jax import lock, sharding
 from kvlock_jax.lock import Knobs, KVCache, Lock, X0Window
+from kvlock_jax.patches import Grid, Patches, PatchMask
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.solvers import SolverState, SolverTable
-from kvlock_jax.shapes import PATCH, LatentMask, Latents, PerEdit
+from kvlock_jax.shapes import PerEdit
 
 
 class Model(Protocol):
-    """A pytree of weights with these methods, such as `WanTransformer`; rows are edits.
+    """A pytree of weights with these methods, such as `WanTransformer`.
 
     `Conditioning` is whatever `condition` makes of a text (and more); the loop only hands it on.
     """
 
-    def condition(self, context: Any, grid: tuple[int, int, int]) -> Any:
-        """What a pass needs beside latents and timestep, for a token grid `T H W`."""
+    def condition(self, context: Any, grid: Grid) -> Any:
+        """What a pass needs beside latents and timestep, for latents of a grid."""
 
     def __call__(
-        self, latents: Latents, timestep: PerEdit, conditioning: Any, lock: Lock | None = None
-    ) -> Latents:
+        self, latents: Patches, timestep: PerEdit, conditioning: Any, lock: Lock | None = None
+    ) -> Patches:
         """The velocity at a timestep (0-1000), with the lock where there is one."""
 
     def keys_values(
-        self, latents: Latents, timestep: PerEdit, conditioning: Any
-    ) -> tuple[Latents, KVCache]:
+        self, latents: Patches, timestep: PerEdit, conditioning: Any
+    ) -> tuple[Patches, KVCache]:
         """The velocity, and every block's self-attention keys and values."""
 
 
@@ -46,22 +47,42 @@ class Model(Protocol):
 class Edits:
     """A batch of edits, known before the loop.
 
+    A source may have several edits, which then start from one noise and share its branch. Rows lie
+    source by source, within it edit by edit: `B` edits of `sources`, which divides `B`.
+
     Attributes:
       source: normalised latents of the source videos.
       noise: of unit variance; the edits start from it, and it noises the source (METHOD.md 3).
-      foreground: latent cells to edit.
+      foreground: latent cells to edit; none of references or padding.
+      prompts: what `Model.condition` takes, `2 B` rows: each edit's prompt and negative prompt.
+      source_prompts: the same for the source branch, a row for each source.
+      grid: how latents lie in a row of tokens.
       references: first latent frames that hold reference pictures (METHOD.md section 11): never
         foreground, background, or part of the statistic (but of s* over everything).
-      prompts: what `Model.condition` takes, `2 B` rows: the prompts, then the negative prompts.
-      source_prompts: the same for the source branch, `B` rows.
     """
 
-    source: Latents
-    noise: Latents
-    foreground: LatentMask
+    source: Float[Array, "sources L cells C"]
+    noise: Float[Array, "sources L cells C"]
+    foreground: PatchMask
     prompts: Any
     source_prompts: Any
+    grid: Grid = dataclasses.field(metadata={"static": True})
     references: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def shown(self) -> Bool[Array, "L one"]:
+        """Tokens of the video, neither of references nor padding."""
+        _, rows, columns = self.grid.axes
+        token = jnp.arange(self.grid.length)[:, None]
+        return (token >= self.references * rows * columns) & (token < self.grid.tokens)
+
+    def spread(self, per_source: Float[Array, "sources L cells C"]) -> Patches:
+        """For every edit, what its source has."""
+        edits = len(self.foreground) // len(per_source)
+        wide = jnp.broadcast_to(
+            per_source[:, None], (len(per_source), edits, *per_source.shape[1:])
+        )
+        return sharding.constrain(wide.reshape(-1, *per_source.shape[1:]), "B L cells C")
 
 
 @jax.tree_util.register_dataclass
@@ -69,12 +90,12 @@ class Edits:
 class SampleState:
     """What evolves from step to step; the lock's and APG's parts are `None` where unused."""
 
-    latents: Latents
+    latents: Patches
     solver: SolverState
     window: X0Window
     sigma2: Float32[Array, "B"]  # the statistic of the steps before
     cache: KVCache | None
-    momentum: Latents | None
+    momentum: Patches | None
 
 
 @jax.tree_util.register_dataclass
@@ -121,13 +142,13 @@ class Program:
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="latents")
 def sample(
     model: Model,
-    latents: Latents,
+    latents: Patches,
     edits: Edits,
     table: SolverTable,
     knobs: Knobs,
     *,
     program: Program,
-) -> tuple[Latents, Trace]:
+) -> tuple[Patches, Trace]:
     """Denoises a batch of edits.
 
     Compiled once for shapes, number of steps and `program`; solvers, seeds, prompts, masks and all
@@ -144,26 +165,27 @@ def sample(
     Returns:
       The edited latents, normalised, float32, and what each step did.
     """
-    source, noise = edits.source.astype(jnp.float32), edits.noise.astype(jnp.float32)
+    source, noise = (
+        sharding.constrain(x.astype(jnp.float32), "B L cells C")
+        for x in (edits.source, edits.noise)
+    )
     edits = dataclasses.replace(edits, source=source, noise=noise)
-    grid = tuple(n // p for n, p in zip(latents.shape[1:4], PATCH, strict=True))
-    # of the latent frames, those of the video
-    shown = (jnp.arange(latents.shape[1]) >= edits.references)[:, None, None]
+    told = model.condition(edits.source_prompts, edits.grid) if program.locked else None
     step = _Step(
         model=model,
         edits=edits,
-        shown=shown,
-        tokens=lock.to_token_mask(edits.foreground | ~shown, PATCH),
-        conditioning=model.condition(edits.prompts, grid),
-        source_conditioning=model.condition(edits.source_prompts, grid) if program.locked else None,
+        tokens=(edits.foreground | ~edits.shown).any(axis=-1),
+        conditioning=model.condition(edits.prompts, edits.grid),
+        source_conditioning=told,
         knobs=knobs,
         program=program,
     )
     steps = table.sigma.shape[0]
     scheduled = lock.in_window(steps, knobs.kappa)
     rows = (jnp.arange(steps), table, scheduled, lock.source_needed(scheduled, knobs))
-    state, trace = jax.lax.scan(step, step.start(latents.astype(jnp.float32)), rows)
-    return state.latents, trace
+    start = sharding.constrain(latents.astype(jnp.float32), "B L cells C")
+    state, trace = jax.lax.scan(step, step.start(start), rows)
+    return state.latents, sharding.everywhere(trace)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,23 +194,25 @@ class _Step:
 
     model: Model
     edits: Edits
-    shown: Bool[Array, "T one one"]
     tokens: Bool[Array, "B L"]
     conditioning: Any
     source_conditioning: Any
     knobs: Knobs
     program: Program
 
-    def start(self, latents: Latents) -> SampleState:
+    def start(self, latents: Patches) -> SampleState:
         """The carry before the first step."""
         cache = None
         if self.program.locked:
             shape = jax.eval_shape(self._source_pass, jnp.float32(1), jnp.float32(1000))
             cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+            cache = sharding.constrain(cache, "layers B L N K")
+        window = X0Window.zeros(self.program.window, latents.shape)
+        estimates = sharding.constrain(window.estimates, "window B L cells C")
         return SampleState(
             latents=latents,
             solver=solvers.init(latents),
-            window=X0Window.zeros(self.program.window, latents.shape),
+            window=dataclasses.replace(window, estimates=estimates),
             sigma2=jnp.zeros((latents.shape[0],), jnp.float32),
             cache=cache,
             momentum=jnp.zeros_like(latents) if self.program.guidance == "apg" else None,
@@ -219,20 +243,20 @@ class _Step:
         window = lock.push(state.window, x0)
         latents, solved = solvers.step(solver, state.solver, state.latents, x0)
         latents = jnp.where(
-            knobs.pin_background & (self.shown & ~foreground)[..., None],
-            self._noised_source(solver.sigma_next),
+            knobs.pin_background & (self.edits.shown & ~foreground)[..., None],
+            self.edits.spread(self._noised_source(solver.sigma_next)),
             latents,
         )
-        finite = jnp.isfinite(latents).all(axis=(1, 2, 3, 4))
+        finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
         if self.program.on_step is not None:
             # `finite` orders the call: of the number alone it could come before the step is done.
             jax.debug.callback(lambda n, _: self.program.on_step(n), number, finite)
-        detected = lock.detection_region(foreground, knobs) & self.shown
+        detected = lock.detection_region(foreground, knobs) & self.edits.shown
         sigma2 = lock.hallucination(window, detected)
         following = SampleState(latents, solved, window, sigma2, cache, momentum)
         return following, Trace(solver.sigma, state.sigma2, alpha, omega, scale, scheduled, finite)
 
-    def _noised_source(self, sigma: Float[Array, ""]) -> Latents:
+    def _noised_source(self, sigma: Float[Array, ""]) -> Float[Array, "sources L cells C"]:
         """The source at a noise level, with the noise the edit started from."""
         return (1 - sigma) * self.edits.source + sigma * self.edits.noise
 
@@ -242,17 +266,22 @@ class _Step:
         return cache
 
     def _branches(
-        self, latents: Latents, timestep: Float[Array, ""], cache: KVCache | None, alpha: PerEdit
-    ) -> list[Latents]:
+        self, latents: Patches, timestep: Float[Array, ""], cache: KVCache | None, alpha: PerEdit
+    ) -> list[Patches]:
         """The conditional and the unconditional velocity, from one pass over both."""
-        z = jnp.concatenate([latents, latents])
+        z = jnp.stack([latents, latents], axis=1).reshape(-1, *latents.shape[1:])
         held = Lock(cache, self.tokens, alpha) if self.program.locked else None
         velocity = self.model(z, _rows(timestep, z), self.conditioning, held)
-        return jnp.split(velocity, 2)
+        if self.edits.grid.tokens < self.edits.grid.length:
+            # Padding moves nothing: it stays 0, in the latents and in every sum over them.
+            real = jnp.arange(z.shape[1]) < self.edits.grid.tokens
+            velocity = jnp.where(real[:, None, None], velocity, 0.0)
+        branches = velocity.reshape(-1, 2, *latents.shape[1:])
+        return [branches[:, 0], branches[:, 1]]
 
     def _guide(
-        self, v_cond: Latents, v_uncond: Latents, omega: PerEdit, scale: PerEdit, momentum: Any
-    ) -> tuple[Latents, Any]:
+        self, v_cond: Patches, v_uncond: Patches, omega: PerEdit, scale: PerEdit, momentum: Any
+    ) -> tuple[Patches, Any]:
         knobs = self.knobs
         if self.program.guidance == "apg":
             bounds = (knobs.apg_eta, knobs.apg_norm, knobs.apg_momentum)
@@ -260,5 +289,5 @@ class _Step:
         return lock.guide(v_cond, v_uncond, omega, scale), momentum
 
 
-def _rows(timestep: Float[Array, ""], latents: Latents) -> PerEdit:
+def _rows(timestep: Float[Array, ""], latents: Patches) -> PerEdit:
     return jnp.broadcast_to(timestep, latents.shape[:1])

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kvlock_jax.errors import ConfigError
-from kvlock_jax.shapes import Latents
+from kvlock_jax.shapes import Cells
 
 _TRAIN_STEPS = 1000
 
@@ -59,8 +59,8 @@ class SolverState:
       history: the last two clean estimates, newest first.
     """
 
-    corrected: Latents
-    history: Float[Array, "2 B T H W C"]
+    corrected: Cells
+    history: Float[Array, "2 B *space C"]
 
 
 def flow_sigmas(levels: Float[np.ndarray, "steps"], shift: float) -> Float[np.ndarray, "steps"]:
@@ -144,15 +144,15 @@ def table(name: str, steps: int, shift: float) -> SolverTable:
     return makers[name](steps, shift)
 
 
-def init(latents: Latents) -> SolverState:
+def init(latents: Cells) -> SolverState:
     """The state before the first step, which gives everything in it the weight 0."""
     start = latents.astype(jnp.float32)
     return SolverState(start, jnp.zeros((2, *start.shape), jnp.float32))
 
 
 def step(
-    row: SolverTable, state: SolverState, latents: Latents, x0: Latents
-) -> tuple[Latents, SolverState]:
+    row: SolverTable, state: SolverState, latents: Cells, x0: Cells
+) -> tuple[Cells, SolverState]:
     """One step of any solver: the latents at `row.sigma_next`, and the state after it.
 
     It acts on every element alone, so a caller may overwrite some of the latents it returns (the

@@ -1,0 +1,120 @@
+"""What a command runs on: hosts that work together, the mesh of their devices, how weights lie."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from kvlock_jax import costs, sharding
+from kvlock_jax.config import WanConfig
+from kvlock_jax.errors import ConfigError
+from kvlock_jax.models.sharded_attention import Attend, gathered, ring
+
+ATTENTION = {"gathered": gathered, "ring": ring}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a model lies on devices; what `edit.load` takes.
+
+    Attributes:
+      mesh: of the devices; `None` is the first alone.
+      spread: whether the transformer's weights are spread over the mesh's `frames`.
+      attend: how tokens on several devices attend to each other.
+    """
+
+    mesh: Mesh | None
+    spread: bool
+    attend: Attend
+
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return str(jax.devices()[0].device_kind)
+        sizes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+        weights = ", weights spread" if self.spread else ""
+        return f"{self.mesh.size} devices{hosts}: {sizes}{weights}"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of devices and hosts to a command's parser."""
+    group = parser.add_argument_group("devices and hosts")
+    add = group.add_argument
+    mesh = "devices by axis; all on frames for one edit, on data for many, by default"
+    add("--mesh", metavar="data=1,frames=8,model=1", help=mesh)
+    about = "between devices: keys and values gathered by each, or passed round a ring"
+    add("--attention", choices=ATTENTION, default="gathered", help=about)
+    about = "spread the weights over frames and gather them layer by layer; by default where large"
+    add("--spread_weights", action=argparse.BooleanOptionalAction, help=about)
+    add("--distributed", action="store_true", help="several hosts, which Cloud TPU knows by itself")
+    add("--coordinator", metavar="HOST:PORT", help="of the first host, where nothing else knows it")
+    add("--num_processes", type=int, help="how many hosts there are, with --coordinator")
+    add("--process_id", type=int, help="which of them this is, from 0")
+
+
+def join(args: argparse.Namespace) -> None:
+    """Meets the other hosts, if there are any; before anything else happens in JAX.
+
+    Raises:
+      ConfigError: flags are missing, or the others cannot be reached.
+    """
+    named = {
+        "coordinator": args.coordinator,
+        "num_processes": args.num_processes,
+        "process_id": args.process_id,
+    }
+    absent = [f"--{name}" for name, value in named.items() if value is None]
+    if len(absent) == len(named) and not args.distributed:
+        return
+    if absent and len(absent) < len(named):
+        raise ConfigError(f"{', '.join(absent)} must be given too: --coordinator takes all three")
+    if not absent and not 0 <= args.process_id < args.num_processes:
+        raise ConfigError(
+            f"--process_id must be from 0 to {args.num_processes - 1}, found {args.process_id}"
+        )
+    try:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"the hosts cannot meet: {reason}") from error
+
+
+def place(args: argparse.Namespace, config: WanConfig, *, many: bool) -> Placement:
+    """How a transformer of these sizes is laid out.
+
+    Args:
+      args: of a parser of `add`.
+      config: of the transformer.
+      many: whether the devices are for many edits, or for one.
+
+    Raises:
+      ConfigError: the mesh cannot be, or does not divide the heads.
+    """
+    devices = jax.devices()
+    if args.mesh:
+        mesh = sharding.parse_mesh(args.mesh)
+    else:
+        mesh = sharding.make_mesh(**{"data" if many else "frames": len(devices)})
+    ways = mesh.shape["model"]
+    heads, wide = config.num_attention_heads, config.ffn_dim
+    if heads % ways or wide % ways:
+        known = [n for n in range(1, heads + 1) if heads % n == 0 and wide % n == 0]
+        raise ConfigError(
+            f"--mesh model={ways} does not divide the model's {heads} heads: "
+            f"use one of {', '.join(map(str, known))}"
+        )
+    if mesh.size == 1:
+        return Placement(None, False, gathered)
+    spread = args.spread_weights
+    if spread is None:
+        stats: Any = devices[0].memory_stats() or {}
+        memory = stats.get("bytes_limit", float("inf"))
+        spread = sharding.worth_spreading(2 * costs.parameters(config).total, memory)
+    return Placement(mesh, spread, ATTENTION[args.attention])
+
+
+def is_writer() -> bool:
+    """Whether this host writes what all of them made."""
+    return jax.process_index() == 0

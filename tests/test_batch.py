@@ -1,0 +1,548 @@
+"""Batches of edits: what is written, what survives, and what runs beside what."""
+
+import collections
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import batches
+import fsspec
+import jax
+import numpy as np
+import pytest
+
+from kvlock_jax import batch, remote, report, video
+from kvlock_jax.config import run_config
+from kvlock_jax.errors import CheckpointError, InputError, SamplingError
+from kvlock_jax.job import prepare
+from kvlock_jax.manifest import Common
+
+BOX = {"src_video": "0.mkv", "bbox": "0,0,8,8", "prompt": "a star"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    batches.write_inputs(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, *rows: dict, name: str = "edits.jsonl") -> Path:
+    """A manifest of edits `0`, `1`, ...; each row says how it differs from `BOX`."""
+    full = [
+        BOX | {"id": str(n), "save_file": f"{n}.mkv", "lossless": True} | row
+        for n, row in enumerate(rows)
+    ]
+    (folder / name).write_text("\n".join(map(json.dumps, full)))
+    return folder / name
+
+
+def failures(save_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (save_dir / "failed.jsonl").read_text().splitlines()]
+
+
+def names(save_dir: Path) -> list[str]:
+    return sorted(path.name for path in save_dir.iterdir())
+
+
+def all_frames(save_dir: Path) -> dict[str, bytes]:
+    return {p.name: video.read_video(p).frames.tobytes() for p in save_dir.glob("*.mkv")}
+
+
+# --- what is written --------------------------------------------------------------------------
+
+
+def test_a_video_and_a_json_beside_it(folder):
+    manifest = write(folder, {"base_seed": 3, "config.kvlock.tau": 0.5})
+    summary = batches.do(manifest, folder / "out")
+    assert summary == batch.Summary(done=1, skipped=0, failed=0, failures=None)
+    assert names(folder / "out") == ["0.json", "0.mkv"]
+    found = video.read_video(folder / "out" / "0.mkv")
+    # the key by its definition, and the fake edit's frames of it
+    key = jax.random.fold_in(jax.random.key(3), zlib.crc32(b"0"))
+    inputs = (
+        batch._Reader().read(prepare(batches.job(manifest, folder / "out")).groups[0])[0].inputs
+    )
+    np.testing.assert_array_equal(found.frames, batches.frames(inputs, key))
+    assert found.fps == 12
+    told = json.loads((folder / "out" / "0.json").read_text())
+    assert told["request"] == json.loads(manifest.read_text())
+    assert told["id"] == "0" and told["noise_key"] == [3, zlib.crc32(b"0")] and told["seed"] == 3
+    assert told["settings"]["lock"]["tau"] == 0.5 and told["settings"]["sample"]["steps"] == 2
+    assert told["checkpoint"] == {"name": "none"}
+    assert told["versions"].keys() == {"kvlock_jax", "jax"}
+    assert told["metrics"]["background_psnr"] == "Infinity" and told["metrics"]["psnr"] == 30
+    assert told["seconds"].keys() == {"read", "sample"}
+    assert told["bytes"] == (folder / "out" / "0.mkv").stat().st_size
+    assert len(told["request_hash"]) == 64
+
+
+def test_results_depend_on_id_and_seed_alone(folder):
+    rows = [
+        {"src_video": f"{n % 2}.mkv", "steps": 2 + n // 4, "base_seed": n % 3} for n in range(8)
+    ]
+    batches.do(write(folder, *rows), folder / "one")
+    lines = (folder / "edits.jsonl").read_text().splitlines()
+    (folder / "other.jsonl").write_text("\n".join([*reversed(lines[2:]), "{"]))
+    batches.do(folder / "other.jsonl", folder / "two", batch_size=3)
+    one, two = all_frames(folder / "one"), all_frames(folder / "two")
+    assert len(two) == 6 and two == {name: one[name] for name in two}
+    assert len(set(one.values())) == 8
+
+
+def test_a_default_name_and_a_suffix_of_ones_choice(folder):
+    manifest = write(folder, {"save_file": None, "lossless": None}, {"save_file": "x.mov"})
+    assert batches.do(manifest, folder / "out").done == 2
+    assert names(folder / "out") == ["0.json", "0.mp4", "x.json", "x.mov"]
+
+
+def test_edits_of_one_source_share_its_frames(folder, monkeypatch):
+    shared, decoded = [], []
+    read_video = video.read_video
+    monkeypatch.setattr(
+        batch.video,
+        "read_video",
+        lambda path, *more: decoded.append(path) or read_video(path, *more),
+    )
+
+    def runner(model, inputs, *rest):
+        shared.append([given.source for given in inputs])
+        return batches.runner(model, inputs, *rest)
+
+    rows = [{}, {"src_video": "1.mkv"}, {"bbox": "8,8,16,16"}, {"size": "96*64"}, {"size": "96*64"}]
+    manifest = write(folder, *rows)
+    assert batches.do(manifest, folder / "out", runner, batch_size=2).done == 5
+    (first, third), (second,), (fourth, fifth) = shared
+    assert first is third and fourth is fifth and first.shape == second.shape
+    assert fourth.shape == (5, 64, 96, 3)
+    assert [Path(path).name for path in decoded] == ["0.mkv", "1.mkv", "0.mkv"]
+    assert video.read_video(folder / "out" / "2.mkv").fps == 12
+
+
+def test_what_shards_do_is_the_whole(folder):
+    manifest = write(folder, *({"src_video": f"{n % 3}.mkv"} for n in range(7)), {"prompt": ""})
+    whole = batches.do(manifest, folder / "whole")
+    parts = [batches.do(manifest, folder / "parts", shard=(n, 3)) for n in range(3)]
+    assert sum(p.done for p in parts) == whole.done == 7 and whole.failed == 1
+    assert all_frames(folder / "parts") == all_frames(folder / "whole")
+    assert [p.failures is None for p in parts] == [True, False, True]  # line 8 is the second's
+    assert parts[1].failures == str(folder / "parts" / "failed-00001-of-00003.jsonl")
+    assert Path(parts[1].failures).read_text() == Path(whole.failures).read_text()
+
+
+# --- what goes wrong --------------------------------------------------------------------------
+
+
+def test_forty_edits_with_six_broken(forty):
+    manifest, good, out, summary = forty
+    assert summary == batch.Summary(34, 0, 6, str(out / "failed.jsonl"))
+    assert names(out) == sorted(
+        [*(f"{n}.mkv" for n in good), *(f"{n}.json" for n in good), "failed.jsonl"]
+    )
+    rows = failures(out)
+    assert [(row["line"], row["id"]) for row in rows] == [
+        (4, "edit-03"),
+        (9, "edit-08"),
+        (14, "edit-13"),
+        (20, None),
+        (28, "edit-26"),
+        (34, "edit-33"),
+    ]
+    for row, says in zip(
+        rows,
+        [
+            f"{manifest.parent}/absent.mkv: no such file or folder",
+            f"mask {manifest.parent}/short.npy: 3 frames, but the video has 5",
+            "the mask is empty, nothing to edit: no pixel is over half of white",
+            "not JSON: Expecting ',' delimiter at column ",
+            "id 'edit-26' is that of line 27 already",
+            f"{manifest.parent}/story.mkv: not a readable video or image (Invalid data",
+        ],
+        strict=True,
+    ):
+        assert row["reason"].startswith(says)
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """An undisturbed run of forty: manifest, ids that come to something, folder, summary."""
+    folder = tmp_path_factory.mktemp("forty")
+    manifest, good = batches.forty(folder)
+    summary = batches.do(manifest, folder / "whole", batch_size=2)
+    return manifest, good, folder / "whole", summary
+
+
+def test_a_mended_line_leaves_the_list(folder):
+    manifest = write(folder, {}, {"src_video": "absent.mkv"}, {"prompt": " "})
+    assert batches.do(manifest, folder / "out").failed == 2
+    (folder / "1.mkv").rename(folder / "absent.mkv")
+    again = batches.do(manifest, folder / "out")
+    assert again == batch.Summary(1, 1, 1, str(folder / "out" / "failed.jsonl"))
+    assert [row["line"] for row in failures(folder / "out")] == [3]
+    write(folder, {}, {"src_video": "absent.mkv"}, {})
+    assert batches.do(manifest, folder / "out") == batch.Summary(1, 2, 0, None)
+    assert names(folder / "out") == ["0.json", "0.mkv", "1.json", "1.mkv", "2.json", "2.mkv"]
+
+
+def poor(model, inputs, *rest):
+    """A runner that fails as a whole if one of its edits is bad, or leaves a mark in its place."""
+    if any(given.prompt == "bug" for given in inputs):
+        raise KeyError("a bug")
+    results = batches.runner(model, inputs, *rest)
+    diverged = SamplingError("latents are not finite after step 1 of 2")
+    return [diverged if i.prompt == "bad" else r for i, r in zip(inputs, results, strict=True)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_bad_edit_stops_no_other(folder, batch_size):
+    manifest = write(folder, {}, {"prompt": "bug"}, {"prompt": "bad"}, {}, {})
+    summary = batches.do(manifest, folder / "out", poor, batch_size=batch_size)
+    assert (summary.done, summary.failed) == (3, 2)
+    assert [(row["id"], row["reason"]) for row in failures(folder / "out")] == [
+        ("1", "KeyError: 'a bug'"),
+        ("2", "latents are not finite after step 1 of 2"),
+    ]
+    assert sorted(all_frames(folder / "out")) == ["0.mkv", "3.mkv", "4.mkv"]
+
+
+def test_a_result_that_cannot_be_written(folder):
+    (folder / "out" / "0.mkv").mkdir(parents=True)
+    summary = batches.do(write(folder, {}, {}), folder / "out")
+    assert (summary.done, summary.failed) == (1, 1)
+    assert "0.mkv: cannot be written" in failures(folder / "out")[0]["reason"]
+    assert names(folder / "out") == ["0.mkv", "1.json", "1.mkv", "failed.jsonl"]
+
+
+def test_a_failing_edit_leaves_what_it_was_before(folder):
+    manifest = write(folder, {})
+    batches.do(manifest, folder / "out")
+    before = (folder / "out" / "0.json").read_bytes()
+    write(folder, {"prompt": "bad"})
+    assert batches.do(manifest, folder / "out", poor).failed == 1
+    assert (folder / "out" / "0.json").read_bytes() == before
+
+
+def test_a_container_need_not_tell_the_truth(folder, monkeypatch):
+    """Videos that seem to be of one shape and are not, run apart."""
+    video.write_video(folder / "1.mkv", batches.clip(1, (5, 64, 48)), 12, lossless=True)
+    monkeypatch.setattr("kvlock_jax.job._probe", lambda path: (5, 32, 48))
+    shapes = []
+
+    def runner(model, inputs, *rest):
+        shapes.append([given.source.shape[1] for given in inputs])
+        return batches.runner(model, inputs, *rest)
+
+    manifest = write(folder, *({"src_video": f"{n}.mkv"} for n in (0, 1, 2)))
+    assert batches.do(manifest, folder / "out", runner, batch_size=3).done == 3
+    assert shapes == [[32, 32], [64]]
+
+
+def test_a_model_that_does_not_load_ends_it_all(folder):
+    def load():
+        raise CheckpointError("damaged")
+
+    work = prepare(batches.job(write(folder, {}), folder / "out"))
+    with pytest.raises(CheckpointError, match="damaged"):
+        batch.run(work, load)
+    assert names(folder / "out") == []
+
+
+def test_no_model_is_loaded_for_nothing(folder):
+    manifest = write(folder, {}, {"src_video": "story.mkv"})
+    batches.do(manifest, folder / "out")
+    summary = batch.run(prepare(batches.job(manifest, folder / "out")), pytest.fail)
+    assert (summary.skipped, summary.failed) == (1, 1)
+
+
+def test_a_folder_that_cannot_be(folder):
+    (folder / "out").touch()
+    with pytest.raises(InputError, match="out: cannot be"):
+        batches.do(write(folder, {}), folder / "out")
+
+
+# --- cut short --------------------------------------------------------------------------------
+
+
+def test_killed_five_times_and_resumed(forty, processes, tmp_path):
+    """Real processes, killed while some of their edits are read, computed, written and renamed."""
+    manifest, _, whole, _ = forty
+    want, draw = all_frames(whole), random.Random(4)
+    finished: list[str] = []
+    for process in processes:
+        process.stdin.write(f"{manifest}\n{tmp_path}\n")
+        process.stdin.flush()
+        for _ in range(draw.randint(1, 7)):
+            finished += said(process.stdout.readline())
+        time.sleep(draw.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        finished += said(process.communicate()[0])
+        assert process.returncode == -signal.SIGKILL
+        found = all_frames(tmp_path)  # a half-written one could not be read
+        assert found == {name: want[name] for name in found}
+        committed = {p.stem for p in tmp_path.glob("*.json")}
+        assert set(finished) <= committed <= {Path(name).stem for name in found}
+        for name in committed:
+            json.loads((tmp_path / f"{name}.json").read_text())
+    assert 5 <= len(finished) < 34
+    assert max(collections.Counter(finished).values()) == 1  # nothing is done twice
+
+    summary = batches.do(manifest, tmp_path, batch_size=2)
+    assert summary.done + summary.skipped == 34 and summary.skipped >= len(finished)
+    assert all_frames(tmp_path) == want
+    assert names(tmp_path) == names(whole)
+    assert (tmp_path / "failed.jsonl").read_text() == (whole / "failed.jsonl").read_text()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes():
+    """Five that import what they need while other tests run, and wait to be told what to do."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([sys.executable, batches.__file__], **pipes) for _ in range(5)]
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def said(text: str) -> list[str]:
+    """The ids that a process called done, in what it printed."""
+    return [line.split()[1] for line in text.splitlines() if line.startswith("done ")]
+
+
+class Killed(BaseException):
+    """Stands for a kill that nothing can answer."""
+
+
+@pytest.mark.parametrize("redo", [False, True])
+def test_cut_short_at_any_file(folder, monkeypatch, redo):
+    """Stopped before each change of the folder in turn: no JSON ever speaks for another video."""
+    manifest, before, stops = write(folder, {}, {}), {}, 0
+    batches.do(manifest, folder / "whole")
+    want = all_frames(folder / "whole")
+    if redo:
+        batches.do(write(folder, {"prompt": "before"}, {"base_seed": 9}), folder / "before")
+        before = all_frames(folder / "before")
+        write(folder, {}, {})
+    made = {
+        json.loads(side.read_text())["request_hash"]: all_frames(side.parent)[f"{side.stem}.mkv"]
+        for side in folder.glob("*/*.json")
+    }
+    for count in range(100):
+        out = folder / f"out{count}"
+        if redo:
+            fsspec.filesystem("file").put(f"{folder}/before/", f"{out}/", recursive=True)
+        left = [count]
+
+        def counted(change, left=left):
+            def changed(*args):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return change(*args)
+
+            return changed
+
+        with monkeypatch.context() as patch:
+            for name in ("upload", "remove"):
+                patch.setattr(batch.remote, name, counted(getattr(remote, name)))
+            try:
+                batches.do(manifest, out)
+            except Killed:
+                stops += 1
+            else:
+                break
+        found = all_frames(out) if out.exists() else {}
+        assert all(content in (want[name], before.get(name)) for name, content in found.items())
+        for side in out.glob("*.json"):
+            told = json.loads(side.read_text())["request_hash"]
+            assert found[side.with_suffix(".mkv").name] == made[told]
+        batches.do(manifest, out)
+        assert all_frames(out) == want and names(out) == names(folder / "whole")
+    assert stops >= 8  # stage, list, and of each edit the old JSON, the video, the new JSON
+
+
+def test_an_interruption_keeps_what_is_done(folder):
+    manifest, seen = write(folder, {}, {}, {}, {}), []
+
+    def runner(*args):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(args)
+        return batches.runner(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        batches.do(manifest, folder / "out", runner)
+    assert names(folder / "out") == ["0.json", "0.mkv", "1.json", "1.mkv"]
+    threads = {thread.name for thread in threading.enumerate()}
+    assert not [name for name in threads if "ThreadPool" in name]
+    assert batches.do(manifest, folder / "out") == batch.Summary(2, 2, 0, None)
+
+
+def test_what_a_killed_run_left_is_removed(folder):
+    out, manifest = folder / "out", write(folder, {}, {"prompt": ""})
+    for stage in (".kvlock-batch", ".kvlock-batch-00001-of-00002"):
+        (out / stage).mkdir(parents=True)
+        (out / stage / "0.mkv").write_text("half")
+    (out / "mine.txt").touch()
+    batches.do(manifest, out)
+    assert names(out) == [
+        ".kvlock-batch-00001-of-00002",
+        "0.json",
+        "0.mkv",
+        "failed.jsonl",
+        "mine.txt",
+    ]
+    batches.do(manifest, out, shard=(1, 2))
+    assert names(out)[0] == "0.json"
+
+
+def test_a_group_runs_whole_and_writes_what_is_missing(folder):
+    manifest = write(folder, {}, {}, {})
+    batches.do(manifest, folder / "out", batch_size=3)
+    before = {p.name: p.stat().st_mtime_ns for p in (folder / "out").iterdir()}
+    (folder / "out" / "1.json").unlink()
+    sizes = []
+
+    def runner(model, inputs, *rest):
+        sizes.append(len(inputs))
+        return batches.runner(model, inputs, *rest)
+
+    assert batches.do(manifest, folder / "out", runner, batch_size=3) == batch.Summary(
+        1, 2, 0, None
+    )
+    after = {p.name: p.stat().st_mtime_ns for p in (folder / "out").iterdir()}
+    assert sizes == [3]
+    assert {name for name in after if after[name] != before[name]} == {"1.mkv", "1.json"}
+    assert batches.do(manifest, folder / "out", overwrite=True).done == 3
+
+
+def test_the_list_of_failures_is_written_as_they_come(folder, monkeypatch):
+    clock, lists = iter(range(0, 1000, 10)), []
+    monkeypatch.setattr(batch.time, "monotonic", lambda: next(clock))
+    manifest = write(folder, *({"prompt": "bad"} for _ in range(6)))
+
+    def runner(*args):
+        path = folder / "out" / "failed.jsonl"
+        lists.append(len(failures(folder / "out")) if path.exists() else 0)
+        return poor(*args)
+
+    assert batches.do(manifest, folder / "out", runner).failed == 6
+    assert lists[0] == 0 and lists[-1] >= 2 and lists == sorted(lists)
+    assert [row["line"] for row in failures(folder / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+# --- what runs beside what --------------------------------------------------------------------
+
+
+def test_reading_and_writing_go_on_while_the_device_works(folder, monkeypatch):
+    """Edit 1 computes until edit 2 is read and edit 0 is being written; that waits for it too."""
+    read, writing = (collections.defaultdict(threading.Event) for _ in range(2))
+    computing = threading.Event()
+    inputs_of, publish = batch._Reader._inputs, batch._publish
+
+    def reading(self, request):
+        found = inputs_of(self, request)
+        read[request.id].set()
+        return found
+
+    def publishing(work, stage, request, *rest):
+        writing[request.id].set()
+        if request.id == "0":
+            assert computing.wait(30), "edit 1 does not start before edit 0 is written"
+        publish(work, stage, request, *rest)
+
+    monkeypatch.setattr(batch._Reader, "_inputs", reading)
+    monkeypatch.setattr(batch, "_publish", publishing)
+
+    def runner(model, inputs, *rest):
+        n = len(inputs[0].prompt)
+        if n == 1:
+            computing.set()
+            assert read["2"].wait(30), "edit 2 is not read meanwhile"
+            assert writing["0"].wait(30), "edit 0 is not written meanwhile"
+        time.sleep(0.05)
+        assert not read[str(n + 2)].is_set(), "no more than one is read ahead"
+        return batches.runner(model, inputs, *rest)
+
+    manifest = write(folder, *({"prompt": "p" * n or "\u00e9\u00e9\u00e9\u00e9"} for n in range(4)))
+    summary = batches.do(manifest, folder / "out", runner)
+    assert summary.done == 4, failures(folder / "out")
+
+
+def test_the_end_of_each_edit_is_told_once(folder):
+    told = []
+    manifest = write(folder, {}, {"prompt": "bad"}, {}, {"prompt": ""})
+    work = prepare(batches.job(manifest, folder / "out"))
+    batches.run(work, poor, lambda request, failure: told.append((request.id, failure is None)))
+    assert sorted(told) == [("0", True), ("1", False), ("2", True)]
+
+
+# --- places -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory():
+    system = fsspec.filesystem("memory")
+    yield system
+    system.rm("/", recursive=True)
+
+
+def test_everything_may_be_remote(folder, memory, monkeypatch):
+    (folder / "images").mkdir()
+    for n, image in enumerate(batches.clip(5)):
+        video.write_png(folder / "images" / f"{n}.png", image)
+    rows = [
+        {"bbox": None, "src_mask": "mask.npy"},
+        {"src_video": "images"},
+        {"src_video": "story.mkv"},
+        {"bbox": None, "src_mask": "memory://set/short.npy"},
+        {"src_video": "none.mkv"},
+        {"src_ref_images": ["images/0.png"]},
+    ]
+    manifest = write(folder, *rows)
+    batches.do(manifest, folder / "out")
+    memory.put(f"{folder}/", "/set/", recursive=True)
+    memory.rm("/set/out", recursive=True)
+    memory.pipe_file("/out/.kvlock-batch/0.mkv", b"half")
+    there = ("memory://set/edits.jsonl", "memory://out")
+    for batch_size, counts in ((2, (3, 0, 3)), (1, (0, 3, 3))):
+        summary = batches.do(*there, batch_size=batch_size)
+        assert summary == batch.Summary(*counts, "memory://out/failed.jsonl")
+    want = [name for name in names(folder / "out") if name != "failed.jsonl"]
+    assert remote.sizes("memory://out").keys() == {*want, "failed.jsonl"}
+    assert not memory.exists("/out/.kvlock-batch")
+    for name in want:
+        if name.endswith(".mkv"):
+            with remote.local_copy(f"memory://out/{name}", ()) as local:
+                found = video.read_video(local).frames
+            np.testing.assert_array_equal(found, video.read_video(folder / "out" / name).frames)
+    reasons = [json.loads(line)["reason"] for line in memory.cat("/out/failed.jsonl").splitlines()]
+    assert reasons[0].startswith("memory://set/story.mkv: not a readable video")
+    assert reasons[1].startswith("mask memory://set/short.npy: 3 frames")
+    assert reasons[2] == "memory://set/none.mkv: no such file or folder"
+    (folder / "here").mkdir()
+    assert batches.do(there[0], folder / "here").done == 3
+    assert all_frames(folder / "here") == all_frames(folder / "out")
+
+
+def test_keys_of_edits():
+    keys = [batch.edit_key(seed, name) for seed in (0, 2**32 - 1) for name in ("a", "b", "\u00e9")]
+    assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == 6
+    want = jax.random.fold_in(jax.random.key(0), 0xE8B7BE43)  # CRC-32 of "a"
+    assert jax.random.key_data(keys[0]).tolist() == jax.random.key_data(want).tolist()
+
+
+def test_defaults_are_written_down(folder):
+    write(folder, {})
+    common = Common(run_config("kvlock"), {"prompt": "a circle"})
+    batches.do(folder / "edits.jsonl", folder / "out", common=common)
+    told = json.loads((folder / "out" / "0.json").read_text())
+    assert told["defaults"] == {"prompt": "a circle"}
+    assert dataclasses.asdict(batches.METRICS).keys() == told["metrics"].keys()
+    assert told["steps"].keys() == set(report.STEPS)

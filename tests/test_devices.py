@@ -1,0 +1,124 @@
+"""Flags of devices, and two processes beside one."""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from kvlock_jax import devices
+from kvlock_jax.config import WanConfig
+from kvlock_jax.errors import ConfigError
+from kvlock_jax.models.sharded_attention import gathered, ring
+
+CONFIG = WanConfig(4, 12, 2, 40)
+
+
+def parsed(*argv):
+    parser = argparse.ArgumentParser()
+    devices.add(parser)
+    return parser.parse_args(argv)
+
+
+def test_one_edit_has_all_devices_on_frames_and_many_have_them_on_data():
+    one = devices.place(parsed(), CONFIG, many=False)
+    assert dict(one.mesh.shape) == {"data": 1, "frames": 8, "model": 1}
+    assert (one.spread, one.attend) == (False, gathered)
+    many = devices.place(parsed(), CONFIG, many=True)
+    assert dict(many.mesh.shape) == {"data": 8, "frames": 1, "model": 1}
+    assert str(one) == "8 devices: data 1, frames 8, model 1"
+
+
+def test_a_mesh_of_one_device_is_none():
+    placed = devices.place(parsed("--mesh", "frames=1", "--spread_weights"), CONFIG, many=False)
+    assert (placed.mesh, placed.spread) == (None, False)
+    assert str(placed) == "cpu"
+
+
+def test_what_is_asked_for_is_had():
+    args = parsed("--mesh", "data=2,frames=2,model=2", "--attention", "ring", "--spread_weights")
+    placed = devices.place(args, CONFIG, many=False)
+    assert (placed.spread, placed.attend) == (True, ring)
+    assert str(placed) == "8 devices: data 2, frames 2, model 2, weights spread"
+
+
+def test_heads_that_do_not_divide_are_refused_with_what_would():
+    args = parsed("--mesh", "model=8")
+    with pytest.raises(ConfigError, match="model=8 does not divide the model's 4 heads: use one of "
+                       "1, 2, 4"):  # fmt: skip
+        devices.place(args, CONFIG, many=False)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--coordinator", "localhost:1"], "--num_processes, --process_id must be given too"),
+        (["--process_id", "1"], "--coordinator, --num_processes must be given too"),
+        (
+            ["--coordinator", "localhost:1", "--num_processes", "2", "--process_id", "2"],
+            "--process_id must be from 0 to 1, found 2",
+        ),
+    ],
+)
+def test_hosts_are_named_in_full(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        devices.join(parsed(*argv))
+
+
+# -- several hosts ---------------------------------------------------------------------------------
+
+COMMAND = "import sys; from kvlock_jax.cli import run; run()"
+
+
+def started(folder: Path, count: int, argv: list[str]) -> subprocess.Popen:
+    """`kvlock` in a process with some devices of its own."""
+    flags = f"--xla_force_host_platform_device_count={count}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *argv], env=env, cwd=folder, **pipe)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def test_two_processes_are_one(tiny_vace_checkpoint, tmp_path):
+    np.save(tmp_path / "clip.npy", tiny.clip())
+    from kvlock_jax import video
+
+    video.write_video(tmp_path / "clip.mkv", tiny.clip(), 16, lossless=True)
+    video.write_video(tmp_path / "mask.mkv", tiny.mask(), 16, lossless=True)
+
+    def argv(name: str, *more: str) -> list[str]:
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        return [
+            "edit", "--ckpt_dir", str(tiny_vace_checkpoint), "--src_video", "clip.mkv",
+            "--src_mask", "mask.mkv", "--prompt", "a blue star", "--sample_steps", "4",
+            "--preset", "kvlock_anchor", "--save_file", str(out / "edit.mkv"), "--lossless",
+            "--trace", str(out / "trace.json"), "--mesh", "frames=8", "--spread_weights", *more,
+        ]  # fmt: skip
+
+    alone = started(tmp_path, 8, argv("one"))
+    said, _ = alone.communicate(timeout=300)
+    assert alone.returncode == 0, said
+    hosts = ["--coordinator", f"localhost:{free_port()}", "--num_processes", "2", "--process_id"]
+    pair = [started(tmp_path, 4, argv("two", *hosts, str(i))) for i in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], "\n".join(said)
+    assert "8 devices of 2 hosts" in said[0]
+    assert "wrote" in said[0] and "wrote" not in said[1]
+
+    one, two = (video.read_video(tmp_path / n / "edit.mkv").frames for n in ("one", "two"))
+    assert np.abs(one.astype(int) - two).max() <= 1
+    traces = [json.loads((tmp_path / n / "trace.json").read_text()) for n in ("one", "two")]
+    sigma2 = [[step["sigma2"] for step in trace["steps"]] for trace in traces]
+    np.testing.assert_allclose(*sigma2, rtol=1e-5, atol=1e-9)

@@ -1,0 +1,325 @@
+"""The mesh and its rules, and whole edits on 8 devices against the same on one."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from kvlock_jax import lock, sharding
+from kvlock_jax.config import VAEConfig, WanConfig
+from kvlock_jax.errors import ConfigError
+from kvlock_jax.models import layout, vae
+from kvlock_jax.models.sharded_attention import gathered, ring
+from kvlock_jax.models.vace import VACEContext, wan_transformer
+from kvlock_jax.patches import Grid
+from kvlock_jax.sampling import solvers
+from kvlock_jax.sampling.sampler import Edits, Program, sample
+
+MESHES = ((1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1))
+EDITS, STEPS, HEADS, SIZE, LAYERS, TEXT = 8, 4, 4, 12, 3, 6
+CONFIG = WanConfig(
+    HEADS, SIZE, LAYERS, ffn_dim=40, in_channels=4, out_channels=4, text_dim=16, freq_dim=8,
+    vace_layers=(0, 2), vace_in_channels=6,
+)  # fmt: skip
+
+
+# -- rules -----------------------------------------------------------------------------------------
+
+
+def test_a_spec_follows_the_letters():
+    assert sharding.spec("BLNK") == P("data", "frames", "model", None)
+    assert sharding.spec("layers B L N K") == P(None, "data", "frames", "model", None)
+    assert sharding.spec("BTHWC") == P("data", None, None, None, None)
+    assert sharding.spec("layers D F", sharding.SPREAD) == P(None, "frames", "model")
+    with pytest.raises(ValueError, match="two dimensions over one mesh axis"):
+        sharding.spec("BLNF")
+
+
+def test_a_mesh_is_written_as_text():
+    mesh = sharding.parse_mesh("data=2, frames=4")
+    assert dict(mesh.shape) == {"data": 2, "frames": 4, "model": 1}
+    assert sharding.parse_mesh("frames=2").size == 2  # of the first devices
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("frames=9", "data=1,frames=9,model=1 takes 9 devices, found 8"),
+        ("frames=0", "every axis must be 1 or more"),
+        ("frame=8", "cannot read 'frame=8'"),
+        ("frames=8,frames=1", "cannot read 'frames=1'"),
+        ("frames", "cannot read 'frames'"),
+        ("frames=-1", "cannot read"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        sharding.parse_mesh(text)
+
+
+def test_a_constraint_that_does_not_divide_is_an_error():
+    """JAX drops it without a word."""
+    with jax.set_mesh(sharding.make_mesh(frames=8)):
+        message = re.escape(
+            "L of 'BLD' is 12, not a multiple of the 8 devices on mesh axis 'frames'"
+        )
+        with pytest.raises(ConfigError, match=message):
+            sharding.constrain(jnp.zeros((1, 12, 3)), "BLD")
+        laid = sharding.constrain(jnp.zeros((1, 16, 3)), "BLD")
+        assert laid.sharding.spec == P("data", "frames", None)
+    x = jnp.zeros((1, 12, 3))
+    assert sharding.constrain(x, "BLD") is x  # no mesh
+
+
+@pytest.mark.parametrize(
+    "size, spec",
+    [
+        ((8, 16), P(None, None, None, ("frames", "model"))),
+        ((8, 12), P(None, None, ("frames", "model"))),
+        ((12, 12), P()),
+    ],
+)
+def test_space_is_spread_by_columns_or_rows(size, spec):
+    with jax.set_mesh(sharding.make_mesh(data=1, frames=4, model=2)):
+        laid = jax.jit(sharding.spread_space)(jnp.zeros((1, 2, *size, 3)))
+    wanted = jax.sharding.NamedSharding(laid.sharding.mesh, spec)
+    assert laid.sharding.is_equivalent_to(wanted, 5)
+
+
+@pytest.mark.parametrize(
+    "tokens, shards, length",
+    [(32_760, 8, 32_768), (32_760, 1, 32_760), (75_600, 8, 75_776), (80, 8, 80), (45, 8, 48)],
+)
+def test_a_row_of_tokens_is_padded_to_equal_shards(tokens, shards, length):
+    assert sharding.padded(tokens, shards) == length
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+
+def given(frames: int) -> Edits:
+    """Eight edits of 16 tokens a frame, as NumPy arrays, padded for the ambient mesh."""
+    rng, space = np.random.default_rng(frames), (frames, 8, 8)
+    source, noise = (rng.normal(size=(EDITS, *space, 4)).astype(np.float32) for _ in range(2))
+    control = rng.normal(size=(EDITS, *space, 6)).astype(np.float32)
+    text = rng.normal(size=(3 * EDITS, TEXT, 16)).astype(np.float32)
+    foreground = np.zeros((EDITS, *space), bool)
+    for n in range(EDITS):
+        foreground[n, 1:, n % 4 : n % 4 + 3, 3:6] = True
+    grid = Grid(space, sharding.padded(Grid.of(space).tokens, sharding.shards("L")))
+    source, noise, control, foreground = (
+        np.asarray(grid.split(jnp.asarray(x))) for x in (source, noise, control, foreground)
+    )
+    scale = np.linspace(0.5, 1, EDITS, dtype=np.float32)
+    told = VACEContext(text[: 2 * EDITS], control, scale)
+    source_told = VACEContext(text[2 * EDITS :], control, scale)
+    return Edits(source, noise, foreground, told, source_told, grid)
+
+
+def model_of(attend=gathered):
+    model = wan_transformer(CONFIG, attend=attend, rngs=nnx.Rngs(0))
+    for projection in (model.vace_proj_in, model.vace_blocks.proj_out):
+        kernel = projection.kernel  # a fresh one is zero: no hint would reach the edit
+        kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape) / CONFIG.dim**0.5
+    return model
+
+
+def placed(module, name, mesh, spread):
+    """A module as `checkpoint.load` would have put it."""
+    graph, state = nnx.split(module)
+    flat = []
+    for path, leaf in nnx.to_flat_state(state):
+        value = leaf.get_value()
+        dotted = ".".join([name, *map(str, path)])
+        place = layout.place(mesh, dotted, value.shape, spread=spread)
+        flat.append((path, leaf.replace(jax.device_put(value, place))))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def arguments(edits: Edits, model, preset="kvlock_anchor"):
+    settings = lock.preset(preset, 3.0)
+    table = solvers.unipc(STEPS, 3.0)
+    knobs = lock.knobs(dataclasses.replace(settings, tau=0.5), 3.0)
+    program = Program(settings.enabled, settings.guidance, settings.window)
+    return (model, jnp.array(edits.noise), edits, table, knobs), program
+
+
+@functools.cache
+def on_one_device(frames: int, preset="kvlock_anchor"):
+    edits = given(frames)
+    args, program = arguments(edits, model_of(), preset)
+    latents, trace = sample(*args, program=program)
+    return np.asarray(edits.grid.join(latents)), jax.tree.map(np.asarray, trace)
+
+
+@functools.cache
+def on_a_mesh(shape: tuple[int, int, int], frames: int, spread: bool = True, attend=gathered):
+    """Latents, trace, their sharding, and the compiled program of a run on a mesh."""
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        edits = given(frames)
+        args, program = arguments(edits, placed(model_of(attend), "transformer", mesh, spread))
+        text = sample.lower(*args, program=program).compile().as_text()
+        latents, trace = sample(*args, program=program)
+        whole = np.asarray(edits.grid.join(latents))
+    return whole, jax.tree.map(np.asarray, trace), latents.sharding.spec, text
+
+
+def relative(found, wanted):
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("frames", [3, 5, 7])
+@pytest.mark.parametrize("shape", MESHES)
+def test_sharded_is_unsharded(shape, frames):
+    wanted, trace = on_one_device(frames)
+    found, told, spec, _ = on_a_mesh(shape, frames)
+    assert relative(found, wanted) < 1e-5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), told, trace)
+    wanted_spec = jax.sharding.NamedSharding(sharding.make_mesh(*shape), sharding.spec("BLcC"))
+    got = jax.sharding.NamedSharding(sharding.make_mesh(*shape), spec)
+    assert got.is_equivalent_to(wanted_spec, 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_a_ring_is_the_same(shape):
+    found, _, _, text = on_a_mesh(shape, 5, True, ring)
+    assert relative(found, on_one_device(5)[0]) < 1e-5
+    heads = {s for kind, s in collectives(text) if kind == "all-gather" and len(s) == 4}
+    assert not heads  # keys and values are never gathered
+    assert "collective-permute" in {kind for kind, _ in collectives(text)}
+
+
+# -- what the compiler made of it ------------------------------------------------------------------
+
+
+def collectives(text: str) -> collections.Counter:
+    """How often a program has a collective of a kind and of a shape of its result."""
+    found = collections.Counter()
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    for line in text.splitlines():
+        if match := re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line):
+            for shape in re.findall(r"[a-z0-9]+\[([0-9,]*)\]", match[1]):
+                found[match[2], tuple(int(n) for n in shape.split(",") if n)] += 1
+    return found
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_collectives_are_those_that_are_meant(shape):
+    data, frames, model = shape
+    edits = EDITS // data
+    length, wide = sharding.padded(80, frames), CONFIG.dim
+    local, heads = length // frames, HEADS // model
+    found = collectives(on_a_mesh(shape, 5)[3])
+    if shape == (8, 1, 1):  # each device has an edit of its own
+        assert not found
+        return
+    meant = set()
+    for rows in (edits, 2 * edits):  # the source pass, the edit's branches
+        # keys and values of one block: all tokens of this device's heads
+        meant.add(("all-gather", (rows, length, heads, SIZE)))
+        # a layer's kernels, for its products
+        for c_in, c_out in ((wide, wide // model), (wide // model, wide), (wide, wide)):
+            meant.add(("all-gather", (1, c_in, c_out)))
+        meant.add(("all-gather", (1, wide, 40 // model)))
+        meant.add(("all-gather", (1, 40 // model, wide)))
+        # modulation: its kernel is spread over `frames` and each makes a part of the sum
+        meant |= {("all-gather", (rows, wide)), ("all-reduce", (rows, 6 * wide))}
+        if model > 1:
+            # the norm of queries and keys spans all heads; both output projections sum over them
+            meant |= {("all-reduce", (rows, local)), ("all-reduce", (rows, local, wide))}
+            meant.add(("all-reduce", (rows, TEXT)))  # the same norm, of the text's keys
+    meant.add(("all-reduce", (edits,)))  # sigma2, s*, and whether all is finite: one number an edit
+    assert set(found) <= meant
+    assert found["all-gather", (2 * edits, length, heads, SIZE)] == 4  # K, V; main, context blocks
+    # neither latents nor a cache of all layers
+    gathered_sizes = [np.prod(s) for kind, s in found if kind == "all-gather"]
+    assert max(gathered_sizes) <= 2 * edits * length * heads * SIZE
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_carry_lies_in_shards(shape):
+    """The loop's state as the compiler laid it out: shapes in its `while` are those of a device."""
+    data, frames, model = shape
+    edits, local = EDITS // data, sharding.padded(80, frames) // frames
+    text = on_a_mesh(shape, 5)[3]
+    carried = {
+        tuple(int(n) for n in s.split(","))
+        for line in text.splitlines()
+        if " while(" in line
+        for s in re.findall(r"f32\[([0-9,]+)\]", line.split(" while(")[0])
+    }
+    assert (LAYERS, edits, local, HEADS // model, SIZE) in carried  # the cache
+    assert (edits, local, 4, 4) in carried  # latents
+    assert (10, edits, local, 4, 4) in carried  # clean estimates
+    assert (LAYERS, CONFIG.dim // frames, CONFIG.dim // model) in carried  # queries' kernels
+    assert (LAYERS, 40 // model, CONFIG.dim // frames) in carried
+    if shape != (8, 1, 1):
+        whole = {(LAYERS, EDITS, 80, HEADS, SIZE), (EDITS, 80, 4, 4), (10, EDITS, 80, 4, 4)}
+        assert not whole & carried
+
+
+def test_a_cache_is_laid_out_as_its_letters_say():
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        edits, model = given(5), placed(model_of(), "transformer", mesh, True)
+
+        @jax.jit
+        def source_pass(model, edits):
+            told = model.condition(edits.source_prompts, edits.grid)
+            return told, model.keys_values(edits.source, jnp.full(EDITS, 500.0), told)
+
+        told, (velocity, cache) = source_pass(model, edits)
+    held = sum(x.addressable_shards[0].data.nbytes for x in (cache.k, cache.v))
+    assert held == cache.nbytes // 8
+    for x, letters in (
+        (cache.k, "layers B L N K"),
+        (cache.v, "layers B L N K"),
+        (velocity, "B L cells C"),
+        (told.text.k, "layers B S N K"),
+        (told.control, "BLD"),
+        (told.positions.rope[0], "LK"),
+    ):
+        wanted = jax.sharding.NamedSharding(mesh, sharding.spec(letters))
+        assert x.sharding.is_equivalent_to(wanted, x.ndim), letters
+
+
+def test_heads_that_do_not_divide_are_refused():
+    mesh = sharding.make_mesh(1, 1, 8)
+    with jax.set_mesh(mesh):
+        edits, model = given(3), model_of()
+        args, program = arguments(edits, model)
+        with pytest.raises(ConfigError, match=r"is 4, .* 8 devices .*: 1, 2, 4"):
+            sample.lower(*args, program=program)
+
+
+# -- the VAE ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 32)])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_a_video_is_coded_in_parts(shape, size):
+    config = VAEConfig(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4,
+                       latents_std=(1.0,) * 4)  # fmt: skip
+    networks = vae.WanVAE(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (2, 9, *size, 3), np.uint8)
+    latents = np.asarray(vae.encode(networks, video))
+    wanted = np.asarray(vae.decode(networks, latents)[0]).astype(int)
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        networks = placed(networks, "vae", mesh, False)
+        found = np.asarray(vae.encode(networks, video))
+        decoded, finite = vae.decode(networks, latents)
+        text = vae.decode.lower(networks, latents).compile().as_text()
+    assert relative(found, latents) < 1e-5
+    assert finite and np.abs(np.asarray(decoded).astype(int) - wanted).max() <= 1
+    halos = [s for kind, s in collectives(text) if kind == "collective-permute"]
+    assert halos  # neighbours swap columns or rows
