@@ -212,6 +212,8 @@ def run(
     """`edit` of a video that was read, with settings that were checked."""
     if noise is None:
         noise = draw_noise(model, inputs, jax.random.key(settings.sample.seed))
+    elif noise.shape != (wanted := noise_shape(model, inputs)):
+        raise InputError(f"noise must have the shape {wanted}, found {noise.shape}")
     (result,) = run_batch(model, [inputs], [settings], noise, on_step=on_step)
     return result
 
@@ -280,12 +282,17 @@ def run_batch(
 
 
 def draw_noise(model: Model, inputs: Inputs, key: Array) -> Float[np.ndarray, "one T H W C"]:
-    """Noise of unit variance for one source: of its latents' shape, references first."""
+    """Noise of unit variance for one source, references first."""
+    return np.asarray(jax.random.normal(key, noise_shape(model, inputs), jnp.float32))
+
+
+def noise_shape(model: Model, inputs: Inputs) -> tuple[int, ...]:
+    """The shape `1 T H W C` of one source's latents."""
     frames, height, width = files.Fit(*inputs.source.shape[:3]).model_shape
     time, rows, columns = VAE_STRIDES
     space = ((frames - 1) // time + 1 + len(inputs.references), height // rows, width // columns)
     channels = model.checkpoint.configs.transformer.in_channels
-    return np.asarray(jax.random.normal(key, (1, *space, channels), jnp.float32))
+    return (1, *space, channels)
 
 
 def round_trip(model: Model, video: Frames) -> Frames:

@@ -120,5 +120,5 @@ def test_two_processes_are_one(tiny_vace_checkpoint, tmp_path):
     one, two = (video.read_video(tmp_path / n / "edit.mkv").frames for n in ("one", "two"))
     assert np.abs(one.astype(int) - two).max() <= 1
     traces = [json.loads((tmp_path / n / "trace.json").read_text()) for n in ("one", "two")]
-    sigma2 = [[step["sigma2"] for step in trace["steps"]] for trace in traces]
+    sigma2 = [trace["steps"]["sigma2"] for trace in traces]
     np.testing.assert_allclose(*sigma2, rtol=1e-5, atol=1e-9)

@@ -423,12 +423,14 @@ def test_a_pinned_background_is_the_sources_under_references(vace, monkeypatch):
     spy.lower = plain.lower
     monkeypatch.setattr(editing, "sample", spy)
     edit(vace, config=config_of("kvlock_anchor"), references=[PICTURE, PICTURE])
-    edits, out = seen["edits"], seen["out"]
+    edits = seen["edits"]
+    whole = (edits.grid.join(x) for x in (seen["out"], edits.source, edits.foreground[..., None]))
+    out, source, foreground = map(np.asarray, whole)
     assert edits.references == 2 and out.shape[1] == 2 + (FRAMES + 3) // 4
-    kept = ~np.asarray(edits.foreground)[..., None]
+    kept = ~foreground
     kept[:, :2] = False
-    np.testing.assert_array_equal(np.where(kept, out, 0), np.where(kept, edits.source, 0))
-    assert not np.array_equal(out[:, :2], np.asarray(edits.source)[:, :2])
+    np.testing.assert_array_equal(np.where(kept, out, 0), np.where(kept, source, 0))
+    assert not np.array_equal(out[:, :2], source[:, :2])
 
 
 def test_what_is_masked_is_hidden_unless_it_is_to_be_shown(vace):

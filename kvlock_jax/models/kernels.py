@@ -107,7 +107,7 @@ def _one_head(
         if blocks * size != k.shape[0]:  # the last block repeats keys of the one before
             logits = jnp.where(index >= number * size, logits, _MASKED)
         top = logits.max(axis=-1)
-        # One loop for product, maximum and exponential takes XLA's CPU backend 10% longer than two.
+        # XLA's CPU backend would else put product and exponential into one, slower loop.
         logits, top = jax.lax.optimization_barrier((logits, top))
         weights = jnp.exp((logits - top[:, None]) * scale)
         total = weights.sum(axis=-1)

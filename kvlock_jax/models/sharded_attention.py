@@ -21,7 +21,7 @@ Attend = Callable[[Heads, KeyHeads, KeyHeads, Keys], Heads]
 def gathered(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
     """`attend`, with every device of `frames` fetching the keys and values of all.
 
-    They are held whole during the call, `2 B S N K` numbers: nothing is faster while that fits.
+    They are held whole during the call: `2 B S N K` numbers, less what other axes split.
 
     Raises:
       ConfigError: edits, tokens or heads do not divide over their mesh axis.
