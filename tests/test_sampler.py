@@ -60,7 +60,11 @@ class Fake:
 
         return jax.pure_callback(listened, jax.typeof(velocity), timestep, velocity)
 
-    def keys_values(self, latents, timestep, conditioning):
+    def empty_cache(self, latents):
+        shape = (LAYERS, len(latents), LENGTH, HEADS, SIZE)
+        return KVCache.zeros(shape, jnp.float32)
+
+    def keys_values(self, latents, timestep, conditioning, into):
         if self.on_source is not None:
             jax.debug.callback(self.on_source, timestep[0])
         velocity = self._velocity(latents, timestep, conditioning, None)
@@ -108,7 +112,10 @@ class Echo:
         seen = to_cells(jnp.where(lock.foreground[..., None], 0.0, cached))
         return jnp.repeat(seen, 2, axis=0)
 
-    def keys_values(self, latents, timestep, conditioning):
+    def empty_cache(self, latents):
+        return KVCache.zeros((1, len(latents), LENGTH, HEADS, SIZE), jnp.float32)
+
+    def keys_values(self, latents, timestep, conditioning, into):
         x = to_tokens(latents).reshape(1, -1, LENGTH, HEADS, SIZE)
         return latents, KVCache(k=jnp.zeros_like(x), v=x)
 
@@ -419,10 +426,15 @@ def test_padding_changes_nothing(preset):
             velocity = self.inner(latents[:, :LENGTH], timestep, conditioning, lock)
             return jnp.pad(velocity, [(0, 0), (0, 5), (0, 0), (0, 0)], constant_values=7.0)
 
-        def keys_values(self, latents, timestep, conditioning):
-            _, cache = self.inner.keys_values(latents[:, :LENGTH], timestep, conditioning)
-            pad = [(0, 0), (0, 0), (0, 5), (0, 0), (0, 0)]
-            return latents, jax.tree.map(lambda x: jnp.pad(x, pad, constant_values=9.0), cache)
+        def empty_cache(self, latents):
+            return jax.tree.map(self._pad, self.inner.empty_cache(latents))
+
+        def keys_values(self, latents, timestep, conditioning, into):
+            _, cache = self.inner.keys_values(latents[:, :LENGTH], timestep, conditioning, into)
+            return latents, jax.tree.map(self._pad, cache)
+
+        def _pad(self, x):
+            return jnp.pad(x, [(0, 0), (0, 0), (0, 5), (0, 0), (0, 0)], constant_values=9.0)
 
     cells = (longer.split(GRID.join(x)) for x in (edits.source, edits.noise))
     region = longer.split(whole(edits.foreground[..., None])[..., 0])

@@ -8,6 +8,7 @@ stacked module with a leading layer axis, which a `lax.scan` runs over.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -299,8 +300,14 @@ class WanTransformer(nnx.Module):
           lock: cache of all layers, and what to fuse where; rows as `kvlock_jax.lock.fuse` takes
             them. `None` runs the plain model.
         """
-        velocity, _ = self._run(latents, timestep, conditioning, lock, keep=False)
-        return velocity
+        return self._run(latents, timestep, conditioning, lock, None)[0]
+
+    def empty_cache(self, latents: Patches) -> KVCache:
+        """Zeros for `keys_values` of such latents to write into, `layers B L N K`."""
+        config = self.config
+        heads = (config.num_attention_heads, config.attention_head_dim)
+        shape = (config.num_layers, *latents.shape[:2], *heads)
+        return sharding.constrain(KVCache.zeros(shape, self.dtype), "layers B L N K")
 
     def keys_values(
         self,
@@ -308,31 +315,43 @@ class WanTransformer(nnx.Module):
         timestep: PerEdit,
         conditioning: Conditioning,
         lock: Lock | None = None,
+        into: KVCache | None = None,
     ) -> tuple[Patches, KVCache]:
-        """The velocity, and all blocks' self-attention keys and values, `layers B L N K`."""
-        return self._run(latents, timestep, conditioning, lock, keep=True)
+        """The velocity, and all blocks' self-attention keys and values, `layers B L N K`.
 
-    def _run(self, latents, timestep, conditioning, lock, *, keep):
+        They are written `into` a cache, in place where a compiled loop carries it: the loop then
+        never holds two.
+        """
+        into = self.empty_cache(latents) if into is None else into
+        return self._run(latents, timestep, conditioning, lock, into)
+
+    def _run(self, latents, timestep, conditioning, lock, kept):
         time, modulation = self.condition_embedder.time(timestep)
         graph, params = nnx.split(self.blocks)
         x = self.patch_embedding(latents.reshape(*latents.shape[:2], -1))
         x = sharding.constrain(x, "BLD")
         side = self._side(x, modulation, conditioning)
 
-        def block(carry: tuple[Tokens, Any], layer: Any) -> tuple[Any, KVCache | None]:
-            (x, state), (weights, text, cache, side_layer) = carry, layer
+        def block(carry: tuple[Tokens, Any, KVCache | None], layer: Any) -> tuple[Any, None]:
+            (x, state, kept), (index, weights, text, cache, side_layer) = carry, layer
             own = lock and dataclasses.replace(lock, cache=cache)
             run = nnx.merge(graph, gathered_layer(weights))
             x, kv = run(x, modulation, text, conditioning.positions, own)
-            return side.after(x, state, side_layer), kv if keep else None
+            x, state = side.after(x, state, side_layer)
+            if kept is not None:
+                write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+                kept = jax.tree.map(write, kept, kv)
+            return (x, state, kept), None
 
-        layers = (params, conditioning.text, lock and lock.cache, side.layers)
-        (x, _), cache = jax.lax.scan(block, (x, side.state), layers, unroll=self.unroll)
+        cache = lock and lock.cache
+        index = jnp.arange(self.config.num_layers)
+        layers = (index, params, conditioning.text, cache, side.layers)
+        (x, _, kept), _ = jax.lax.scan(block, (x, side.state, kept), layers, unroll=self.unroll)
 
         table = self.scale_shift_table[...].astype(jnp.float32) + time[:, None]
         shift, scale = jnp.moveaxis(table, 1, 0)
         x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        return sharding.constrain(x.reshape(*latents.shape[:3], -1), "B L cells C"), cache
+        return sharding.constrain(x.reshape(*latents.shape[:3], -1), "B L cells C"), kept
 
     def _side(self, x: Tokens, modulation: Modulation, conditioning: Conditioning) -> Side:
         """What runs beside the blocks of a pass over the patch-embedded latents `x`."""

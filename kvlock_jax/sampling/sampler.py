@@ -37,9 +37,12 @@ class Model(Protocol):
         """The velocity at a timestep (0-1000), with the lock where there is one."""
 
     def keys_values(
-        self, latents: Patches, timestep: PerEdit, conditioning: Any
+        self, latents: Patches, timestep: PerEdit, conditioning: Any, *, into: KVCache
     ) -> tuple[Patches, KVCache]:
-        """The velocity, and every block's self-attention keys and values."""
+        """The velocity, and every block's self-attention keys and values, written into a cache."""
+
+    def empty_cache(self, latents: Patches) -> KVCache:
+        """A cache for the keys and values of such latents to be written into."""
 
 
 @jax.tree_util.register_dataclass
@@ -204,9 +207,7 @@ class _Step:
         """The carry before the first step."""
         cache = None
         if self.program.locked:
-            shape = jax.eval_shape(self._source_pass, jnp.float32(1), jnp.float32(1000))
-            cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
-            cache = sharding.constrain(cache, "layers B L N K")
+            cache = self.model.empty_cache(self.edits.source)
         window = X0Window.zeros(self.program.window, latents.shape)
         estimates = sharding.constrain(window.estimates, "window B L cells C")
         return SampleState(
@@ -228,10 +229,12 @@ class _Step:
 
         cache = state.cache
         if self.program.locked:
-            cache = jax.lax.cond(
-                needs_source,
-                lambda: self._source_pass(solver.sigma, solver.timestep),
-                lambda: state.cache,
+            # A loop of one turn or none updates the cache in place; a `cond` would hold two.
+            cache = jax.lax.fori_loop(
+                0,
+                needs_source.astype(jnp.int32),
+                lambda _, cache: self._source_pass(solver.sigma, solver.timestep, cache),
+                state.cache,
             )
         v_cond, v_uncond = self._branches(state.latents, solver.timestep, cache, alpha)
         region = lock.projection_region(foreground, knobs)
@@ -260,10 +263,12 @@ class _Step:
         """The source at a noise level, with the noise the edit started from."""
         return (1 - sigma) * self.edits.source + sigma * self.edits.noise
 
-    def _source_pass(self, sigma: Float[Array, ""], timestep: Float[Array, ""]) -> KVCache:
+    def _source_pass(
+        self, sigma: Float[Array, ""], timestep: Float[Array, ""], into: KVCache
+    ) -> KVCache:
         z = self._noised_source(sigma)
-        _, cache = self.model.keys_values(z, _rows(timestep, z), self.source_conditioning)
-        return cache
+        given = (z, _rows(timestep, z), self.source_conditioning)
+        return self.model.keys_values(*given, into=into)[1]
 
     def _branches(
         self, latents: Patches, timestep: Float[Array, ""], cache: KVCache | None, alpha: PerEdit
