@@ -5,9 +5,9 @@ written under another name, in a folder of their own, and then renamed; the JSON
 is, the video is whole. A run that was cut short, in whatever way, is run again, and does what is
 missing (`kvlock_jax.job`).
 
-The noise of an edit is drawn from its seed and its id: it does not depend on the order of lines, on
-batches, or on what else there is. Reading the next edits and writing the last ones go on, in a
-thread each, while the devices are at work.
+The noise of an edit is drawn from its seed and its id (or `noise_id`): it does not depend on the
+order of lines, on batches, or on what else there is. Reading the next edits and writing the last
+ones go on, in a thread each, while the devices are at work.
 """
 
 import collections
@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import tempfile
 import time
 import zlib
@@ -64,6 +65,8 @@ def run(
     load: Callable[[], Model],
     runner: Runner | None = None,
     on_end: OnEnd = lambda request, failure: None,
+    *,
+    writes: bool = True,
 ) -> Summary:
     """Does what is to be done.
 
@@ -75,10 +78,13 @@ def run(
       load: gives the model; called once, when there is something to run.
       runner: of a group of edits; `run_group` by default.
       on_end: told of each edit that ended; those of `work.failures` had ended before.
+      writes: whether this host is the one that writes, of several that run the same work.
 
     Raises:
       Error: the model cannot be loaded, or the folder of results cannot be written.
     """
+    if not writes:
+        return _follow(work, functools.cache(load), runner or run_group)
     failed = {failure.line: failure for failure in work.failures}
     with _staging(work.job) as stage:
         log = _Log(work.job, stage)
@@ -96,28 +102,50 @@ def run(
     return Summary(done, len(work.finished), len(failed), where)
 
 
-def edit_key(seed: int, edit_id: str) -> Array:
-    """The key that an edit's noise is drawn by, of its seed and its id: the latter's CRC-32."""
-    return jax.random.fold_in(jax.random.key(seed), _number(edit_id))
+def _follow(work: Work, model: Callable[[], Model], runner: Runner) -> Summary:
+    """Does the work as a host that writes nothing: its devices have a part in every edit."""
+    failed = len(work.failures)
+    with ThreadPoolExecutor(1) as reading:
+        for group in _ahead(reading, _Reader().read, work.pending):
+            ended = [o for o in _outcomes(runner, model, group) if work.is_missing(o.request)]
+            failed += sum(isinstance(outcome.result, Exception) for outcome in ended)
+    done = len(work.missing) + len(work.failures) - failed
+    return Summary(done, len(work.finished), failed, work.job.failed if failed else None)
 
 
-def _number(edit_id: str) -> int:
-    return zlib.crc32(edit_id.encode())
+def edit_key(seed: int, noise_id: str) -> Array:
+    """The key that an edit's noise is drawn by, of its seed and an id: the latter's CRC-32."""
+    return jax.random.fold_in(jax.random.key(seed), _number(noise_id))
+
+
+def _number(noise_id: str) -> int:
+    return zlib.crc32(noise_id.encode())
 
 
 def run_group(
     model: Model, inputs: Sequence[Inputs], settings: Sequence[Settings], keys: Sequence[Array]
-) -> Sequence[Result]:
+) -> Sequence[Result | Exception]:
     """Runs edits together, a device's share of them on each along `data`; see `Runner`.
 
-    Where they do not divide, the last is there more than once, and its copies are dropped.
+    Edits of one source that start from one noise share the source's branch: with as many of them to
+    each source as all can have. Where sources do not divide over the devices, the last edit is
+    there more than once, and its copies are dropped.
     """
-    noise = [draw_noise(model, given, key) for given, key in zip(inputs, keys, strict=True)]
+    alike: dict[tuple, list[int]] = {}
+    for n, (given, own, key) in enumerate(zip(inputs, settings, keys, strict=True)):
+        drawn = np.asarray(jax.random.key_data(key)).tobytes()
+        pictures = tuple(picture.tobytes() for picture in given.references)
+        told = (id(given.source), drawn, own.edit.source_prompt, pictures)
+        alike.setdefault(told, []).append(n)
+    order, sizes = list(itertools.chain(*alike.values())), [len(own) for own in alike.values()]
     ways = model.mesh.shape["data"] if model.mesh else 1
-    which = [*range(len(inputs)), *[len(inputs) - 1] * (-len(inputs) % ways)]
-    together = ([rows[i] for i in which] for rows in (inputs, settings, noise))
-    edited, own, start = together
-    return run_batch(model, edited, own, np.concatenate(start))[: len(inputs)]
+    fitting = (n for n in range(math.gcd(*sizes), 0, -1) if not any(size % n for size in sizes))
+    every = next((n for n in fitting if len(order) // n % ways == 0), 1)
+    which = order + order[-1:] * (-len(order) % (every * ways))
+    noise = [draw_noise(model, inputs[n], keys[n]) for n in which[::every]]
+    edited, own = ([rows[n] for n in which] for rows in (inputs, settings))
+    results = run_batch(model, edited, own, np.concatenate(noise))
+    return [results[order.index(n)] for n in range(len(order))]
 
 
 # --- three threads ------------------------------------------------------------------------------
@@ -249,7 +277,7 @@ def _outcomes(runner: Runner, model: Callable[[], Model], group: Sequence[_Read]
 def _results(runner: Runner, model: Model, batch: Sequence[_Read]) -> Sequence[Result | Exception]:
     """Of a batch that fails as a whole each edit is run alone, so that one fails and not all."""
     settings = [one.request.settings for one in batch]
-    keys = [edit_key(one.request.settings.sample.seed, one.request.id) for one in batch]
+    keys = [edit_key(one.request.settings.sample.seed, one.request.noise_id) for one in batch]
     try:
         return runner(model, [one.inputs for one in batch], settings, keys)
     except Exception as error:
@@ -308,7 +336,7 @@ def _publish(work: Work, stage: Path, request: Request, result: Result, seconds:
         "request_hash": work.hashes[request.id],
         "request": request.given,
         "defaults": dict(job.common.given),
-        "noise_key": [request.settings.sample.seed, _number(request.id)],
+        "noise_key": [request.settings.sample.seed, _number(request.noise_id)],
         "bytes": edited.stat().st_size,
         "checkpoint": dict(job.checkpoint),
     }

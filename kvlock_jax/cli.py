@@ -273,6 +273,7 @@ def _kept(result: Result) -> str:
 
 
 def _batch(args: argparse.Namespace, others: list[str]) -> int:
+    devices.join(args)
     contents = describe(args.ckpt_dir)
     placed = devices.place(args, contents.configs.transformer, many=True)
     size = args.batch_size
@@ -309,7 +310,7 @@ def _batch(args: argparse.Namespace, others: list[str]) -> int:
         def on_end(request: Request, failure: Failure | None) -> None:
             tell(f"{request.id} failed: {failure.reason}" if failure else f"{request.id} done")
 
-        summary = batch.run(work, loaded, runner, on_end)
+        summary = batch.run(work, loaded, runner, on_end, writes=devices.is_writer())
     where = f": {summary.failures}" if summary.failures else ""
     done = f"{summary.done} done, {summary.skipped} skipped, {summary.failed} failed{where}"
     say("batch", done)

@@ -109,7 +109,7 @@ def place(args: argparse.Namespace, config: WanConfig, *, many: bool) -> Placeme
         return Placement(None, False, gathered)
     spread = args.spread_weights
     if spread is None:
-        stats: Any = devices[0].memory_stats() or {}
+        stats: Any = jax.local_devices()[0].memory_stats() or {}
         memory = stats.get("bytes_limit", float("inf"))
         spread = sharding.worth_spreading(2 * costs.parameters(config).total, memory)
     return Placement(mesh, spread, ATTENTION[args.attention])

@@ -6,6 +6,7 @@ result = edit(model, video, mask, "a blue square", config=config("demo"))
 
 import dataclasses
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from kvlock_jax import lock, metrics
+from kvlock_jax import lock, metrics, sharding
 from kvlock_jax import video as files
 from kvlock_jax.checkpoint import Checkpoint, Contents
 from kvlock_jax.errors import CheckpointError, InputError, SamplingError
@@ -215,6 +216,8 @@ def run(
     elif noise.shape != (wanted := noise_shape(model, inputs)):
         raise InputError(f"noise must have the shape {wanted}, found {noise.shape}")
     (result,) = run_batch(model, [inputs], [settings], noise, on_step=on_step)
+    if isinstance(result, SamplingError):
+        raise result
     return result
 
 
@@ -225,60 +228,93 @@ def run_batch(
     noise: Float[Array, "sources T H W C"],
     *,
     on_step: Callable[[int], None] | None = None,
-) -> list[Result]:
+) -> list[Result | SamplingError]:
     """Edits that run together, source by source.
+
+    What edits have in common is made once: clips, and clips under equal masks, are encoded once,
+    and a source has one branch for all its edits.
 
     Args:
       model: of `load`; `sources` must divide by the `data` axis of its mesh.
-      inputs: of one size and with as many references each. With fewer sources than edits, each
-        source has as many edits as any other, one after another.
+      inputs: of one size to the model, and with as many references each. With fewer sources than
+        edits, each source has as many edits as any other, one after another.
       settings: of each edit; all but `edit` are those of the first.
       noise: of unit variance; the edits of a source start from the same.
       on_step: called with the number of each finished step.
 
     Returns:
-      What became of each edit. Stages share their times.
+      What became of each edit: some may have left the finite numbers. Stages share their times.
     """
     first, networks = settings[0], model.checkpoint
     references = len(inputs[0].references)
     if references and not networks.configs.transformer.vace_layers:
         raise InputError("reference pictures need a VACE model, this one is text-to-video")
-    fit = files.Fit(*inputs[0].source.shape[:3])
-    clock, sources = _Clock(), len(noise)
-    heads = inputs[:: len(inputs) // sources]  # of each source, its first edit
+    clock, every = _Clock(), len(inputs) // len(noise)
+    fits = [files.Fit(*given.source.shape[:3]) for given in inputs]
     with model.on_mesh():
         with clock.stage("encode text"):
             texts = [
-                t
-                for i, s in zip(inputs, settings, strict=True)
-                for t in (i.prompt, s.edit.negative_prompt)
+                text
+                for given, own in zip(inputs, settings, strict=True)
+                for text in (given.prompt, own.edit.negative_prompt)
             ]
-            texts += [s.edit.source_prompt for s in settings[:: len(inputs) // sources]]
+            texts += [own.edit.source_prompt for own in settings[::every]]
             context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
         with clock.stage("encode video"):
-            pixels = np.stack([fit.apply(i.source) for i in heads])
-            mask = np.stack([fit.apply_mask(i.mask) for i in inputs])
-            pictures = [
-                np.stack([on_canvas(i.references[n], *pixels.shape[2:4]) for i in heads])
-                for n in range(references)
-            ]
-            edits = prepare(networks, pixels, mask, context, first.edit, noise, pictures)
-            edits = jax.block_until_ready(edits)
+            edits = _prepare(model, inputs, fits, noise, context, first)
         edited, trace = _sample(model, first, edits, clock, on_step)
         with clock.stage("decode video"):
             decoded = _decoded(model, _video_latents(edited, edits.grid, references))
     trace = jax.tree.map(np.asarray, trace)
     results = []
     for n, (given, own) in enumerate(zip(inputs, settings, strict=True)):
-        video = fit.undo(decoded[n])
+        told = jax.tree.map(lambda x, n=n: x[:, n] if x.ndim > 1 else x, trace)
+        try:
+            video = fits[n].undo(_finite(decoded[n], told))
+        except SamplingError as error:
+            results.append(error)
+            continue
         if own.edit.composite:
             video = np.where(given.mask[..., None], video, given.source)
-        told = jax.tree.map(lambda x, n=n: x[:, n] if x.ndim > 1 else x, trace)
         measured = metrics.measure(given.source, video, given.mask)
         results.append(
             Result(video, given.source, given.mask, given.fps, told, measured, clock.seconds, own)
         )
     return results
+
+
+def _prepare(
+    model: Model,
+    inputs: Sequence[Inputs],
+    fits: Sequence[files.Fit],
+    noise: Float[Array, "sources T H W C"],
+    context: Float[Array, "R S D"],
+    settings: Settings,
+) -> Edits:
+    """What the loop is given; a source that several edits have is one array, and encoded once."""
+    heads = inputs[:: len(inputs) // len(noise)]
+    fitted = {id(i.source): fit.apply(i.source) for i, fit in zip(inputs, fits, strict=True)}
+    pixels = [fitted[id(given.source)] for given in heads]
+    mask = np.stack([fit.apply_mask(i.mask) for i, fit in zip(inputs, fits, strict=True)])
+    space = pixels[0].shape[1:3]
+    pictures = [
+        [on_canvas(given.references[n], *space) for given in heads]
+        for n in range(len(inputs[0].references))
+    ]
+    networks, edit = model.checkpoint, settings.edit
+    edits = prepare(networks, pixels, mask, context, edit, noise, pictures)
+    return jax.block_until_ready(edits)
+
+
+def _finite(video: Frames | None, trace: Trace) -> Frames:
+    """The video of an edit, if all was finite on the way to it."""
+    if not trace.finite.all():
+        step, steps = int(np.argmin(trace.finite)) + 1, len(trace.finite)
+        told = f"latents are not finite after step {step} of {steps}"
+        raise SamplingError(f"{told}: lower the guidance scale, or compute in float32")
+    if video is None:  # uint8 has no NaN: it would pass for some grey
+        raise SamplingError("the VAE's pixels are not finite: its weights, or the latents, are off")
+    return video
 
 
 def draw_noise(model: Model, inputs: Inputs, key: Array) -> Float[np.ndarray, "one T H W C"]:
@@ -300,20 +336,24 @@ def round_trip(model: Model, video: Frames) -> Frames:
     fit = files.Fit(*video.shape[:3])
     with model.on_mesh():
         latents = vae.encode(model.checkpoint.vae, fit.apply(video)[None])
-        return fit.undo(_decoded(model, latents)[0])
+        (decoded,) = _decoded(model, [latents])
+    if decoded is None:
+        raise SamplingError("the VAE's pixels are not finite: its weights, or the latents, are off")
+    return fit.undo(decoded)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "references"))
-def _video_latents(patches: Patches, grid: Grid, references: int) -> Latents:
-    return grid.join(patches)[:, references:]
+def _video_latents(patches: Patches, grid: Grid, references: int) -> list[Latents]:
+    """Latents of the videos, as many to a part as `data` has devices (`prepare.encode`)."""
+    latents = grid.join(patches)[:, references:]
+    return jnp.split(latents, len(latents) // sharding.shards("B"))
 
 
-def _decoded(model: Model, latents: Latents) -> Frames:
-    """The videos of `latents`, as the model made them."""
-    video, finite = vae.decode(model.checkpoint.vae, latents)
-    if not finite:  # uint8 has no NaN: they would pass for some grey
-        raise SamplingError("the VAE's pixels are not finite: compute in float32")
-    return np.asarray(video)
+def _decoded(model: Model, parts: Sequence[Latents]) -> list[Frames | None]:
+    """The videos of `parts`, as the model made them; `None` of one that is not finite."""
+    found = [vae.decode(model.checkpoint.vae, latents) for latents in parts]
+    rows = (zip(*map(np.asarray, part), strict=True) for part in found)
+    return [video if finite else None for video, finite in itertools.chain(*rows)]
 
 
 def _sample(
@@ -334,15 +374,7 @@ def _sample(
     with clock.stage("compile"):
         sample.lower(*args, program=program).compile()
     with clock.stage("sample"), model.ticker.listening(on_step):
-        latents, trace = jax.block_until_ready(sample(*args, program=program))
-    finite = np.asarray(trace.finite).all(axis=1)
-    if not finite.all():
-        step = int(np.argmin(finite))
-        raise SamplingError(
-            f"latents are not finite after step {step + 1} of {settings.sample.steps}: "
-            f"lower the guidance scale, or compute in float32"
-        )
-    return latents, trace
+        return jax.block_until_ready(sample(*args, program=program))
 
 
 @jax.jit

@@ -3,7 +3,7 @@
 An edit is finished when its JSON holds the hash of its request, and its video has the size that the
 JSON says. The hash is of all that the video was made of:
 
-- the line's id, prompt, box, name and `lossless`;
+- the line's id, noise_id, prompt, box, name and `lossless`;
 - all settings, those of the command included;
 - the content of the input files, by checksum (`remote.identity`). Neither their names nor their
   times of change count, so a data set can be moved, or fetched again, and nothing is redone;
@@ -229,6 +229,7 @@ def _content(path: str) -> str:
 def _hash(job: Job, request: Request, contents: Sequence[str]) -> str:
     made_of = {
         "id": request.id,
+        "noise_id": request.noise_id,
         "prompt": request.prompt,
         "box": None if isinstance(request.mask, str) else request.mask,
         "save_file": request.save_file,

@@ -1,10 +1,12 @@
 """Manifests: many edits in a file, one JSON object to a line.
 
 A key is the name of a flag of `kvlock edit`, or an override such as `"config.kvlock.tau"`, and null
-is as good as no key. Two more are a line's own:
+is as good as no key. Three more are a line's own:
 
 - `id`: names the edit, and its noise is drawn from it. By default it is made of the line's content,
   so it does not change when lines are moved, or written with other blanks or in another order.
+- `noise_id`: the noise is drawn from this, where it is there. Several prompts for one source that
+  have it in common start from the same noise, and run with one pass over the source for all.
 - `save_file`: the name of the result within the folder of all results; `ID.mp4` by default.
 
 Nothing here opens a video, or any other file.
@@ -35,6 +37,7 @@ KEYS = {
     "prompt": "prompt",
     "lossless": "lossless",
     "id": "id",
+    "noise_id": "noise_id",
     "save_file": "save_file output",
     **{names.split()[0]: names for _, _, names, _ in options.SETTINGS},
 }
@@ -56,6 +59,7 @@ class Request:
     Attributes:
       id: names it; no other of the manifest has it.
       line: where it stands, from 1.
+      noise_id: what its noise is drawn from, beside its seed: its id, or what several share.
       source: the video; a path of `remote.resolve`, as are all.
       mask: a file, a folder of images, or a box `x0, y0, x1, y1`.
       references: pictures for a VACE model.
@@ -68,6 +72,7 @@ class Request:
 
     id: str
     line: int
+    noise_id: str
     source: str
     mask: str | Box
     references: tuple[str, ...]
@@ -164,7 +169,9 @@ def parse(content: bytes, folder: str, common: Common) -> Manifest:
                 taken = f"save_file {name!r} is that of line {names[stem]} already"
                 raise InputError(f"{taken}, case and suffix apart")
             rest = _request(given, values, folder, common)
-            requests.append(Request(id=edit_id, line=line, save_file=name, **rest))
+            drawn_by = _plain_id("noise_id", values.get("noise_id")) or edit_id
+            names_ = {"id": edit_id, "noise_id": drawn_by, "save_file": name}
+            requests.append(Request(line=line, **names_, **rest))
         except Exception as error:  # no line stops the others
             failures.append(Failure(line, edit_id, reason(error)))
     return Manifest(requests, failures)
@@ -216,12 +223,16 @@ def _all_keys() -> str:
 
 
 def _given_id(given: Mapping[str, Any]) -> str | None:
-    found = given.get("id")
+    found = _plain_id("id", given.get("id"))
+    return None if found is None else _file_name("id", found)
+
+
+def _plain_id(name: str, found: Any) -> str | None:
     if found is None:
         return None
     if isinstance(found, bool) or not isinstance(found, (str, int)):
-        raise InputError(f"id must be a string or a whole number, found {_short(found)}")
-    return _file_name("id", str(found))
+        raise InputError(f"{name} must be a string or a whole number, found {_short(found)}")
+    return str(found)
 
 
 def _derived_id(values: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
@@ -34,8 +35,9 @@ def plan(
     """Groups of up to `batch_size` edits that may run as one batch.
 
     They have one shape, as many references, and all settings in common but for texts, masks and
-    seeds; edits of one source stand side by side. It depends on its arguments alone, never on what
-    is finished, so that a run which was cut short goes on with the very same batches.
+    seeds; edits of one source stand side by side, and among them those of one noise. It depends on
+    its arguments alone, never on what is finished, so that a run which was cut short goes on with
+    the very same batches.
 
     Args:
       requests: in the manifest's order.
@@ -45,7 +47,9 @@ def plan(
     alike = _grouped(requests, lambda r: (shape(r), len(r.references), program(r.settings)))
     groups = []
     for members in alike:
-        ordered = [r for source in _grouped(members, lambda r: r.footage) for r in source]
+        sources = _grouped(members, lambda r: r.footage)
+        drawn = [one for source in sources for one in _grouped(source, _noise)]
+        ordered = list(itertools.chain(*drawn))
         groups += [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     return groups
 
@@ -64,6 +68,10 @@ def program(settings: Settings) -> Settings:
     )
     sample = dataclasses.replace(settings.sample, seed=0)
     return dataclasses.replace(settings, preset="", sample=sample, edit=edit)
+
+
+def _noise(request: Request) -> Hashable:
+    return request.settings.sample.seed, request.noise_id
 
 
 def _grouped(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]:

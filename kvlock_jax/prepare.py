@@ -1,12 +1,13 @@
 """From videos, masks and texts to what the sampling loop is given."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from kvlock_jax import lock, sharding
 from kvlock_jax.checkpoint import Checkpoint
@@ -20,55 +21,105 @@ from kvlock_jax.sampling.sampler import Edits
 from kvlock_jax.shapes import Latents
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """Latents of a row of clips, of which equal ones were encoded once."""
+
+    parts: Sequence[Latents]
+    index: Int[np.ndarray, "rows"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape `rows T H W C`."""
+        return (len(self.index), *self.parts[0].shape[1:])
+
+    def rows(self) -> Latents:
+        """All of them, one for each clip; inside a compiled program."""
+        return jnp.concatenate(self.parts)[self.index]
+
+
+jax.tree_util.register_dataclass(Encoded, ["parts", "index"], [])
+
+
+def encode(
+    network: vae.WanVAE,
+    clips: Sequence[UInt8[Array, "frames height width 3"]],
+    shown: Sequence[Bool[Array, "frames height width"]],
+) -> Encoded:
+    """Encodes clips, with all that is not shown of them blank.
+
+    As many at a time as `data` has devices: one program serves any number of clips, and takes the
+    memory of one.
+    """
+    unlike: list[tuple] = []
+    index = []
+    for row in zip(clips, shown, strict=True):
+        same = (n for n, other in enumerate(unlike) if all(map(_equal, row, other)))
+        index.append(next(same, len(unlike)))
+        if index[-1] == len(unlike):
+            unlike.append(row)
+    ways = sharding.shards("B")
+    unlike += unlike[-1:] * (-len(unlike) % ways)
+    groups = (unlike[n : n + ways] for n in range(0, len(unlike), ways))
+    parts = [vae.encode(network, *map(np.stack, zip(*group, strict=True))) for group in groups]
+    return Encoded(parts, np.array(index))
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return one is other or np.array_equal(one, other)
+
+
 def prepare(
     networks: Checkpoint,
-    video: UInt8[Array, "sources frames height width 3"],
+    video: Sequence[UInt8[Array, "frames height width 3"]],
     mask: Bool[Array, "B frames height width"],
     context: Float[Array, "R S D"],
     settings: EditConfig,
     noise: Float[Array, "sources T H W C"],
-    pictures: Sequence[Float[Array, "sources height width 3"]] = (),
+    pictures: Sequence[Sequence[Float[Array, "height width 3"]]] = (),
 ) -> Edits:
     """What the loop is given, for a batch of videos.
 
     Args:
       networks: text-to-video, or VACE, which sees the videos too (METHOD.md section 11).
-      video: of sizes that the networks take (`video.Fit`).
+      video: of each source, of sizes that the networks take (`video.Fit`).
       mask: true is edited.
       context: text contexts: each edit's prompt and negative prompt, then the source prompts.
       settings: `context_scale` and `show_masked`.
       noise: of unit variance, references first.
-      pictures: references in [-1, 1], for VACE; their latent frames come first.
+      pictures: references in [-1, 1], of each source, for VACE; their latent frames come first.
 
     Raises:
       InputError: the noise has another shape than the latents.
     """
-    encode, every = functools.partial(vae.encode, networks.vae), len(mask) // len(video)
-    mask = np.asarray(mask)
-    # all of the video is shown: in words, so that one program serves this and what is masked
-    latents = encode(video, np.ones_like(mask[::every]))
-    shown = [encode(picture[:, None]) for picture in pictures]
+    made = functools.partial(encode, networks.vae)
+    sources, every = list(video), len(mask) // len(video)
+    whole, blank = np.ones_like(mask[0]), np.zeros_like(mask[0])
+    latents = made(sources, [whole] * len(sources))
+    shown = [
+        made([p[None] for p in each], [np.ones((1, *p.shape[:2]), bool) for p in each])
+        for each in pictures
+    ]
     space = (latents.shape[1] + len(shown), *latents.shape[2:4])
-    if noise.shape != (wanted := (len(video), *space, latents.shape[-1])):
+    if noise.shape != (wanted := (len(sources), *space, latents.shape[-1])):
         raise InputError(f"noise must have the shape {wanted}, found {noise.shape}")
     grid = Grid(space, sharding.padded(Grid.of(space).tokens, sharding.shards("L")))
-    if not networks.configs.transformer.vace_layers:
-        return _edits(latents, (), mask, noise, context, None, grid=grid)
-    repeated, blank = np.repeat(video, every, axis=0), np.zeros_like(mask[:1])
-    nothing = encode(video[:1], blank)
-    under = encode(repeated, mask) if settings.show_masked else nothing
-    told = (encode(repeated, ~mask), under, nothing, np.float32(settings.context_scale))
+    told = None
+    if networks.configs.transformer.vace_layers:
+        of_edits, nothing = [x for x in sources for _ in range(every)], made(sources[:1], [blank])
+        under = made(of_edits, mask) if settings.show_masked else nothing
+        told = (made(of_edits, ~mask), under, nothing, np.float32(settings.context_scale))
     return _edits(latents, shown, mask, noise, context, told, grid=grid)
 
 
 @functools.partial(jax.jit, static_argnames="grid")
 def _edits(
-    latents: Latents,
-    shown: Sequence[Latents],
+    latents: Encoded,
+    shown: Sequence[Encoded],
     mask: Bool[Array, "B frames height width"],
     noise: Float[Array, "sources T H W C"],
     context: Float[Array, "R S D"],
-    told: tuple[Latents, Latents, Latents, Float[Array, ""]] | None,
+    told: tuple[Encoded, Encoded, Encoded, Float[Array, ""]] | None,
     *,
     grid: Grid,
 ) -> Edits:
@@ -76,13 +127,15 @@ def _edits(
 
     A program of its own: on several hosts nothing may happen to an array outside of one.
     """
+    latents, shown = latents.rows(), [picture.rows() for picture in shown]
     sources, every = len(latents), len(mask) // len(latents)
     source = jnp.concatenate([*reversed(shown), latents], axis=1)
     foreground = lock.to_latent_mask(mask)
     foreground = jnp.pad(foreground, [(0, 0), (len(shown), 0), (0, 0), (0, 0)])
     texts, source_texts = context[:-sources], context[-sources:]
     if told is not None:
-        inactive, reactive, nothing, scale = told
+        inactive, reactive, nothing = (x.rows() for x in told[:3])
+        scale = told[3]
         reactive = jnp.broadcast_to(reactive, inactive.shape)
         of_edits = control(inactive, reactive, mask, [jnp.repeat(s, every, axis=0) for s in shown])
         # with nothing masked, what is kept is the source itself

@@ -209,17 +209,30 @@ def collectives(text: str) -> dict[str, list[int]]:
 
 
 def measure(lowered) -> dict:
-    """Compiles a lowered program; bytes of a chip."""
+    """Compiles a lowered program; bytes of a chip, or what the compiler says it lacks."""
     start = time.perf_counter()
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - start
+    try:
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - start
+    except jax.errors.JaxRuntimeError as error:
+        lacking = re.search(r"required for HLO temporaries \(([0-9.]+)G\)", str(error))
+        if lacking is None:
+            raise
+        size = float(lacking[1]) * 2**30
+        told = {"arguments": 0, "outputs": 0, "temporaries": size, "collectives": {}}
+        return {"seconds": time.perf_counter() - start, "refused": True, **told}
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # the compiler's version is newer than the reader's
+        text = None
     memory = compiled.memory_analysis()
     return {
         "seconds": seconds,
+        "refused": False,
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "collectives": collectives(compiled.as_text()),
+        "collectives": text and collectives(text),
     }
 
 
@@ -300,7 +313,8 @@ follows is the compiler's own memory analysis, per chip. {steps} steps with the 
 `weights` are the transformer's, bfloat16 (spread over the chips, and gathered layer by layer, where
 a `*` stands). `cache` is the source's keys and values, a part of the temporaries. `other` is what
 lies there meanwhile: the text encoder's weights, spread over all chips, and the VAE's; `peak` the
-largest of the programs, all weights in memory. Decimal gigabytes, as chips are sold.
+largest of the programs, all weights in memory. Where the loop does not fit, the compiler says what
+its temporaries would take, and makes no program. Decimal gigabytes, as chips are sold.
 
 ## Memory
 
@@ -346,6 +360,8 @@ def page(found: list[tuple[Row, dict]]) -> str:
             for name in programs
         }
         idle["text"] = weights["transformer"] + weights["vae"]
+        if loop["refused"]:
+            idle["loop"] = sum(weights.values())
         totals = {
             name: told["arguments"] + told["outputs"] + told["temporaries"] + idle[name]
             for name, told in programs.items()
@@ -361,7 +377,7 @@ def page(found: list[tuple[Row, dict]]) -> str:
                 gb(weights["text_encoder"] + weights["vae"]),
                 f"{gb(totals[worst])} ({worst})",
                 gb(chip.memory),
-                "yes" if totals[worst] <= chip.memory else "**no**",
+                "yes" if totals[worst] <= chip.memory and not loop["refused"] else "**no**",
             ]
         )
         rest = [programs[name] for name in ("text", "encode", "decode")]
@@ -372,8 +388,10 @@ def page(found: list[tuple[Row, dict]]) -> str:
                 *(f"{told['seconds']:.0f}" if told else "-" for told in (loop, *rest)),
             ]
         )
-        told = [f"{n} {kind}, {gb(size)}" for kind, (n, size) in loop["collectives"].items()]
-        kinds.append([*about, "; ".join(told) or "none"])
+        if loop["collectives"]:
+            counted = loop["collectives"].items()
+            told = [f"{n} {kind}, {gb(size)}" for kind, (n, size) in counted]
+            kinds.append([*about, "; ".join(told)])
         run = (lock.preset(preset_of(row), 5.0), STEPS)
         bound = roofline.roofline(roofline.step(group, plan, *run), chip)
         many = roofline.interconnect_binds_from(group, *run, chip, shard_weights=spread)

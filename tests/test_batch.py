@@ -96,6 +96,15 @@ def test_results_depend_on_id_and_seed_alone(folder):
     assert len(set(one.values())) == 8
 
 
+def test_what_share_a_noise_id_start_from_one_noise(folder):
+    rows = [{"prompt": "a star", "noise_id": name} for name in (None, "x", "x", 7)]
+    batches.do(write(folder, *rows), folder / "out", batch_size=4)
+    found = all_frames(folder / "out")
+    assert found["1.mkv"] == found["2.mkv"] and len(set(found.values())) == 3
+    told = [json.loads((folder / "out" / f"{n}.json").read_text())["noise_key"] for n in range(4)]
+    assert told == [[0, zlib.crc32(name)] for name in (b"0", b"x", b"x", b"7")]
+
+
 def test_a_default_name_and_a_suffix_of_ones_choice(folder):
     manifest = write(folder, {"save_file": None, "lossless": None}, {"save_file": "x.mov"})
     assert batches.do(manifest, folder / "out").done == 2
@@ -420,6 +429,25 @@ def test_a_group_runs_whole_and_writes_what_is_missing(folder):
     assert sizes == [3]
     assert {name for name in after if after[name] != before[name]} == {"1.mkv", "1.json"}
     assert batches.do(manifest, folder / "out", overwrite=True).done == 3
+
+
+def test_a_host_that_does_not_write_has_a_part_in_all(folder):
+    manifest, ran = write(folder, {}, {"prompt": "bad"}, {"prompt": ""}, {}), []
+
+    def runner(model, inputs, *rest):
+        ran.append([given.prompt for given in inputs])
+        if "bad" in ran[-1]:
+            raise ValueError("bad")
+        return batches.runner(model, inputs, *rest)
+
+    work = prepare(batches.job(manifest, folder / "out", batch_size=3))
+    summary = batch.run(work, lambda: None, runner, writes=False)
+    assert (summary.done, summary.skipped, summary.failed) == (2, 0, 2)
+    assert not (folder / "out").exists()
+    there = list(ran)
+    ran.clear()
+    assert batches.run(work, runner) == summary and ran == there
+    assert names(folder / "out") == ["0.json", "0.mkv", "3.json", "3.mkv", "failed.jsonl"]
 
 
 def test_the_list_of_failures_is_written_as_they_come(folder, monkeypatch):

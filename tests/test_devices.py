@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from kvlock_jax import devices
+from kvlock_jax import devices, video
 from kvlock_jax.config import WanConfig
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.models.sharded_attention import gathered, ring
@@ -90,35 +90,71 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def test_two_processes_are_one(tiny_vace_checkpoint, tmp_path):
-    np.save(tmp_path / "clip.npy", tiny.clip())
-    from kvlock_jax import video
-
+@pytest.fixture
+def folder(tmp_path):
     video.write_video(tmp_path / "clip.mkv", tiny.clip(), 16, lossless=True)
     video.write_video(tmp_path / "mask.mkv", tiny.mask(), 16, lossless=True)
+    return tmp_path
 
-    def argv(name: str, *more: str) -> list[str]:
-        out = tmp_path / name
-        out.mkdir(exist_ok=True)
-        return [
-            "edit", "--ckpt_dir", str(tiny_vace_checkpoint), "--src_video", "clip.mkv",
-            "--src_mask", "mask.mkv", "--prompt", "a blue star", "--sample_steps", "4",
-            "--preset", "kvlock_anchor", "--save_file", str(out / "edit.mkv"), "--lossless",
-            "--trace", str(out / "trace.json"), "--mesh", "frames=8", "--spread_weights", *more,
-        ]  # fmt: skip
 
-    alone = started(tmp_path, 8, argv("one"))
+def one_and_two(folder: Path, argv: list[str], out: str) -> list[str]:
+    """Runs a command in one process of 8 devices, and in two of 4; what the two said.
+
+    Args:
+      folder: to run in.
+      argv: the command.
+      out: what is named "one" and "two" in it.
+    """
+    alone = started(folder, 8, [arg.replace(out, "one") for arg in argv])
     said, _ = alone.communicate(timeout=300)
     assert alone.returncode == 0, said
     hosts = ["--coordinator", f"localhost:{free_port()}", "--num_processes", "2", "--process_id"]
-    pair = [started(tmp_path, 4, argv("two", *hosts, str(i))) for i in range(2)]
+    argv = [arg.replace(out, "two") for arg in argv]
+    pair = [started(folder, 4, [*argv, *hosts, str(i)]) for i in range(2)]
     said = [process.communicate(timeout=300)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], "\n".join(said)
+    return said
+
+
+def compare(one: Path, two: Path) -> None:
+    one, two = (video.read_video(path).frames for path in (one, two))
+    assert np.abs(one.astype(int) - two).max() <= 1
+
+
+def test_two_processes_are_one(tiny_vace_checkpoint, folder):
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+    argv = [
+        "edit", "--ckpt_dir", str(tiny_vace_checkpoint), "--src_video", "clip.mkv",
+        "--src_mask", "mask.mkv", "--prompt", "a blue star", "--sample_steps", "4",
+        "--preset", "kvlock_anchor", "--save_file", "@/edit.mkv", "--lossless",
+        "--trace", "@/trace.json", "--mesh", "frames=8", "--spread_weights",
+    ]  # fmt: skip
+    said = one_and_two(folder, argv, "@")
     assert "8 devices of 2 hosts" in said[0]
     assert "wrote" in said[0] and "wrote" not in said[1]
-
-    one, two = (video.read_video(tmp_path / n / "edit.mkv").frames for n in ("one", "two"))
-    assert np.abs(one.astype(int) - two).max() <= 1
-    traces = [json.loads((tmp_path / n / "trace.json").read_text()) for n in ("one", "two")]
+    compare(*(folder / n / "edit.mkv" for n in ("one", "two")))
+    traces = [json.loads((folder / n / "trace.json").read_text()) for n in ("one", "two")]
     sigma2 = [trace["steps"]["sigma2"] for trace in traces]
     np.testing.assert_allclose(*sigma2, rtol=1e-5, atol=1e-9)
+
+
+def test_two_processes_do_one_manifest(tiny_vace_checkpoint, folder):
+    rows = [{"id": name, "prompt": f"a {name} star"} for name in ("red", "blue")]
+    (folder / "edits.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    argv = [
+        "batch", "--ckpt_dir", str(tiny_vace_checkpoint), "--manifest", "edits.jsonl",
+        "--save_dir", "@", "--src_video", "clip.mkv", "--src_mask", "mask.mkv",
+        "--sample_steps", "2", "--mesh", "data=2,frames=4",
+    ]  # fmt: skip
+    one_and_two(folder, argv, "@")
+    for n in ("one", "two"):
+        assert sorted(p.name for p in (folder / n).iterdir()) == [
+            "blue.json", "blue.mp4", "red.json", "red.mp4",
+        ]  # fmt: skip
+    for name in ("red", "blue"):
+        psnr = [
+            json.loads((folder / n / f"{name}.json").read_text())["metrics"]["background_psnr"]
+            for n in ("one", "two")
+        ]
+        np.testing.assert_allclose(*psnr, rtol=1e-3)

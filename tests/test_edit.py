@@ -168,7 +168,7 @@ def test_background_latents_are_those_of_the_source(model, preset, monkeypatch):
     (source,) = np.asarray(vae_module.encode(model.checkpoint.vae, jnp.asarray(CLIP)[None]))
     cells = np.zeros((2, 4, 6), bool)
     cells[:, 1, 1] = True  # the box is one cell of 8x8 pixels
-    (latents,) = np.asarray(seen[0])
+    ((latents,),) = np.asarray(seen[0])
     np.testing.assert_array_equal(latents[~cells], source[~cells])
     assert np.abs(latents - source)[cells].max() > 0.1
     # so far from the box the edit is the VAE's round trip

@@ -29,6 +29,8 @@ def test_edits_of_one_source_stand_side_by_side():
     assert grouped(rows, 2) == [[1, 3], [2, 5], [4]]
     assert grouped(rows, 5) == [[1, 3, 2, 5, 4]]
     assert grouped(rows, 1) == [[1], [3], [2], [5], [4]]
+    rows = [{"src_video": v, "noise_id": n} for v, n in ("ax", "by", "ay", "ax")]
+    assert grouped(rows, 4) == [[1, 4, 3, 2]]
 
 
 @pytest.mark.parametrize(
