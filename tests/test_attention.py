@@ -294,7 +294,6 @@ for name in ("v5e:2x4", "v6e:2x4"):
 """
 
 
-@pytest.mark.xdist_group("libtpu")
 def test_the_tpu_compiler_takes_them():
     """At the size of 81 frames of 480x832 for 1.3B, whose logits would be 6 GB a device."""
     pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
