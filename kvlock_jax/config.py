@@ -168,6 +168,11 @@ class LockConfig:
       apg_eta: share of the parallel part kept by APG.
       apg_norm: bound on the norm of APG's difference; infinity for none.
       apg_momentum: momentum of APG's buffer.
+      cache: `"fused"` makes the source's keys and values block by block beside the edit's, and
+        keeps none; `"carried"` keeps those of all blocks from step to step.
+      cache_every: steps that a carried cache serves, 1 or more.
+      skip_background: whether tokens are left out where nothing that is computed of them reaches
+        the result (METHOD.md section 8).
     """
 
     enabled: bool = True
@@ -188,6 +193,9 @@ class LockConfig:
     apg_eta: float = 0.0
     apg_norm: float = float("inf")
     apg_momentum: float = 0.0
+    cache: str = "fused"
+    cache_every: int = 1
+    skip_background: bool = True
 
     def __post_init__(self) -> None:
         for name in ("warmup_fusion_ratio", "fusion_ratio"):
@@ -215,6 +223,14 @@ class LockConfig:
         )
         _require(self.zero_init_steps >= 0, self, "zero_init_steps", "0 or more")
         _require(self.apg_norm > 0, self, "apg_norm", "over 0")
+        _require(self.cache in ("fused", "carried"), self, "cache", "'fused' or 'carried'")
+        _require(self.cache_every >= 1, self, "cache_every", "1 or more")
+        _require(
+            self.cache == "carried" or self.cache_every == 1,
+            self,
+            "cache_every",
+            "1 with cache 'fused', which keeps nothing",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

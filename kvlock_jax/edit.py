@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from kvlock_jax import lock, metrics, sharding
@@ -35,7 +35,7 @@ from kvlock_jax.models.sharded_attention import Attend, gathered
 from kvlock_jax.patches import Grid, Patches
 from kvlock_jax.prepare import prepare
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.sampler import Edits, Program, Trace, sample
+from kvlock_jax.sampling.sampler import Edits, Program, Trace, bucket, sample
 from kvlock_jax.settings import Settings, config, config_name, settle
 from kvlock_jax.shapes import VAE_STRIDES, Latents
 from kvlock_jax.text import Tokenizer, encode_prompts
@@ -366,15 +366,22 @@ def _sample(
     """Compiles the loop where it must be, and runs it."""
     table = solvers.table(settings.sample.solver, settings.sample.steps, settings.sample.shift)
     knobs = lock.knobs(settings.lock, settings.sample.guidance_scale)
-    program = Program(
-        settings.lock.enabled, settings.lock.guidance, settings.lock.window, model.ticker.tick
-    )
+    tokens = None
+    if settings.lock.skip_background:
+        tokens = bucket(int(_most_tokens(edits)), edits.grid)
+    program = Program.of(settings.lock, tokens, model.ticker.tick)
     start = _start(edits)
     args = (model.checkpoint.transformer, start, edits, table, knobs)
     with clock.stage("compile"):
         sample.lower(*args, program=program).compile()
     with clock.stage("sample"), model.ticker.listening(on_step):
         return jax.block_until_ready(sample(*args, program=program))
+
+
+@jax.jit
+def _most_tokens(edits: Edits) -> Int[Array, ""]:
+    """Tokens that are an edit's own, of the one that has most."""
+    return sharding.everywhere(edits.own.sum(axis=1).max())
 
 
 @jax.jit

@@ -61,7 +61,7 @@ def generate(model, config, scenes, seeds, clips, masks):
     networks = model.checkpoint
     table = solvers.table(settings.sample.solver, settings.sample.steps, settings.sample.shift)
     knobs = lock.knobs(settings.lock, settings.sample.guidance_scale)
-    program = Program(settings.lock.enabled, settings.lock.guidance, settings.lock.window)
+    program = Program.of(settings.lock)
     videos, traces = [], []
     for i in range(0, len(scenes), BATCH):
         part = slice(i, i + BATCH)

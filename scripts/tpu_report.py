@@ -158,7 +158,7 @@ def loop(mesh: Mesh, row: Row, spread: bool, preset: str):
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=everywhere),
         (solvers.unipc(STEPS, 5.0), knobs),
     )
-    program = Program(settings.enabled, settings.guidance, settings.window)
+    program = Program.of(settings)
     return sample.lower(model, patches(16), edits, table, knobs, program=program)
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 
 from kvlock_jax import lock
 from kvlock_jax.config import WanConfig
+from kvlock_jax.lock import cache
 from kvlock_jax.models import attention, kernels, linear, wan
 from kvlock_jax.models.vace import VACEContext, wan_transformer
 from kvlock_jax.patches import Grid
@@ -107,7 +108,7 @@ FUNCTIONS = {
     "what is added to it": (wan.FeedForward, "__call__", rounding(wan.FeedForward.__call__)),
 }
 OF_THE_LOOP = {
-    "mixing of keys": (wan, "fuse", low_fuse),
+    "mixing of keys": (cache, "fuse", low_fuse),
     "variance": (lock, "push", low_push),
     "solver": (solvers, "step", low_step),
     "guidance": (lock, "guide", rounding(lock.guide)),

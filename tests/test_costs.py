@@ -230,7 +230,7 @@ def compiled_loop(config: WanConfig, workload: Workload):
     settings = lock.preset("kvlock", 5.0)
     table, knobs = solvers.table("unipc", 4, 3.0), lock.knobs(settings, 5.0)
     model = nnx.eval_shape(lambda: wan_transformer(config, attend=softmax, rngs=nnx.Rngs(0)))
-    program = Program(True, "cfg", settings.window)
+    program = Program.of(settings)
     return sampler.sample.lower(model, cells, edits, table, knobs, program=program).compile()
 
 

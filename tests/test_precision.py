@@ -5,6 +5,7 @@ matrices and moved about, nothing else; the text encoder may do more, but no nor
 the VAE has none. Each test is shown to fail once the island is taken away.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
@@ -147,7 +148,9 @@ def loop(model, guidance="cfg"):
     prompts, source = (context_of(model.config, rows, rng) for rows in (2, 1))
     edits = Edits(z, z, jnp.ones(z.shape[:3], bool), prompts, source, GRID)
     args = (model, z, edits, solvers.table("unipc", 4, 3.0), lock.knobs(settings, 5.0))
-    return sampler.sample.trace(*args, program=Program(True, guidance, 3)).jaxpr
+    return sampler.sample.trace(
+        *args, program=Program.of(dataclasses.replace(settings, window=3))
+    ).jaxpr
 
 
 @pytest.mark.parametrize("config", [T2V, VACE], ids=["t2v", "vace"])

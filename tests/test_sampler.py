@@ -78,15 +78,20 @@ class Fake:
 
     def _velocity(self, latents, timestep, text, held):
         own, x = self._keys_values(latents, timestep, text), to_tokens(latents)
+        cache = held and held.cache
+        if isinstance(cache, lock.SourcePass):
+            _, cache = self.keys_values(cache.latents, cache.timestep, cache.conditioning, None)
         total = jnp.tanh(text)[:, None]
         for layer in range(LAYERS):
             k, v = own.k[layer], own.v[layer]
             if held is not None:
-                about = held.foreground, held.fusion_ratio
-                k = lock.fuse(k, held.cache.k[layer], *about)
-                v = lock.fuse(v, held.cache.v[layer], *about)
+                if held.computed is not None:
+                    k, v = (lock.take(x, held.tokens) for x in (k, v))
+                k, v = held.lead(k, cache.k[layer]), held.lead(v, cache.v[layer])
             total = total + (k * v).reshape(*k.shape[:2], -1).mean(axis=1, keepdims=True)
         velocity = to_cells(jnp.tanh(x @ self.out + total))
+        if held is not None and held.computed is not None:
+            velocity = lock.take(velocity, held.tokens)
         over = timestep < self.limit
         return jnp.where(over[:, None, None, None], jnp.inf, velocity)
 
@@ -108,16 +113,9 @@ class Echo:
         return None
 
     def __call__(self, latents, timestep, conditioning, lock=None):
-        cached = lock.cache.v[0].reshape(-1, LENGTH, WIDTH)
+        cached = to_tokens(lock.cache.latents)
         seen = to_cells(jnp.where(lock.foreground[..., None], 0.0, cached))
         return jnp.repeat(seen, 2, axis=0)
-
-    def empty_cache(self, latents):
-        return KVCache.zeros((1, len(latents), LENGTH, HEADS, SIZE), jnp.float32)
-
-    def keys_values(self, latents, timestep, conditioning, into):
-        x = to_tokens(latents).reshape(1, -1, LENGTH, HEADS, SIZE)
-        return latents, KVCache(k=jnp.zeros_like(x), v=x)
 
 
 def make_fake(seed=0, **fields) -> Fake:
@@ -151,7 +149,7 @@ def one_edit(edits: Edits, i: int) -> Edits:
 
 def run(model, edits, settings, table=None, omega=OMEGA, on_step=None):
     table = solvers.euler(STEPS, SHIFT) if table is None else table
-    program = Program(settings.enabled, settings.guidance, settings.window, on_step)
+    program = Program.of(settings, on_step=on_step)
     latents = jnp.array(edits.spread(edits.noise), copy=True)
     return sample(model, latents, edits, table, lock.knobs(settings, omega), program=program)
 
@@ -419,22 +417,12 @@ def test_padding_changes_nothing(preset):
 
         def __call__(self, latents, timestep, conditioning, lock=None):
             if lock is not None:
-                cache = jax.tree.map(lambda x: x[:, :, :LENGTH], lock.cache)
+                cache = dataclasses.replace(lock.cache, latents=lock.cache.latents[:, :LENGTH])
                 lock = dataclasses.replace(
                     lock, cache=cache, foreground=lock.foreground[:, :LENGTH]
                 )
             velocity = self.inner(latents[:, :LENGTH], timestep, conditioning, lock)
             return jnp.pad(velocity, [(0, 0), (0, 5), (0, 0), (0, 0)], constant_values=7.0)
-
-        def empty_cache(self, latents):
-            return jax.tree.map(self._pad, self.inner.empty_cache(latents))
-
-        def keys_values(self, latents, timestep, conditioning, into):
-            _, cache = self.inner.keys_values(latents[:, :LENGTH], timestep, conditioning, into)
-            return latents, jax.tree.map(self._pad, cache)
-
-        def _pad(self, x):
-            return jnp.pad(x, [(0, 0), (0, 0), (0, 5), (0, 0), (0, 0)], constant_values=9.0)
 
     cells = (longer.split(GRID.join(x)) for x in (edits.source, edits.noise))
     region = longer.split(whole(edits.foreground[..., None])[..., 0])
@@ -465,7 +453,7 @@ def test_sixteen_bits_in_float32_inside():
     )
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, short)
     table, knobs = solvers.euler(STEPS, SHIFT), lock.knobs(settings_of("kvlock_anchor"), OMEGA)
-    program = Program(True, "cfg", WINDOW)
+    program = Program.of(settings_of("kvlock_anchor"))
     start = jnp.array(wide.noise, copy=True)
     got, trace = sample(make_fake(), start, short, table, knobs, program=program)
     want, _ = run(make_fake(), wide, settings_of("kvlock_anchor"), table)
@@ -491,7 +479,7 @@ def test_one_program_serves_every_setting():
         (make_edits(), settings_of("kvlock"), solvers.dpmpp_2m(STEPS, 5.0), OMEGA),
         *(
             (make_edits(), settings_of(name), None, OMEGA)
-            for name in ("kvlock_anchor", "hard_lock", "fixed_half", "kv_only", "global_detection")
+            for name in ("fixed_half", "kv_only", "global_detection")
         ),
     ]
     outs = [run(model, edits, *rest)[0] for edits, *rest in runs]
@@ -529,7 +517,7 @@ def test_each_step_is_reported_after_it_is_done():
 def test_the_latents_are_donated():
     edits, settings = make_edits(), settings_of("kvlock")
     latents = jnp.array(edits.noise, copy=True)
-    program = Program(True, "cfg", WINDOW)
+    program = Program.of(settings)
     table = solvers.euler(STEPS, SHIFT)
     sample(make_fake(), latents, edits, table, lock.knobs(settings, OMEGA), program=program)
     assert latents.is_deleted()
@@ -547,10 +535,11 @@ def test_the_first_step_that_is_not_finite_is_told(first):
     assert not np.isfinite(latents).any()
 
 
-def test_the_carry_holds_one_step_and_the_trace_no_latents():
-    edits, settings = make_edits(), settings_of("kvlock")
+@pytest.mark.parametrize("cache", ["fused", "carried"])
+def test_the_carry_holds_one_step_and_the_trace_no_latents(cache):
+    edits, settings = make_edits(), settings_of("kvlock", cache=cache)
     args = (make_fake(), jnp.array(edits.noise, copy=True), edits, solvers.euler(STEPS, SHIFT))
-    knobs, program = lock.knobs(settings, OMEGA), Program(True, "cfg", WINDOW)
+    knobs, program = lock.knobs(settings, OMEGA), Program.of(settings)
     latents, trace = jax.eval_shape(lambda *a: sample(*a, program=program), *args, knobs)
     assert (latents.shape, latents.dtype) == (edits.noise.shape, jnp.float32)
     per_step = {"sigma": (STEPS,), "scheduled": (STEPS,)}
@@ -563,8 +552,9 @@ def test_the_carry_holds_one_step_and_the_trace_no_latents():
     outs = [variable.aval for variable in scan.outvars]
     carried, stacked = outs[: scan.params["num_carry"]], outs[scan.params["num_carry"] :]
     assert all(out.size <= STEPS * EDITS for out in stacked)
-    # latents, the solver's sample and two estimates, the window; one cache of keys and values
-    elements = int(np.prod(SHAPE)) * (1 + 3 + WINDOW) + 2 * LAYERS * EDITS * LENGTH * WIDTH
+    # latents, the solver's sample and two estimates, the window; at most one of keys and values
+    elements = int(np.prod(SHAPE)) * (1 + 3 + WINDOW)
+    elements += (cache == "carried") * 2 * LAYERS * EDITS * LENGTH * WIDTH
     scalars = 1 + EDITS  # the window's count, the statistic
     assert sum(out.size for out in carried) in (elements + scalars, elements + scalars + 1)
 

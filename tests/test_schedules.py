@@ -165,8 +165,8 @@ def test_knobs_carry_every_traced_setting():
     traced = knobs(lock, 7.0)
     assert traced.guidance_scale == 7
     for field in dataclasses.fields(LockConfig):
-        # A shape, another program, and two words that are switches here.
-        if field.name in ("window", "guidance", "background", "detection"):
+        # A shape, other programs, and two words that are switches here.
+        if field.name in "window guidance cache skip_background background detection".split():
             continue
         value = getattr(traced, field.name)
         assert value.shape == () and not value.weak_type

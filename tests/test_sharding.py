@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -20,7 +21,7 @@ from kvlock_jax.models.sharded_attention import gathered, ring
 from kvlock_jax.models.vace import VACEContext, wan_transformer
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.sampler import Edits, Program, sample
+from kvlock_jax.sampling.sampler import Edits, Program, bucket, sample
 
 MESHES = ((1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1))
 EDITS, STEPS, HEADS, SIZE, LAYERS, TEXT = 8, 4, 4, 12, 3, 6
@@ -143,11 +144,15 @@ def placed(module, name, mesh, spread):
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def arguments(edits: Edits, model, preset="kvlock_anchor"):
+def arguments(edits: Edits, model, preset="kvlock_anchor", kind="carried"):
+    """Of `sample`; the kind is a cache's, or "foreground" for a fused one and no more tokens."""
     settings = lock.preset(preset, 3.0)
+    cache = "carried" if kind == "carried" else "fused"
+    settings = dataclasses.replace(settings, tau=0.5, cache=cache)
     table = solvers.unipc(STEPS, 3.0)
-    knobs = lock.knobs(dataclasses.replace(settings, tau=0.5), 3.0)
-    program = Program(settings.enabled, settings.guidance, settings.window)
+    knobs = lock.knobs(settings, 3.0)
+    tokens = bucket(int(edits.own.sum(axis=1).max()), edits.grid) if kind == "foreground" else None
+    program = Program.of(settings, tokens)
     return (model, jnp.array(edits.noise), edits, table, knobs), program
 
 
@@ -160,12 +165,15 @@ def on_one_device(frames: int, preset="kvlock_anchor"):
 
 
 @functools.cache
-def on_a_mesh(shape: tuple[int, int, int], frames: int, spread: bool = True, attend=gathered):
+def on_a_mesh(
+    shape: tuple[int, int, int], frames: int, spread=True, attend=gathered, kind="carried"
+):
     """Latents, trace, their sharding, and the compiled program of a run on a mesh."""
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
         edits = given(frames)
-        args, program = arguments(edits, placed(model_of(attend), "transformer", mesh, spread))
+        model = placed(model_of(attend), "transformer", mesh, spread)
+        args, program = arguments(edits, model, kind=kind)
         text = sample.lower(*args, program=program).compile().as_text()
         latents, trace = sample(*args, program=program)
         whole = np.asarray(edits.grid.join(latents))
@@ -186,6 +194,18 @@ def test_sharded_is_unsharded(shape, frames):
     wanted_spec = jax.sharding.NamedSharding(sharding.make_mesh(*shape), sharding.spec("BLcC"))
     got = jax.sharding.NamedSharding(sharding.make_mesh(*shape), spec)
     assert got.is_equivalent_to(wanted_spec, 4)
+
+
+@pytest.mark.parametrize("attend", [gathered, ring])
+@pytest.mark.parametrize("kind", ["fused", "foreground"])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_without_a_cache_it_is_the_same(shape, kind, attend):
+    found, told, _, text = on_a_mesh(shape, 5, True, attend, kind)
+    wanted, trace = on_one_device(5)
+    assert relative(found, wanted) < 1e-5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), told, trace)
+    whole = 4 * 80 * 4 * EDITS // shape[0]  # numbers of a share's latents
+    assert not any(math.prod(s) == whole for kind, s in collectives(text) if kind == "all-gather")
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])

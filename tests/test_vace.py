@@ -402,7 +402,7 @@ def test_hints_are_added_in_float32_under_bfloat16():
         given = whole.conditioning(model, latents, context)
         _, modulation = model.condition_embedder.time(timestep)
         x = jnp.full(given.control.shape, 1000.0)
-        side = model._side(x, modulation, given)
+        side = model._side(x, modulation, given, lambda tokens: tokens)
         return side.after(x, side.state, jax.tree.map(lambda leaf: leaf[0], side.layers))
 
     x, control = first_hint(ours, latents, timestep, context)

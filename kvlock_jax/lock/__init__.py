@@ -1,8 +1,8 @@
 """KV-Lock (arXiv 2603.09657) as pure functions over arrays: bring your own DiT.
 
 Read `masks`, `cache`, `variance`, `schedules`, `guidance`, `presets`, in this order. With a model
-that returns its velocity and the keys and values of its self-attention, and that calls `fuse` on
-them where it is handed a `Lock`, step k of an edit is:
+that returns its velocity and the keys and values of its self-attention, and that calls `Lock.lead`
+on them where it is handed a `Lock`, step k of an edit is:
 
     ratio = fusion_ratio(sigma2, ready(window), scheduled[k], knobs)
     omega = guidance_scale(sigma2, ready(window), scheduled[k], knobs)
@@ -20,7 +20,7 @@ them where it is handed a `Lock`, step k of an edit is:
     z = ...                                                    # any solver's step along v
 """
 
-from kvlock_jax.lock.cache import KVCache, Lock, fuse
+from kvlock_jax.lock.cache import KVCache, Lock, SourcePass, fuse, splice, take
 from kvlock_jax.lock.guidance import apg, guide, projection_scale, zero_init
 from kvlock_jax.lock.masks import dilate, to_latent_mask, to_token_mask
 from kvlock_jax.lock.presets import PRESETS, preset
@@ -31,7 +31,9 @@ from kvlock_jax.lock.schedules import (
     guidance_scale,
     in_window,
     knobs,
+    passes,
     projection_region,
+    refreshed,
     source_needed,
     uncond_scale,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "KVCache",
     "Knobs",
     "Lock",
+    "SourcePass",
     "X0Window",
     "apg",
     "detection_region",
@@ -53,13 +56,17 @@ __all__ = [
     "hallucination",
     "in_window",
     "knobs",
+    "passes",
     "pooled",
     "preset",
     "projection_region",
     "projection_scale",
     "push",
     "ready",
+    "refreshed",
     "source_needed",
+    "splice",
+    "take",
     "to_latent_mask",
     "to_token_mask",
     "uncond_scale",

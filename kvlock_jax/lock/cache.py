@@ -1,17 +1,19 @@
 """The keys and values of the source video, and how an edit's attention takes them in.
 
-Self-attention of every block calls `fuse` on its keys and on its values, after QK-norm and RoPE and
-before attending; queries and cross-attention are left alone (METHOD.md sections 3 and 4):
+Self-attention of every block calls `Lock.lead` on its keys and on its values, after QK-norm and
+RoPE and before attending; queries and cross-attention are left alone (METHOD.md sections 3 and 4):
 
-    k = fuse(k, lock.cache.k, lock.foreground, lock.fusion_ratio)
-    v = fuse(v, lock.cache.v, lock.foreground, lock.fusion_ratio)
+    k = lock.lead(k, lock.cache.k)
+    v = lock.lead(v, lock.cache.v)
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from kvlock_jax.shapes import Heads, PerEdit, TokenMask
 
@@ -48,12 +50,54 @@ class KVCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Lock:
-    """What a transformer is handed to run locked onto a source (METHOD.md section 4)."""
+class SourcePass:
+    """A pass over the sources that runs beside the edits', block by block.
 
-    cache: KVCache  # layers B L N K; one layer's B L N K inside a block
-    foreground: TokenMask  # B L, True where the edit keeps its own keys and values
-    fusion_ratio: PerEdit  # B, alpha in [0, 1]
+    Each block of the edits takes the keys and values that the source's has just made, so there is
+    no cache of all layers.
+    """
+
+    latents: Any  # of the sources, at the edits' noise level
+    timestep: Float[Array, "sources"]
+    conditioning: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lock:
+    """What a transformer is handed to run locked onto a source (METHOD.md section 4).
+
+    Attributes:
+      cache: layers B L N K (one layer's B L N K inside a block), or the pass that makes it.
+      foreground: B L, True where the edit keeps its own keys and values.
+      fusion_ratio: B, alpha in [0, 1].
+      computed: how many tokens of an edit the transformer computes, and gives the velocity of: the
+        foreground's in their order, at most as many as this, and padding (METHOD.md section 8; for
+        alpha = 1 alone). `None` is all tokens.
+    """
+
+    cache: KVCache | SourcePass
+    foreground: TokenMask
+    fusion_ratio: PerEdit
+    computed: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def lead(self, new: Float[Array, "R n N K"], cached: Heads) -> Float[Array, "R L N K"]:
+        """The keys (or values) of all tokens to attend to, inside a block."""
+        if self.computed is None:
+            return fuse(new, cached, self.foreground, self.fusion_ratio)
+        return splice(new, cached, self.foreground)
+
+    @property
+    def tokens(self) -> Int[Array, "B n"]:
+        """Which tokens are computed: the foreground's, then the last one again and again."""
+        find = functools.partial(jnp.nonzero, size=self.computed, fill_value=-1)
+        return jax.vmap(lambda row: find(row)[0])(self.foreground)
+
+
+def take(rows: Shaped[Array, "R L *d"], tokens: Int[Array, "B n"]) -> Shaped[Array, "R n *d"]:
+    """Those `tokens` of each edit's rows."""
+    index = _per_row(tokens, rows)
+    return jnp.take_along_axis(rows, index.reshape(*index.shape, *[1] * (rows.ndim - 2)), axis=1)
 
 
 def fuse(
@@ -76,6 +120,26 @@ def fuse(
     weight = jnp.where(foreground, 0.0, alpha).reshape(*rows.shape[:2], 1, -1, 1, 1)
     mix = _interpolate(rows, cached.astype(jnp.float32)[:, None, None], weight)
     return mix.reshape(new.shape).astype(new.dtype)
+
+
+def splice(
+    new: Float[Array, "R n *d"], whole: Float[Array, "sources L *d"], foreground: TokenMask
+) -> Float[Array, "R L *d"]:
+    """What `fuse` gives at alpha 1, of edits whose foreground tokens alone were computed.
+
+    METHOD.md section 8. Rows lie as in `fuse`; `new` holds each row's foreground tokens in order,
+    and may go on after them.
+    """
+    axes = [1] * (whole.ndim - 2)
+    place = _per_row(jnp.cumsum(foreground, axis=1) - 1, new)
+    own = jnp.take_along_axis(new, place.reshape(*place.shape, *axes), axis=1, mode="clip")
+    inside = _per_row(foreground, new).reshape(*place.shape, *axes)
+    return jnp.where(inside, own, _per_row(whole, new).astype(new.dtype))
+
+
+def _per_row(per_edit: Shaped[Array, "B *d"], rows: Shaped[Array, "R *e"]) -> Shaped[Array, "R *d"]:
+    """For every row what its edit (or its source) has."""
+    return jnp.repeat(per_edit, len(rows) // len(per_edit), axis=0)
 
 
 @jax.custom_jvp

@@ -37,6 +37,7 @@ class Knobs:
     pin_background: Switch  # background = "source"
     detect_globally: Switch  # detection = "global"
     zero_init_steps: Count
+    cache_every: Count
     apg_eta: Number
     apg_norm: Number
     apg_momentum: Number
@@ -59,6 +60,7 @@ def knobs(lock: LockConfig, guidance_scale: float) -> Knobs:
         pin_background=jnp.bool_(lock.background == "source"),
         detect_globally=jnp.bool_(lock.detection == "global"),
         zero_init_steps=jnp.int32(lock.zero_init_steps),
+        cache_every=jnp.int32(lock.cache_every),
         apg_eta=jnp.float32(lock.apg_eta),
         apg_norm=jnp.float32(lock.apg_norm),
         apg_momentum=jnp.float32(lock.apg_momentum),
@@ -75,6 +77,38 @@ def source_needed(in_window: Bool[Array, "steps"], knobs: Knobs) -> Bool[Array, 
     inside = knobs.adapt_fusion_ratio | (knobs.fusion_ratio > 0)
     # A schedule that has no statistic yet holds the warm-up's alpha, so `inside` covers it.
     return knobs.enabled & jnp.where(in_window, inside, knobs.warmup_fusion_ratio > 0)
+
+
+def refreshed(needed: Bool[Array, "steps"], every: Int[Array, ""] | int) -> Bool[Array, "steps"]:
+    """The steps that make the source's keys and values anew: each `every`th of those in a row."""
+    step = jnp.arange(len(needed))
+    before = jax.lax.cummax(jnp.where(needed, -1, step))  # the last one without
+    return needed & ((step - before - 1) % every == 0)
+
+
+def passes(lock: LockConfig) -> tuple[str, ...]:
+    """The kinds of pass that a run with such a lock can be made of, decided before it.
+
+    `"plain"` is without the source, `"full"` computes all tokens, `"foreground"` those alone that
+    reach the result: none of the background does at alpha 1 where it is pinned (METHOD.md section
+    8). Steps of which all is known before, as with `hard_lock`, leave one.
+    """
+    if not lock.enabled:
+        return ("plain",)
+    varies, idle = lock.adapt_fusion_ratio, _background_is_idle(lock)
+    alphas = {lock.warmup_fusion_ratio, *([] if varies else [lock.fusion_ratio])}
+    kinds = {
+        "plain": 0 in alphas,
+        "full": varies or any(0 < alpha < 1 or (alpha == 1 and not idle) for alpha in alphas),
+        "foreground": idle and (varies or 1 in alphas),
+    }
+    return tuple(kind for kind, there in kinds.items() if there)
+
+
+def _background_is_idle(lock: LockConfig) -> bool:
+    """Whether nothing but its keys and values comes of the background, at alpha 1."""
+    pinned, local = lock.background == "source", lock.detection == "local"
+    return pinned and local and lock.guidance == "cfg"
 
 
 def fusion_ratio(sigma2: PerEdit, ready: Switch, in_window: Switch, knobs: Knobs) -> PerEdit:

@@ -14,8 +14,9 @@ from kvlock_jax.models import kernels
 from kvlock_jax.models.kernels import KeyHeads, Keys, Part
 from kvlock_jax.shapes import Heads
 
-Rope = tuple[Float[Array, "L K2"], Float[Array, "L K2"]]
-"""Cosines and sines, float32, one of each per pair of a head's numbers (`K2 = K / 2`)."""
+Rope = tuple[Float[Array, "*B L K2"], Float[Array, "*B L K2"]]
+"""Cosines and sines, float32, one of each per pair of a head's numbers (`K2 = K / 2`); of all rows,
+or of each."""
 
 _THETA = 10_000.0
 
@@ -135,7 +136,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> Rope:
 
 def rotate(x: Heads, rope: Rope) -> Heads:
     """Turns neighbouring pairs of every head by the token's angles; float32 in and out."""
-    cos, sin = (t[None, :, None, :] for t in rope)
+    cos, sin = (t[..., None, :] for t in rope)
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)

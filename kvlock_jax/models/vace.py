@@ -8,6 +8,7 @@ projection, which only the first context block has, lies beside the stacked bloc
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -127,7 +128,13 @@ class WanVACETransformer(WanTransformer):
             scale=context.scale,
         )
 
-    def _side(self, x: Tokens, modulation: Modulation, conditioning: VACEConditioning) -> Side:
+    def _side(
+        self,
+        x: Tokens,
+        modulation: Modulation,
+        conditioning: VACEConditioning,
+        some: Callable[[Tokens], Tokens],
+    ) -> Side:
         graph, params = nnx.split(self.vace_blocks)
         rows = len(x) // len(conditioning.scale)
         scale = jnp.repeat(conditioning.scale.astype(jnp.float32), rows)[:, None, None]
@@ -138,7 +145,7 @@ class WanVACETransformer(WanTransformer):
             weights, text = jax.tree.map(lambda p: p[index], (params, conditioning.vace_text))
             block = nnx.merge(graph, gathered_layer(weights))
             hint, control = block.hint(control, modulation, text, conditioning.positions)
-            return x + scale * hint, control
+            return x + scale * some(hint), control
 
         def plain(x: Tokens, control: Tokens, index: Array) -> tuple[Tokens, Tokens]:
             return x, control

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from kvlock_jax import sharding
 from kvlock_jax.config import WanConfig
-from kvlock_jax.lock import KVCache, Lock, fuse
+from kvlock_jax.lock import KVCache, Lock, SourcePass, take
 from kvlock_jax.models.attention import Rope, rope_table, rotate
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
@@ -181,8 +181,10 @@ class Block(nnx.Module):
         q, k = rotate(q, positions.rope), rotate(k, positions.rope)
         k, v = k.astype(self.attn1.dtype), v.astype(self.attn1.dtype)
         if lock is not None:
-            k = fuse(k, lock.cache.k, lock.foreground, lock.fusion_ratio)
-            v = fuse(v, lock.cache.v, lock.foreground, lock.fusion_ratio)
+            if lock.computed is not None:  # they lie anywhere in the video
+                k, v = sharding.constrain((k, v), "BSNK")
+            k, v = lock.lead(k, lock.cache.k), lock.lead(v, lock.cache.v)
+            k, v = sharding.constrain((k, v), "BLNK")
         x = x + self.attn1.attend(positions.attend, q, k, v, positions.keys) * gate1
 
         y = self.norm2(x) if self.norm2 else x
@@ -233,6 +235,33 @@ class Side:
     state: Any = None
     layers: Any = None
     after: Callable[[Tokens, Any, Any], tuple[Tokens, Any]] = lambda x, state, layer: (x, state)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stream:
+    """Rows of tokens on their way through the blocks.
+
+    Attributes:
+      start: tokens, and the state of what runs beside.
+      layers: the text's keys and values, and the inputs of what runs beside, of all layers.
+      modulation: of the timestep.
+      positions: of the tokens.
+      after: of `Side`.
+    """
+
+    start: tuple[Tokens, Any]
+    layers: tuple[KVCache, Any]
+    modulation: Modulation
+    positions: Positions
+    after: Callable[[Tokens, Any, Any], tuple[Tokens, Any]]
+
+    def block(
+        self, run: Block, carry: tuple[Tokens, Any], layer: tuple[KVCache, Any], lock: Lock | None
+    ) -> tuple[tuple[Tokens, Any], KVCache]:
+        """One block and what runs beside it; gives the next carry, and keys and values."""
+        (x, state), (text, side_layer) = carry, layer
+        x, kv = run(x, self.modulation, text, self.positions, lock)
+        return self.after(x, state, side_layer), kv
 
 
 class WanTransformer(nnx.Module):
@@ -297,8 +326,8 @@ class WanTransformer(nnx.Module):
           latents: normalised, at noise level sigma.
           timestep: `1000 sigma`.
           conditioning: of `condition`.
-          lock: cache of all layers, and what to fuse where; rows as `kvlock_jax.lock.fuse` takes
-            them. `None` runs the plain model.
+          lock: cache of all layers, or the pass that makes it, and what to fuse where; rows as
+            `kvlock_jax.lock.fuse` takes them. `None` runs the plain model.
         """
         return self._run(latents, timestep, conditioning, lock, None)[0]
 
@@ -326,33 +355,64 @@ class WanTransformer(nnx.Module):
         return self._run(latents, timestep, conditioning, lock, into)
 
     def _run(self, latents, timestep, conditioning, lock, kept):
-        time, modulation = self.condition_embedder.time(timestep)
         graph, params = nnx.split(self.blocks)
-        x = self.patch_embedding(latents.reshape(*latents.shape[:2], -1))
-        x = sharding.constrain(x, "BLD")
-        side = self._side(x, modulation, conditioning)
+        own, head = self._stream(latents, timestep, conditioning, lock)
+        cache, beside = lock and lock.cache, None
+        if isinstance(cache, SourcePass):
+            given = cache.latents, cache.timestep, cache.conditioning
+            (beside, _), cache = self._stream(*given, None), None
 
-        def block(carry: tuple[Tokens, Any, KVCache | None], layer: Any) -> tuple[Any, None]:
-            (x, state, kept), (index, weights, text, cache, side_layer) = carry, layer
-            own = lock and dataclasses.replace(lock, cache=cache)
+        def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
+            (stream, source, kept), (index, weights, own_layer, source_layer, cache) = carry, layer
             run = nnx.merge(graph, gathered_layer(weights))
-            x, kv = run(x, modulation, text, conditioning.positions, own)
-            x, state = side.after(x, state, side_layer)
+            if beside is not None:
+                source, cache = beside.block(run, source, source_layer, None)
+            held = lock and dataclasses.replace(lock, cache=cache)
+            stream, kv = own.block(run, stream, own_layer, held)
             if kept is not None:
                 write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
                 kept = jax.tree.map(write, kept, kv)
-            return (x, state, kept), None
+            return (stream, source, kept), None
 
-        cache = lock and lock.cache
         index = jnp.arange(self.config.num_layers)
-        layers = (index, params, conditioning.text, cache, side.layers)
-        (x, _, kept), _ = jax.lax.scan(block, (x, side.state, kept), layers, unroll=self.unroll)
+        carry = (own.start, beside and beside.start, kept)
+        layers = (index, params, own.layers, beside and beside.layers, cache)
+        ((x, _), _, kept), _ = jax.lax.scan(block, carry, layers, unroll=self.unroll)
 
-        table = self.scale_shift_table[...].astype(jnp.float32) + time[:, None]
+        table = self.scale_shift_table[...].astype(jnp.float32) + head[:, None]
         shift, scale = jnp.moveaxis(table, 1, 0)
         x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        return sharding.constrain(x.reshape(*latents.shape[:3], -1), "B L cells C"), kept
+        x = x.reshape(*x.shape[:2], latents.shape[2], -1)
+        return sharding.constrain(x, "B L cells C"), kept
 
-    def _side(self, x: Tokens, modulation: Modulation, conditioning: Conditioning) -> Side:
-        """What runs beside the blocks of a pass over the patch-embedded latents `x`."""
+    def _stream(
+        self, latents: Patches, timestep: PerEdit, conditioning: Conditioning, lock: Lock | None
+    ) -> tuple["_Stream", Float[Array, "B D"]]:
+        """What goes through the blocks, and the timestep's embedding."""
+        time, modulation = self.condition_embedder.time(timestep)
+        x = self.patch_embedding(latents.reshape(*latents.shape[:2], -1))
+        x = sharding.constrain(x, "BLD")
+        positions, index = conditioning.positions, lock and lock.computed and lock.tokens
+        if index is not None:
+            rope = (jnp.broadcast_to(t, (len(x), *t.shape)) for t in positions.rope)
+            positions = dataclasses.replace(positions, rope=tuple(take(t, index) for t in rope))
+
+        def some(tokens: Tokens) -> Tokens:
+            return tokens if index is None else sharding.constrain(take(tokens, index), "BLD")
+
+        side = self._side(x, modulation, conditioning, some)
+        start, layers = (some(x), side.state), (conditioning.text, side.layers)
+        return _Stream(start, layers, modulation, positions, side.after), time
+
+    def _side(
+        self,
+        x: Tokens,
+        modulation: Modulation,
+        conditioning: Conditioning,
+        some: Callable[[Tokens], Tokens],
+    ) -> Side:
+        """What runs beside the blocks of a pass over the patch-embedded latents `x`.
+
+        The blocks have `some` of the tokens.
+        """
         return Side()

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from kvlock_jax import lock, sharding
-from kvlock_jax.lock import Knobs, KVCache, Lock, X0Window
+from kvlock_jax.config import LockConfig
+from kvlock_jax.lock import Knobs, KVCache, Lock, SourcePass, X0Window
 from kvlock_jax.patches import Grid, Patches, PatchMask
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.solvers import SolverState, SolverTable
@@ -34,7 +35,10 @@ class Model(Protocol):
     def __call__(
         self, latents: Patches, timestep: PerEdit, conditioning: Any, lock: Lock | None = None
     ) -> Patches:
-        """The velocity at a timestep (0-1000), with the lock where there is one."""
+        """The velocity at a timestep (0-1000), of the tokens that the lock says, if there is one.
+
+        Its cache may be a `SourcePass`, to be run beside.
+        """
 
     def keys_values(
         self, latents: Patches, timestep: PerEdit, conditioning: Any, *, into: KVCache
@@ -78,6 +82,13 @@ class Edits:
         _, rows, columns = self.grid.axes
         token = jnp.arange(self.grid.length)[:, None]
         return (token >= self.references * rows * columns) & (token < self.grid.tokens)
+
+    @property
+    def own(self) -> Bool[Array, "B L"]:
+        """Tokens that keep their own keys and values: the foreground's and the references'."""
+        _, rows, columns = self.grid.axes
+        first = jnp.arange(self.grid.length) < self.references * rows * columns
+        return self.foreground.any(axis=-1) | first
 
     def spread(self, per_source: Float[Array, "sources L cells C"]) -> Patches:
         """For every edit, what its source has."""
@@ -130,16 +141,53 @@ class Program:
     """What decides which program is compiled, beside the shapes; everything else is traced.
 
     Attributes:
-      locked: whether the source branch and its cache exist at all.
+      passes: of `lock.passes`.
       guidance: `"cfg"` or `"apg"`.
       window: clean estimates in the statistic.
+      carried: whether the source's keys and values are kept from step to step.
+      tokens: computed in a pass of the foreground alone.
       on_step: called with the number of each finished step, from inside the compiled loop.
     """
 
-    locked: bool
+    passes: tuple[str, ...]
     guidance: str
     window: int
+    carried: bool = False
+    tokens: int | None = None
     on_step: Callable[[int], None] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        settings: LockConfig,
+        tokens: int | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> "Program":
+        """The program of settings; without `tokens` every pass computes all."""
+        kinds = lock.passes(settings)
+        if tokens is None and "foreground" in kinds:
+            kinds = tuple(dict.fromkeys("full" if k == "foreground" else k for k in kinds))
+        tokens = tokens if "foreground" in kinds else None
+        carried = settings.cache == "carried" and kinds != ("plain",)
+        return cls(kinds, settings.guidance, settings.window, carried, tokens, on_step)
+
+    @property
+    def locked(self) -> bool:
+        """Whether there is a source branch at all."""
+        return self.passes != ("plain",)
+
+
+def bucket(tokens: int, grid: Grid) -> int | None:
+    """Tokens to compute in a pass of the foreground alone, so that one program serves many masks.
+
+    A sixteenth of the video is the unit, in equal parts for the devices that share it. `None` where
+    most would have to be computed.
+    """
+    ways = sharding.shards("L")
+    unit = -(-grid.length // 16)
+    unit = -(-unit // ways) * ways
+    found = max(1, -(-tokens // unit)) * unit
+    return found if found <= 3 * grid.length // 4 else None
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="latents")
@@ -177,7 +225,7 @@ def sample(
     step = _Step(
         model=model,
         edits=edits,
-        tokens=(edits.foreground | ~edits.shown).any(axis=-1),
+        tokens=edits.own,
         conditioning=model.condition(edits.prompts, edits.grid),
         source_conditioning=told,
         knobs=knobs,
@@ -185,7 +233,9 @@ def sample(
     )
     steps = table.sigma.shape[0]
     scheduled = lock.in_window(steps, knobs.kappa)
-    rows = (jnp.arange(steps), table, scheduled, lock.source_needed(scheduled, knobs))
+    needed = lock.source_needed(scheduled, knobs)
+    refresh = lock.refreshed(needed, knobs.cache_every)
+    rows = (jnp.arange(steps), table, scheduled, needed, refresh)
     start = sharding.constrain(latents.astype(jnp.float32), "B L cells C")
     state, trace = jax.lax.scan(step, step.start(start), rows)
     return state.latents, sharding.everywhere(trace)
@@ -206,7 +256,7 @@ class _Step:
     def start(self, latents: Patches) -> SampleState:
         """The carry before the first step."""
         cache = None
-        if self.program.locked:
+        if self.program.carried:
             cache = self.model.empty_cache(self.edits.source)
         window = X0Window.zeros(self.program.window, latents.shape)
         estimates = sharding.constrain(window.estimates, "window B L cells C")
@@ -221,22 +271,22 @@ class _Step:
 
     def __call__(self, state: SampleState, row: tuple) -> tuple[SampleState, Trace]:
         """One step: METHOD.md sections 3 to 8, in the order of a run."""
-        number, solver, scheduled, needs_source = row
+        number, solver, scheduled, needed, refresh = row
         knobs, foreground = self.knobs, self.edits.foreground
         known = lock.ready(state.window)
         alpha = lock.fusion_ratio(state.sigma2, known, scheduled, knobs)
         omega = lock.guidance_scale(state.sigma2, known, scheduled, knobs)
 
         cache = state.cache
-        if self.program.locked:
+        if self.program.carried:
             # A loop of one turn or none updates the cache in place; a `cond` would hold two.
             cache = jax.lax.fori_loop(
                 0,
-                needs_source.astype(jnp.int32),
-                lambda _, cache: self._source_pass(solver.sigma, solver.timestep, cache),
-                state.cache,
+                refresh.astype(jnp.int32),
+                lambda _, cache: self._source_pass(solver, cache),
+                cache,
             )
-        v_cond, v_uncond = self._branches(state.latents, solver.timestep, cache, alpha)
+        v_cond, v_uncond = self._branches(state.latents, solver, cache, alpha, needed)
         region = lock.projection_region(foreground, knobs)
         scale = lock.uncond_scale(lock.projection_scale(v_cond, v_uncond, region), knobs)
         velocity, momentum = self._guide(v_cond, v_uncond, omega, scale, state.momentum)
@@ -263,26 +313,60 @@ class _Step:
         """The source at a noise level, with the noise the edit started from."""
         return (1 - sigma) * self.edits.source + sigma * self.edits.noise
 
-    def _source_pass(
-        self, sigma: Float[Array, ""], timestep: Float[Array, ""], into: KVCache
-    ) -> KVCache:
-        z = self._noised_source(sigma)
-        given = (z, _rows(timestep, z), self.source_conditioning)
+    def _source_pass(self, solver: Any, into: KVCache) -> KVCache:
+        z = self._noised_source(solver.sigma)
+        given = (z, _rows(solver.timestep, z), self.source_conditioning)
         return self.model.keys_values(*given, into=into)[1]
 
     def _branches(
-        self, latents: Patches, timestep: Float[Array, ""], cache: KVCache | None, alpha: PerEdit
+        self,
+        latents: Patches,
+        solver: Any,
+        cache: KVCache | None,
+        alpha: PerEdit,
+        needed: Bool[Array, ""],
     ) -> list[Patches]:
         """The conditional and the unconditional velocity, from one pass over both."""
         z = jnp.stack([latents, latents], axis=1).reshape(-1, *latents.shape[1:])
-        held = Lock(cache, self.tokens, alpha) if self.program.locked else None
-        velocity = self.model(z, _rows(timestep, z), self.conditioning, held)
+        given = (z, _rows(solver.timestep, z), self.conditioning)
+        if self.program.locked and cache is None:
+            source = self._noised_source(solver.sigma)
+            cache = SourcePass(source, _rows(solver.timestep, source), self.source_conditioning)
+
+        def plain() -> Patches:
+            return self.model(*given, None)
+
+        def full() -> Patches:
+            return self.model(*given, Lock(cache, self.tokens, alpha))
+
+        def foreground() -> Patches:
+            held = Lock(cache, self.tokens, alpha, self.program.tokens)
+            # the background's is the one that leads from where it is to the source
+            whole = self.edits.noise - self.edits.source
+            return lock.splice(self.model(*given, held), whole, self.tokens)
+
+        kinds = {"plain": plain, "full": full, "foreground": foreground}
+        chosen = self._kind(alpha, needed)
+        velocity = jax.lax.switch(chosen, [kinds[kind] for kind in self.program.passes])
+        velocity = sharding.constrain(velocity, "B L cells C")
         if self.edits.grid.tokens < self.edits.grid.length:
             # Padding moves nothing: it stays 0, in the latents and in every sum over them.
             real = jnp.arange(z.shape[1]) < self.edits.grid.tokens
             velocity = jnp.where(real[:, None, None], velocity, 0.0)
         branches = velocity.reshape(-1, 2, *latents.shape[1:])
         return [branches[:, 0], branches[:, 1]]
+
+    def _kind(self, alpha: PerEdit, needed: Bool[Array, ""]) -> Int[Array, ""]:
+        """Which of the program's passes a step is."""
+        kinds = self.program.passes
+        found = jnp.int32(len(kinds) - 1)
+        if "full" in kinds:
+            found = jnp.int32(kinds.index("full"))
+            if "foreground" in kinds:
+                found = jnp.where((alpha == 1).all(), kinds.index("foreground"), found)
+        if "plain" in kinds:
+            found = jnp.where(needed, found, kinds.index("plain"))
+        return found
 
     def _guide(
         self, v_cond: Patches, v_uncond: Patches, omega: PerEdit, scale: PerEdit, momentum: Any
