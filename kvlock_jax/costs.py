@@ -197,11 +197,19 @@ def weight_bytes(workload: Workload, layout: Layout) -> int:
     return math.ceil(total / (layout.devices if layout.shard_weights else 1))
 
 
-def cache_bytes(workload: Workload, layout: Layout) -> int:
+def keys_values_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of the source's keys and values on a device: its part of `layers B L N K` twice."""
     config = workload.config
     numbers = config.num_layers * workload.batch * layout.local(workload.tokens) * config.dim
     return 2 * numbers * workload.dtype_bytes
+
+
+def cache_bytes(workload: Workload, layout: Layout, lock: LockConfig) -> int:
+    """Bytes of them that a loop with such a lock keeps on a device: of all blocks, or of one."""
+    if not lock.enabled:
+        return 0
+    blocks = 1 if lock.cache == "carried" else workload.config.num_layers
+    return keys_values_bytes(workload, layout) // blocks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from kvlock_jax import costs, roofline, sharding
 from kvlock_jax.checkpoint import Contents
+from kvlock_jax.config import LockConfig
 from kvlock_jax.costs import Layout, Workload
 from kvlock_jax.roofline import CHIPS
 from kvlock_jax.settings import Settings
@@ -81,14 +82,15 @@ def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
     )
     frames, height, width = plan.video.model_shape
     tokens = f"{workload.tokens:,} tokens of {frames} frames of {width}x{height}"
-    cache = costs.cache_bytes(workload, Layout())
-    yield _line("cache", f"{_bytes(cache)} in {plan.dtype}: {tokens}")
+    cache, lock = costs.cache_bytes(workload, Layout(), settings.lock), settings.lock
+    of = "all blocks" if lock.cache == "carried" else "a block"
+    yield _line("cache", f"{_bytes(cache)} in {plan.dtype}, of {of}: {tokens}")
 
     memory = CHIPS[plan.chip].memory if plan.chip else None
     several = plan.devices > 1
     spread = several and memory is not None and sharding.worth_spreading(stored.size, memory)
     layout = Layout.of(plan.devices, spread, workload.tokens)
-    parts = _per_device(contents, workload, layout)
+    parts = _per_device(contents, workload, layout, lock)
     yield ""
     yield from _table(parts, workload, layout, plan, memory)
     if plan.chip:
@@ -100,13 +102,15 @@ def _weights(contents: Contents) -> int:
     return sum(model.size for model in contents.models.values())
 
 
-def _per_device(contents: Contents, workload: Workload, layout: Layout) -> dict[str, int]:
+def _per_device(
+    contents: Contents, workload: Workload, layout: Layout, lock: LockConfig
+) -> dict[str, int]:
     """Bytes on a device."""
     sizes = {name: model.size for name, model in contents.models.items()}
     shared = sizes["text_encoder"] + sizes["transformer"] * layout.shard_weights
     return {
         "weights": sum(sizes.values()) - shared + -(-shared // layout.devices),
-        "cache": costs.cache_bytes(workload, layout),
+        "cache": costs.cache_bytes(workload, layout, lock),
         "activations": costs.activations(workload, layout).total,
     }
 

@@ -30,6 +30,8 @@ SETTINGS = (
     ("sample.guidance_scale", float, "sample_guide_scale guidance_scale", "guidance, 1 is none"),
     ("sample.solver", str, "sample_solver solver", "unipc, dpm++ or euler"),
     ("sample.seed", int, "base_seed seed", "seed of the noise"),
+    ("kvlock.cache", str, "cache", "of the source: fused, made block by block, or carried"),
+    ("kvlock.cache_every", int, "cache_every", "steps that a carried cache serves"),
     ("edit.source_prompt", str, "src_prompt", "what the source shows"),
     ("edit.negative_prompt", str, "negative_prompt", "what to lead away from"),
     ("edit.size", str, "size", "WIDTH*HEIGHT to work and write at; the video's own by default"),

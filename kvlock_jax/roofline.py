@@ -59,18 +59,22 @@ class Step:
 def step(workload: Workload, layout: Layout, lock: LockConfig, steps: int) -> Step:
     """What a step of a run takes of each device.
 
-    Memory: each pass reads its weights once; matrix products and attention are kernels that read
-    their inputs and write their outputs once, and all else happens inside them. The edit's pass
-    reads the cache, the source's writes it. What comes from other devices is written once.
+    Memory: each pass reads its weights once, and one over source and edits does so for both; matrix
+    products and attention are kernels that read their inputs and write their outputs once, and all
+    else happens inside them. The edit's pass reads the source's keys and values, which its own pass
+    writes. What comes from other devices is written once.
 
     Interconnect: of every block and row the other devices' keys and values, and where weights are
     sharded, of every pass the other devices' part of them.
     """
-    share = costs.source_share(lock, steps)
+    carried = lock.cache == "carried"
+    share = costs.source_share(lock, steps) / lock.cache_every
     flops = costs.edit_flops(workload, layout) + share * costs.source_flops(workload, layout)
     edit_rows, source_rows = 2 * workload.batch, share * workload.batch
-    cache = costs.cache_bytes(workload, layout) * (lock.enabled + share)
-    weights = costs.pass_parameters(workload.config) * workload.weight_bytes * (1 + share)
+    read = costs.source_share(lock, steps)
+    cache = costs.keys_values_bytes(workload, layout) * (read + share)
+    passes = 1 + share * carried
+    weights = costs.pass_parameters(workload.config) * workload.weight_bytes * passes
     gathered = (edit_rows + source_rows) * _gathered(workload, layout)
     if layout.shard_weights:
         gathered += weights * (1 - 1 / layout.devices)
