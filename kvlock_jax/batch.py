@@ -29,9 +29,9 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from kvlock_jax import remote, report, video
+from kvlock_jax import hosts, remote, report, video
 from kvlock_jax.edit import Model, Result, draw_noise, run_batch
-from kvlock_jax.errors import Error, InputError
+from kvlock_jax.errors import InputError
 from kvlock_jax.inputs import Inputs, read
 from kvlock_jax.job import Job, Work
 from kvlock_jax.manifest import Failure, Request, reason
@@ -222,7 +222,7 @@ class _Reader:
     def _inputs(self, request: Request) -> Inputs:
         edit = request.settings.edit
         with contextlib.ExitStack() as copies:
-            local = functools.partial(_at_hand, copies)
+            local = functools.partial(remote.at_hand, copies, suffixes=IMAGES)
             if self._footage != request.footage:
                 self._footage = None
                 self._video = video.read_video(local(request.source), edit.frame_num or None)
@@ -235,29 +235,13 @@ class _Reader:
         return dataclasses.replace(inputs, source=self._source, fps=self._video.fps)
 
 
-def _at_hand(copies: contextlib.ExitStack, path: str) -> str:
-    """A local path; until the stack ends, what is said of it is said of the path it stands for."""
-    local = copies.enter_context(remote.local_copy(path, IMAGES))
-    copies.enter_context(_as_if(local, path))
-    return local
-
-
-@contextlib.contextmanager
-def _as_if(local: str, path: str) -> Iterator[None]:
-    try:
-        yield
-    except Error as error:
-        if local == path:
-            raise
-        raise type(error)(str(error).replace(local, path)) from error
-
-
 def _outcomes(runner: Runner, model: Callable[[], Model], group: Sequence[_Read]) -> list[_Outcome]:
     """Runs a group as batches of one shape.
 
     What the container told of a video need not be so, and the inputs of some may be at fault: what
     is left of the group depends on the files alone, so it is the same in any other run.
     """
+    group = [_agreed(one) for one in group]
     unread = [g for g in group if isinstance(g.inputs, Exception)]
     ended = [_Outcome(g.request, g.inputs, g.seconds) for g in unread]
     shapes: dict[tuple, list[_Read]] = {}
@@ -272,6 +256,16 @@ def _outcomes(runner: Runner, model: Callable[[], Model], group: Sequence[_Read]
             for one, result in zip(batch, results, strict=True)
         ]
     return ended
+
+
+def _agreed(one: _Read) -> _Read:
+    """What has been read, if all of several hosts have read the same."""
+    content = 0
+    if not isinstance(one.inputs, Exception):
+        content = zlib.crc32(one.inputs.mask, zlib.crc32(one.inputs.source)) | 1
+    if hosts.agree(content):
+        return one
+    return dataclasses.replace(one, inputs=InputError("not all hosts could read the same of it"))
 
 
 def _results(runner: Runner, model: Model, batch: Sequence[_Read]) -> Sequence[Result | Exception]:

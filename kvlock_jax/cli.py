@@ -1,7 +1,9 @@
 """The command line: `kvlock edit`, `kvlock batch`, `kvlock convert` and `kvlock info`."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import sys
@@ -14,6 +16,7 @@ from jax import numpy as jnp
 from kvlock_jax import (
     batch,
     devices,
+    hosts,
     info,
     lock,
     manifest,
@@ -190,30 +193,32 @@ def _edit(args: argparse.Namespace, others: list[str]) -> None:
     if (args.src_mask is None) == (args.bbox is None):
         raise InputError("give either --src_mask FILE or --bbox x0,y0,x1,y1")
     _check_outputs(args)
+    devices.join(args)
     contents = describe(args.ckpt_dir)
     own = config_name(args.ckpt_dir, contents.configs)
     settings = settle(options.gather(args, others, own))
     mask = args.src_mask if args.bbox is None else tuple(args.bbox.split(","))
-    with warnings_as_lines():
-        pictures = [name for name in (args.src_ref_images or "").split(",") if name]
-        inputs = read(args.src_video, mask, args.prompt, settings.edit, pictures)
+    with warnings_as_lines(), contextlib.ExitStack() as copies:
+        local = functools.partial(remote.at_hand, copies, suffixes=video.IMAGES)
+        pictures = [local(name) for name in (args.src_ref_images or "").split(",") if name]
+        mask = local(mask) if isinstance(mask, str) else mask
+        inputs = read(local(args.src_video), mask, args.prompt, settings.edit, pictures)
     frames, height, width = inputs.mask.shape
     say("video", f"{frames} frames of {width}x{height} at {float(inputs.fps):g} per second")
     say("mask", f"{100 * inputs.mask.mean():.1f} % of the pixels are edited")
     say("preset", f"{settings.preset}: {lock.PRESETS[settings.preset]}")
 
-    devices.join(args)
-    placed = devices.place(args, contents.configs.transformer, many=False)
+    placed = devices.place(args, contents, many=False)
     start = time.perf_counter()
     model = _load(args, contents, placed)
     seconds = {"load": time.perf_counter() - start}
-    with ticking(settings.sample.steps) as tick:
+    with warnings_as_lines(), ticking(settings.sample.steps) as tick:
         result = interruptibly(lambda: run_edit(model, inputs, settings, on_step=tick))
 
     seconds |= result.seconds
     say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     say("kept", _kept(result))
-    if devices.is_writer():
+    if hosts.is_writer():
         _write(args, result)
 
 
@@ -275,7 +280,7 @@ def _kept(result: Result) -> str:
 def _batch(args: argparse.Namespace, others: list[str]) -> int:
     devices.join(args)
     contents = describe(args.ckpt_dir)
-    placed = devices.place(args, contents.configs.transformer, many=True)
+    placed = devices.place(args, contents, many=True)
     size = args.batch_size
     if size is None:
         size = placed.mesh.shape["data"] if placed.mesh else 1
@@ -292,7 +297,7 @@ def _batch(args: argparse.Namespace, others: list[str]) -> int:
         shard=(args.shard_index, args.num_shards),
         overwrite=args.overwrite,
     )
-    work = prepare(job)
+    work = hosts.agreed(prepare(job))
     total, groups = len(work.missing), len(work.pending)
     edits = total + len(work.finished) + len(work.failures)
     say("edits", f"{edits}, of which {len(work.failures)} cannot run as they stand")
@@ -310,7 +315,7 @@ def _batch(args: argparse.Namespace, others: list[str]) -> int:
         def on_end(request: Request, failure: Failure | None) -> None:
             tell(f"{request.id} failed: {failure.reason}" if failure else f"{request.id} done")
 
-        summary = batch.run(work, loaded, runner, on_end, writes=devices.is_writer())
+        summary = batch.run(work, loaded, runner, on_end, writes=hosts.is_writer())
     where = f": {summary.failures}" if summary.failures else ""
     done = f"{summary.done} done, {summary.skipped} skipped, {summary.failed} failed{where}"
     say("batch", done)

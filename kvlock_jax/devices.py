@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kvlock_jax import costs, sharding
-from kvlock_jax.config import WanConfig
+from kvlock_jax import sharding
+from kvlock_jax.checkpoint import Contents
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.models.sharded_attention import Attend, gathered, ring
 
@@ -81,22 +81,28 @@ def join(args: argparse.Namespace) -> None:
         raise ConfigError(f"the hosts cannot meet: {reason}") from error
 
 
-def place(args: argparse.Namespace, config: WanConfig, *, many: bool) -> Placement:
-    """How a transformer of these sizes is laid out.
+def place(args: argparse.Namespace, contents: Contents, *, many: bool) -> Placement:
+    """How a checkpoint's transformer is laid out.
 
     Args:
       args: of a parser of `add`.
-      config: of the transformer.
+      contents: of the checkpoint.
       many: whether the devices are for many edits, or for one.
 
     Raises:
       ConfigError: the mesh cannot be, or does not divide the heads.
     """
-    devices = jax.devices()
+    config, spread = contents.configs.transformer, args.spread_weights
+    if spread is None:
+        stats: Any = jax.local_devices()[0].memory_stats() or {}
+        memory = stats.get("bytes_limit", float("inf"))
+        spread = sharding.worth_spreading(contents.models["transformer"].size, memory)
     if args.mesh:
         mesh = sharding.parse_mesh(args.mesh)
-    else:
-        mesh = sharding.make_mesh(**{"data" if many else "frames": len(devices)})
+    else:  # weights are spread over `frames`, so those that must be decide for it
+        mesh = sharding.make_mesh(
+            **{"data" if many and not spread else "frames": jax.device_count()}
+        )
     ways = mesh.shape["model"]
     heads, wide = config.num_attention_heads, config.ffn_dim
     if heads % ways or wide % ways:
@@ -107,14 +113,4 @@ def place(args: argparse.Namespace, config: WanConfig, *, many: bool) -> Placeme
         )
     if mesh.size == 1:
         return Placement(None, False, gathered)
-    spread = args.spread_weights
-    if spread is None:
-        stats: Any = jax.local_devices()[0].memory_stats() or {}
-        memory = stats.get("bytes_limit", float("inf"))
-        spread = sharding.worth_spreading(2 * costs.parameters(config).total, memory)
-    return Placement(mesh, spread, ATTENTION[args.attention])
-
-
-def is_writer() -> bool:
-    """Whether this host writes what all of them made."""
-    return jax.process_index() == 0
+    return Placement(mesh, spread and mesh.shape["frames"] > 1, ATTENTION[args.attention])

@@ -8,9 +8,9 @@ import dataclasses
 import functools
 import itertools
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +34,7 @@ from kvlock_jax.models.conditioning import on_canvas
 from kvlock_jax.models.sharded_attention import Attend, gathered
 from kvlock_jax.patches import Grid, Patches
 from kvlock_jax.prepare import prepare
+from kvlock_jax.progress import Clock, Ticker
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.sampler import Edits, Program, Trace, bucket, sample
 from kvlock_jax.settings import Settings, config, config_name, settle
@@ -41,28 +42,6 @@ from kvlock_jax.shapes import VAE_STRIDES, Latents
 from kvlock_jax.text import Tokenizer, encode_prompts
 
 _DEMO = Path(__file__).parent / "demo" / "weights"
-
-
-class Ticker:
-    """Where the compiled loop reports its steps: one per model, so that the loop compiles once."""
-
-    def __init__(self) -> None:
-        self._listener: Callable[[int], None] | None = None
-
-    def tick(self, step: Any) -> None:
-        """Called from inside the loop after each step."""
-        if self._listener is not None:
-            self._listener(int(step))
-
-    @contextmanager
-    def listening(self, listener: Callable[[int], None] | None) -> Iterator[None]:
-        """Hands steps on to `listener` until the block ends."""
-        self._listener = listener
-        try:
-            yield
-            jax.effects_barrier()  # the last steps may still be on their way
-        finally:
-            self._listener = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,7 +228,11 @@ def run_batch(
     references = len(inputs[0].references)
     if references and not networks.configs.transformer.vace_layers:
         raise InputError("reference pictures need a VACE model, this one is text-to-video")
-    clock, every = _Clock(), len(inputs) // len(noise)
+    for given in inputs:
+        if words := ", ".join(model.tokenizer.unknown(given.prompt)):
+            told = f"{given.prompt!r} has words that the text encoder does not know: {words}"
+            warnings.warn(told, stacklevel=2)
+    clock, every = Clock(), len(inputs) // len(noise)
     fits = [files.Fit(*given.source.shape[:3]) for given in inputs]
     with model.on_mesh():
         with clock.stage("encode text"):
@@ -360,7 +343,7 @@ def _sample(
     model: Model,
     settings: Settings,
     edits: Edits,
-    clock: "_Clock",
+    clock: Clock,
     on_step: Callable[[int], None] | None,
 ) -> tuple[Patches, Trace]:
     """Compiles the loop where it must be, and runs it."""
@@ -388,16 +371,3 @@ def _most_tokens(edits: Edits) -> Int[Array, ""]:
 def _start(edits: Edits) -> Patches:
     """What edits start from: their source's noise, in memory of its own, which is donated."""
     return edits.spread(edits.noise)
-
-
-class _Clock:
-    """Times of stages, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start

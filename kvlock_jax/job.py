@@ -14,6 +14,7 @@ Versions of programs are written down, and do not count.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import types
@@ -135,7 +136,10 @@ def identity(source: str) -> dict[str, str]:
         made_of = [dict(told.source.get("files") or told.files), dtypes]
         digest.update(json.dumps(made_of, sort_keys=True).encode())
     else:
-        for file in sorted([*folder.glob("*/*.safetensors"), *folder.glob("*/*.json")]):
+        kinds = ("*.safetensors", "*.pth", "*.json")
+        depths = ("", "*/", "*/*/")  # the publisher's own weights lie at the top
+        found = (folder.glob(depth + kind) for depth in depths for kind in kinds)
+        for file in sorted(itertools.chain(*found)):
             size = file.stat().length
             with file.open("rb") as content:
                 ends = content.read(_ENDS)

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import fsspec
 
-from kvlock_jax.errors import InputError
+from kvlock_jax.errors import Error, InputError
 
 _SUMS = ("md5Hash", "crc32c", "ETag", "etag", "content_md5")
 """What object stores call the checksum of a file."""
@@ -209,3 +209,20 @@ def _named(path: str, what: str = "cannot be read") -> Iterator[None]:
             raise
         told = getattr(error, "strerror", None) or error or type(error).__name__
         raise InputError(f"{path}: {what} ({told})") from error
+
+
+def at_hand(copies: contextlib.ExitStack, path: str, suffixes: Sequence[str]) -> str:
+    """A local path; until the stack ends, what is said of it is said of the path it stands for."""
+    local = copies.enter_context(local_copy(path, suffixes))
+    copies.enter_context(_as_if(local, path))
+    return local
+
+
+@contextlib.contextmanager
+def _as_if(local: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except Error as error:
+        if local == path:
+            raise
+        raise type(error)(str(error).replace(local, path)) from error

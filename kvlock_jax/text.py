@@ -70,7 +70,7 @@ class Tokenizer:
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         inner.enable_truncation(self.text_len)
         inner.enable_padding(length=self.text_len, pad_id=pad_id, pad_token=pad)
-        self._inner = inner
+        self._inner, self._unknown = inner, inner.token_to_id(UNKNOWN)
 
     def __call__(
         self, prompts: Sequence[str]
@@ -88,6 +88,14 @@ class Tokenizer:
         ids = np.array([e.ids for e in encoded], np.int32).reshape(-1, self.text_len)
         mask = np.array([e.attention_mask for e in encoded], bool).reshape(ids.shape)
         return ids, mask
+
+    def unknown(self, prompt: str) -> list[str]:
+        """What of a prompt the vocabulary does not hold, as typed."""
+        text = clean(prompt)
+        found = self._inner.encode(text)
+        spans = zip(found.ids, found.offsets, strict=True)
+        words = [text[first:last] for token, (first, last) in spans if token == self._unknown]
+        return list(dict.fromkeys(words))
 
 
 def encode_prompts(

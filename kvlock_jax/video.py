@@ -6,6 +6,7 @@ are `str` or `os.PathLike`. Whatever cannot be used is an `InputError` of one li
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -368,12 +369,13 @@ def resize(video: Frames, height: int, width: int) -> Frames:
     if video.shape[1:3] == (height, width):
         return video
 
-    @jax.jit
-    def one(image: jax.Array) -> jax.Array:
-        smooth = jax.image.resize(image.astype(jnp.float32), (height, width, 3), "linear")
-        return jnp.clip(jnp.round(smooth), 0.0, 255.0).astype(jnp.uint8)
+    return np.stack([np.asarray(_resized(frame, height, width)) for frame in video])
 
-    return np.stack([np.asarray(one(frame)) for frame in video])
+
+@functools.partial(jax.jit, static_argnames=("height", "width"))
+def _resized(image: jax.Array, height: int, width: int) -> jax.Array:
+    smooth = jax.image.resize(image.astype(jnp.float32), (height, width, 3), "linear")
+    return jnp.clip(jnp.round(smooth), 0.0, 255.0).astype(jnp.uint8)
 
 
 def resize_mask(mask: Mask, height: int, width: int) -> Mask:

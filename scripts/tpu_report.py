@@ -198,7 +198,8 @@ def collectives(text: str) -> dict[str, list[int]]:
     for line in text.splitlines():
         if match := re.search(rf" = (.*?) ({kinds})(-start)?\(", line):
             shapes = re.findall(r"([a-z0-9]+)\[([0-9,]*)\]", match[1])
-            if match[3] and len(shapes) > 1:  # operand and result
+            if match[3] and len(shapes) > 1:  # operands, results, and at times what it waits by
+                shapes = [s for s in shapes if s != ("u32", "")]
                 shapes = shapes[len(shapes) // 2 :]
             found[match[2]][0] += 1
             found[match[2]][1] += sum(

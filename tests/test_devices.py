@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,10 @@ from kvlock_jax.errors import ConfigError
 from kvlock_jax.models.sharded_attention import gathered, ring
 
 CONFIG = WanConfig(4, 12, 2, 40)
+CONTENTS = types.SimpleNamespace(
+    configs=types.SimpleNamespace(transformer=CONFIG),
+    models={"transformer": types.SimpleNamespace(size=1_000)},
+)
 
 
 def parsed(*argv):
@@ -27,32 +32,42 @@ def parsed(*argv):
 
 
 def test_one_edit_has_all_devices_on_frames_and_many_have_them_on_data():
-    one = devices.place(parsed(), CONFIG, many=False)
+    one = devices.place(parsed(), CONTENTS, many=False)
     assert dict(one.mesh.shape) == {"data": 1, "frames": 8, "model": 1}
     assert (one.spread, one.attend) == (False, gathered)
-    many = devices.place(parsed(), CONFIG, many=True)
+    many = devices.place(parsed(), CONTENTS, many=True)
     assert dict(many.mesh.shape) == {"data": 8, "frames": 1, "model": 1}
     assert str(one) == "8 devices: data 1, frames 8, model 1"
 
 
 def test_a_mesh_of_one_device_is_none():
-    placed = devices.place(parsed("--mesh", "frames=1", "--spread_weights"), CONFIG, many=False)
+    placed = devices.place(parsed("--mesh", "frames=1", "--spread_weights"), CONTENTS, many=False)
     assert (placed.mesh, placed.spread) == (None, False)
     assert str(placed) == "cpu"
 
 
 def test_what_is_asked_for_is_had():
     args = parsed("--mesh", "data=2,frames=2,model=2", "--attention", "ring", "--spread_weights")
-    placed = devices.place(args, CONFIG, many=False)
+    placed = devices.place(args, CONTENTS, many=False)
     assert (placed.spread, placed.attend) == (True, ring)
     assert str(placed) == "8 devices: data 2, frames 2, model 2, weights spread"
+
+
+def test_weights_that_do_not_fit_each_decide_for_the_mesh(monkeypatch):
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 3_000})
+    monkeypatch.setattr(devices.jax, "local_devices", lambda: [device])
+    many = devices.place(parsed(), CONTENTS, many=True)
+    assert dict(many.mesh.shape) == {"data": 1, "frames": 8, "model": 1} and many.spread
+    given = devices.place(parsed("--mesh", "data=8"), CONTENTS, many=True)
+    assert not given.spread  # over one device there is nothing to spread
+    assert not devices.place(parsed("--no-spread_weights"), CONTENTS, many=True).spread
 
 
 def test_heads_that_do_not_divide_are_refused_with_what_would():
     args = parsed("--mesh", "model=8")
     with pytest.raises(ConfigError, match="model=8 does not divide the model's 4 heads: use one of "
                        "1, 2, 4"):  # fmt: skip
-        devices.place(args, CONFIG, many=False)
+        devices.place(args, CONTENTS, many=False)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +142,7 @@ def test_two_processes_are_one(tiny_vace_checkpoint, folder):
     argv = [
         "edit", "--ckpt_dir", str(tiny_vace_checkpoint), "--src_video", "clip.mkv",
         "--src_mask", "mask.mkv", "--prompt", "a blue star", "--sample_steps", "4",
-        "--preset", "kvlock_anchor", "--save_file", "@/edit.mkv", "--lossless",
+        "--preset", "kvlock_anchor", "--save_file", "@/edit.mkv", "--lossless", "--dilate", "1",
         "--trace", "@/trace.json", "--mesh", "frames=8", "--spread_weights",
     ]  # fmt: skip
     said = one_and_two(folder, argv, "@")

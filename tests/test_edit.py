@@ -54,6 +54,11 @@ def edit(model, clip=CLIP, mask=MASK, prompt=PROMPT, *, config=None, **rest):
 # -- what goes in and what comes out -------------------------------------------------------------
 
 
+def test_words_that_the_model_does_not_know_are_told(model):
+    with pytest.warns(UserWarning, match="'a blurred star' has words .* not know: blurred"):
+        edit(model, prompt="a blurred star")
+
+
 def test_a_result_tells_everything(model, plain):
     assert plain.video.dtype == np.uint8 and plain.video.shape == CLIP.shape
     np.testing.assert_array_equal(plain.source, CLIP)

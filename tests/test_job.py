@@ -14,7 +14,7 @@ from kvlock_jax import job as jobs
 from kvlock_jax import video
 from kvlock_jax.config import run_config
 from kvlock_jax.errors import InputError
-from kvlock_jax.job import prepare
+from kvlock_jax.job import identity, prepare
 from kvlock_jax.manifest import Common
 
 ROWS = [
@@ -273,3 +273,14 @@ def test_identity_of_a_converted_checkpoint(tmp_path, monkeypatch):
     first = identity("1", "float32", "2")
     assert identity("1", "float32", "3") == first
     assert identity("2", "float32", "2") != first != identity("1", "bfloat16", "2")
+
+
+@pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "vae.pth", "a/b/words.json"])
+def test_a_checkpoint_is_told_from_another_by_any_of_its_files(tmp_path, file):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_bytes(b"one")
+    before = identity(str(tmp_path))
+    assert identity(str(tmp_path)) == before
+    (tmp_path / file).write_bytes(b"two")
+    assert identity(str(tmp_path)) != before

@@ -266,3 +266,12 @@ def test_prompts_that_are_not(folder, prompts):
 def test_bad_words(tmp_path, words):
     with pytest.raises(InputError, match="lower-case"):
         text.write_word_tokenizer(tmp_path, words, 8)
+
+
+def test_words_that_are_not_known(tmp_path):
+    text.write_word_tokenizer(tmp_path / "tokenizer", WORDS, text_len=8)
+    tokenizer = text.Tokenizer(tmp_path / "tokenizer")
+    known = WORDS[0]
+    assert tokenizer.unknown(f"{known} {known}") == []
+    assert tokenizer.unknown(f"{known}  blurred {known} foggy blurred") == ["blurred", "foggy"]
+    assert tokenizer.unknown("") == []

@@ -88,5 +88,11 @@ def test_collectives_are_read_from_a_program(report):
       %c = f32[8]{0} all-gather-done(%b)
       %d = (f32[2], s32[]) all-reduce(%e, %f), to_apply=%sum
       %g = f32[2] add(%h, %all-gather.3)
+      %i = (bf16[4]{0}, bf16[4]{0}, u32[], u32[]) collective-permute-start(%j)
     """
-    assert report.collectives(text) == {"all-gather": [2, 32 + 32], "all-reduce": [1, 12]}
+    found = report.collectives(text)
+    assert found == {
+        "all-gather": [2, 32 + 32],
+        "all-reduce": [1, 12],
+        "collective-permute": [1, 8],
+    }
