@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvlock_jax import checkpoint, costs, lock, roofline, sharding
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
+from kvlock_jax.config import LockConfig, UMT5Config, VAEConfig, WanConfig
 from kvlock_jax.models import layout, vae
 from kvlock_jax.models.sharded_attention import gathered, ring
 from kvlock_jax.models.umt5 import UMT5Encoder
@@ -71,6 +71,8 @@ class Row:
       batch: edits.
       mesh: sizes of `data`, `frames`, `model`; all chips on `frames` where it is empty.
       ring: whether keys and values go round a ring.
+      cache: of the lock, `"fused"` or `"carried"`.
+      preset: the model's own where it is empty.
     """
 
     model: str
@@ -81,11 +83,14 @@ class Row:
     batch: int = 1
     mesh: tuple[int, ...] = ()
     ring: bool = False
+    cache: str = "fused"
+    preset: str = ""
 
     @property
     def name(self) -> str:
         """Of its file."""
-        parts = dataclasses.astuple(self)
+        parts = [*dataclasses.astuple(self)[:-2], self.preset]
+        parts += [self.cache] if self.cache == "carried" else []
         return re.sub(r"[^a-z0-9.]+", "_", "_".join(map(str, parts)).lower()).strip("_")
 
     @property
@@ -102,7 +107,12 @@ def rows() -> list[Row]:
     found += [Row(m, 480, 832, 213, s) for s in TOPOLOGIES for m in MODELS if "1.3B" in m]
     found += [Row(m, 480, 832, 81, "v6e-8", batch=4, mesh=(4, 2, 1)) for m in MODELS if "1.3B" in m]
     found += [Row(m, 720, 1280, 81, "v6e-8", ring=True) for m in MODELS if "14B" in m]
-    return found
+    small = Row("T2V 1.3B", 480, 832, 81, "v6e-8")
+    return [
+        *found,
+        dataclasses.replace(small, cache="carried"),
+        dataclasses.replace(small, preset="cfg"),
+    ]
 
 
 def mesh_of(row: Row) -> Mesh:
@@ -130,7 +140,7 @@ def array(mesh: Mesh, shape, letters: str, dtype=jnp.float32) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
-def loop(mesh: Mesh, row: Row, spread: bool, preset: str):
+def loop(mesh: Mesh, row: Row, spread: bool):
     """The whole sampling loop, lowered."""
     config, latent = MODELS[row.model], row.workload.latent_shape
     attend = ring if row.ring else gathered
@@ -151,7 +161,7 @@ def loop(mesh: Mesh, row: Row, spread: bool, preset: str):
 
     foreground = array(mesh, (batch, grid.length, 4), "B L cells", jnp.bool_)
     edits = Edits(patches(16), patches(16), foreground, texts(2 * batch), texts(batch), grid)
-    settings = lock.preset(preset, 5.0)
+    settings = settings_of(row)
     knobs = jax.eval_shape(lambda: lock.knobs(settings, 5.0))
     everywhere = NamedSharding(mesh, PartitionSpec())
     table, knobs = jax.tree.map(
@@ -255,7 +265,7 @@ def held(mesh: Mesh, spread: bool, config: WanConfig) -> dict[str, int]:
 
 
 PROGRAMS = {
-    "loop": lambda mesh, row: loop(mesh, row, spreads(row), preset_of(row)),
+    "loop": lambda mesh, row: loop(mesh, row, spreads(row)),
     "text": text_encoder,
     "encode": encoder,
     "decode": decoder,
@@ -264,7 +274,7 @@ PROGRAMS = {
 
 def key(row: Row, program: str) -> str:
     """Name of a program's file; rows share those that do not depend on the transformer."""
-    same = {"model": "any", "ring": False}
+    same = {"model": "any", "ring": False, "cache": "fused", "preset": ""}
     if program == "text":
         same |= {"height": 0, "width": 0, "frames": 0}
     shared = row if program == "loop" else dataclasses.replace(row, **same)
@@ -277,9 +287,11 @@ def spreads(row: Row) -> bool:
     return sharding.worth_spreading(size, chip_of(row).memory)
 
 
-def preset_of(row: Row) -> str:
-    """The default preset."""
-    return "kvlock" if MODELS[row.model].vace_layers else "kvlock_anchor"
+def settings_of(row: Row) -> LockConfig:
+    """Of the lock: the model's default preset, or the row's."""
+    default = "kvlock" if MODELS[row.model].vace_layers else "kvlock_anchor"
+    settings = lock.preset(row.preset or default, 5.0)
+    return dataclasses.replace(settings, cache=row.cache)
 
 
 def chip_of(row: Row) -> roofline.Chip:
@@ -312,7 +324,8 @@ follows is the compiler's own memory analysis, per chip. {steps} steps with the 
 `kvlock` on VACE, `kvlock_anchor` on text-to-video.
 
 `weights` are the transformer's, bfloat16 (spread over the chips, and gathered layer by layer, where
-a `*` stands). `cache` is the source's keys and values, a part of the temporaries. `other` is what
+a `*` stands). `cache` is what of the source's keys and values is kept, a part of
+the temporaries: those of a block, or of all where the cache is carried. `other` is what
 lies there meanwhile: the text encoder's weights, spread over all chips, and the VAE's; `peak` the
 largest of the programs, all weights in memory. Where the loop does not fit, the compiler says what
 its temporaries would take, and makes no program. Decimal gigabytes, as chips are sold.
@@ -373,7 +386,7 @@ def page(found: list[tuple[Row, dict]]) -> str:
             [
                 *about,
                 gb(weights["transformer"]) + ("\\*" if spread else ""),
-                gb(costs.cache_bytes(group, plan)),
+                gb(costs.cache_bytes(group, plan, settings_of(row))),
                 gb(loop["temporaries"]),
                 gb(weights["text_encoder"] + weights["vae"]),
                 f"{gb(totals[worst])} ({worst})",
@@ -393,7 +406,7 @@ def page(found: list[tuple[Row, dict]]) -> str:
             counted = loop["collectives"].items()
             told = [f"{n} {kind}, {gb(size)}" for kind, (n, size) in counted]
             kinds.append([*about, "; ".join(told)])
-        run = (lock.preset(preset_of(row), 5.0), STEPS)
+        run = (settings_of(row), STEPS)
         bound = roofline.roofline(roofline.step(group, plan, *run), chip)
         many = roofline.interconnect_binds_from(group, *run, chip, shard_weights=spread)
         bounds.append(
@@ -435,6 +448,7 @@ def described(row: Row) -> tuple[str, ...]:
     """A row's first columns."""
     mesh = "data {}, frames {}, model {}".format(*row.mesh) if row.mesh else "all on frames"
     more = (f", {row.batch} edits" if row.batch > 1 else "") + (", ring" if row.ring else "")
+    more += f", {row.preset}" if row.preset else ", carried" * (row.cache == "carried")
     return row.model + more, f"{row.height}x{row.width}x{row.frames}", row.slice, mesh
 
 

@@ -137,10 +137,10 @@ def test_padding_is_the_programs(tokens):
 def test_cache_of_published_sizes(name, gib):
     """DESIGN.md section 2; context blocks have none."""
     workload, config = full(name), PUBLISHED[name]
-    assert costs.cache_bytes(workload, Layout()) / 2**30 == pytest.approx(gib, rel=0.01)
+    assert costs.keys_values_bytes(workload, Layout()) / 2**30 == pytest.approx(gib, rel=0.01)
     shape = (config.num_layers, 3, 4096, config.num_attention_heads, config.attention_head_dim)
     shard = KVCache.abstract(shape, jnp.dtype(jnp.bfloat16))
-    assert costs.cache_bytes(full(name, batch=3), Layout.of(8, False, 32_760)) == shard.nbytes
+    assert costs.keys_values_bytes(full(name, batch=3), Layout.of(8, False, 32_760)) == shard.nbytes
 
 
 def test_weights_on_a_device():
@@ -210,7 +210,7 @@ def test_activations_beside_a_compilers():
     workload = small(config, height=128, width=128, dtype_bytes=4)
     compiled = compiled_loop(config, workload).memory_analysis().temp_size_in_bytes
     logits = FLOAT32 * ROWS * config.num_attention_heads * workload.tokens**2
-    cache = costs.cache_bytes(workload, Layout())
+    cache = costs.keys_values_bytes(workload, Layout())
     estimate = costs.activations(workload, Layout()).total + cache
     assert 0.7 * (estimate + logits) < compiled < 1.3 * (estimate + logits)
 

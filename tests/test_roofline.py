@@ -82,7 +82,7 @@ def test_memory_traffic_of_a_block_by_hand():
     expected = rows * sum(touched) + 4 * costs.pass_parameters(config)
     assert step(workload, 1, CFG).memory == expected
     cache = 2 * 2 * tokens * wide
-    assert costs.cache_bytes(workload, Layout()) == cache
+    assert costs.keys_values_bytes(workload, Layout()) == cache
     # A source pass is a third row, its weights read again, its cache written, and read by the edit.
     locked = expected + sum(touched) + 4 * costs.pass_parameters(config) + 2 * cache
     assert step(workload, 1, ANCHOR).memory == locked
