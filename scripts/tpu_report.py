@@ -3,9 +3,9 @@
     python scripts/tpu_report.py [--only v6e] [--runs runs/tpu] [--page docs/tpu.md]
 
 The sampling loop with the lock, the text encoder and the VAE's decoder are lowered from abstract
-weights of the published sizes and compiled by libtpu's own compiler for a topology; its
-memory analysis is what a chip would hold. What is compiled is kept in `--runs`; started again it
-goes on with the rest. One process at a time: libtpu takes a lock.
+weights of the published sizes and compiled by libtpu's own compiler for a topology; its memory
+analysis is what a chip would hold. What is compiled is kept in `--runs`; started again it goes on
+with the rest. One process at a time: libtpu takes a lock.
 """
 
 import argparse
@@ -315,8 +315,9 @@ its temporaries would take, and makes no program. Decimal gigabytes, as chips ar
 
 ## The other programs
 
-Temporaries of the text encoder over an edit's three texts and of the VAE's decoder, and seconds that
-it took to compile each program, on two cores that had other work at times. `-` is not compiled.
+Temporaries of the text encoder over an edit's three texts and of the VAE's decoder, and seconds
+that it took to compile each program, on two cores that had other work at times. `-` is not
+compiled.
 
 {others}
 
