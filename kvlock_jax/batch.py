@@ -65,8 +65,6 @@ def run(
     load: Callable[[], Model],
     runner: Runner | None = None,
     on_end: OnEnd = lambda request, failure: None,
-    *,
-    writes: bool = True,
 ) -> Summary:
     """Does what is to be done.
 
@@ -78,13 +76,10 @@ def run(
       load: gives the model; called once, when there is something to run.
       runner: of a group of edits; `run_group` by default.
       on_end: told of each edit that ended; those of `work.failures` had ended before.
-      writes: whether this host is the one that writes, of several that run the same work.
 
     Raises:
       Error: the model cannot be loaded, or the folder of results cannot be written.
     """
-    if not writes:
-        return _follow(work, functools.cache(load), runner or run_group)
     failed = {failure.line: failure for failure in work.failures}
     with _staging(work.job) as stage:
         log = _Log(work.job, stage)
@@ -102,8 +97,9 @@ def run(
     return Summary(done, len(work.finished), len(failed), where)
 
 
-def _follow(work: Work, model: Callable[[], Model], runner: Runner) -> Summary:
-    """Does the work as a host that writes nothing: its devices have a part in every edit."""
+def follow(work: Work, load: Callable[[], Model], runner: Runner | None = None) -> Summary:
+    """`run` on a host that writes nothing, of several: its devices have a part in every edit."""
+    model, runner = functools.cache(load), runner or run_group
     failed = len(work.failures)
     with ThreadPoolExecutor(1) as reading:
         for group in _ahead(reading, _Reader().read, work.pending):
@@ -139,7 +135,8 @@ def run_group(
         alike.setdefault(told, []).append(n)
     order, sizes = list(itertools.chain(*alike.values())), [len(own) for own in alike.values()]
     ways = model.mesh.shape["data"] if model.mesh else 1
-    fitting = (n for n in range(math.gcd(*sizes), 0, -1) if not any(size % n for size in sizes))
+    common = math.gcd(*sizes)
+    fitting = (n for n in range(common, 0, -1) if common % n == 0)
     every = next((n for n in fitting if len(order) // n % ways == 0), 1)
     which = order + order[-1:] * (-len(order) % (every * ways))
     noise = [draw_noise(model, inputs[n], keys[n]) for n in which[::every]]
@@ -260,10 +257,9 @@ def _outcomes(runner: Runner, model: Callable[[], Model], group: Sequence[_Read]
 
 def _agreed(one: _Read) -> _Read:
     """What has been read, if all of several hosts have read the same."""
-    content = 0
-    if not isinstance(one.inputs, Exception):
-        content = zlib.crc32(one.inputs.mask, zlib.crc32(one.inputs.source)) | 1
-    if hosts.agree(content):
+    unread = isinstance(one.inputs, Exception)
+    given = () if unread else (one.inputs.source, one.inputs.mask, *one.inputs.references)
+    if hosts.agree(*given):
         return one
     return dataclasses.replace(one, inputs=InputError("not all hosts could read the same of it"))
 

@@ -315,7 +315,10 @@ def _batch(args: argparse.Namespace, others: list[str]) -> int:
         def on_end(request: Request, failure: Failure | None) -> None:
             tell(f"{request.id} failed: {failure.reason}" if failure else f"{request.id} done")
 
-        summary = batch.run(work, loaded, runner, on_end, writes=hosts.is_writer())
+        if hosts.is_writer():
+            summary = batch.run(work, loaded, runner, on_end)
+        else:
+            summary = batch.follow(work, loaded, runner)
     where = f": {summary.failures}" if summary.failures else ""
     done = f"{summary.done} done, {summary.skipped} skipped, {summary.failed} failed{where}"
     say("batch", done)

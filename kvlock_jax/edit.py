@@ -295,7 +295,12 @@ def _finite(video: Frames | None, trace: Trace) -> Frames:
         step, steps = int(np.argmin(trace.finite)) + 1, len(trace.finite)
         told = f"latents are not finite after step {step} of {steps}"
         raise SamplingError(f"{told}: lower the guidance scale, or compute in float32")
-    if video is None:  # uint8 has no NaN: it would pass for some grey
+    return _finite_pixels(video)
+
+
+def _finite_pixels(video: Frames | None) -> Frames:
+    """A video of `_decoded`: uint8 has no NaN, which would pass for some grey."""
+    if video is None:
         raise SamplingError("the VAE's pixels are not finite: its weights, or the latents, are off")
     return video
 
@@ -320,9 +325,7 @@ def round_trip(model: Model, video: Frames) -> Frames:
     with model.on_mesh():
         latents = vae.encode(model.checkpoint.vae, fit.apply(video)[None])
         (decoded,) = _decoded(model, [latents])
-    if decoded is None:
-        raise SamplingError("the VAE's pixels are not finite: its weights, or the latents, are off")
-    return fit.undo(decoded)
+    return fit.undo(_finite_pixels(decoded))
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "references"))

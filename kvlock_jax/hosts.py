@@ -19,11 +19,14 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def agree(number: int) -> bool:
-    """Whether all hosts have the same number, one under 2^32; each must ask."""
+def agree(*contents: np.ndarray | bytes) -> bool:
+    """Whether all hosts have the same, told by a checksum; each must ask."""
     if jax.process_count() == 1:
         return True
-    return len(set(multihost_utils.process_allgather(np.uint32(number)).tolist())) == 1
+    checksum = 0
+    for content in contents:
+        checksum = zlib.crc32(np.ascontiguousarray(content), checksum)
+    return len(set(multihost_utils.process_allgather(np.uint32(checksum)).tolist())) == 1
 
 
 def agreed(work: Work) -> Work:
@@ -36,7 +39,7 @@ def agreed(work: Work) -> Work:
         return work
     ids = [request.id for group in work.groups for request in group]
     told = [[work.hashes[n] for n in ids], [failure.line for failure in work.failures]]
-    if not agree(zlib.crc32(json.dumps(told).encode())):
+    if not agree(json.dumps(told).encode()):
         raise InputError(
             "the hosts do not see the same files: give paths that all of them can read"
         )

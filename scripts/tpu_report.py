@@ -2,10 +2,10 @@
 
     python scripts/tpu_report.py [--only v6e] [--runs runs/tpu] [--page docs/tpu.md]
 
-The sampling loop with the lock, the text encoder, the VAE's encoder and decoder are lowered from
-abstract weights of the published sizes and compiled by libtpu's own compiler for a topology; its
-memory analysis is what a chip would hold. What is compiled is kept in `--runs`; started again it
-goes on with the rest. One process at a time: libtpu takes a lock.
+The sampling loop with the lock, the text encoder and the VAE's decoder are lowered from abstract
+weights of the published sizes and compiled by libtpu's own compiler for a topology; its memory
+analysis is what a chip would hold. What is compiled is kept in `--runs`; started again it goes on
+with the rest. One process at a time: libtpu takes a lock.
 """
 
 import argparse
@@ -187,13 +187,6 @@ def networks(mesh: Mesh):
     return abstract(mesh, "vae", model, jnp.float32, False)
 
 
-def encoder(mesh: Mesh, row: Row):
-    """The VAE's encoder, lowered."""
-    size = (row.batch, row.frames, row.height, row.width)
-    video = array(mesh, (*size, 3), "b T H W C", jnp.uint8)
-    return vae.encode.lower(networks(mesh), video, array(mesh, size, "b T H W", jnp.bool_))
-
-
 def decoder(mesh: Mesh, row: Row):
     """The VAE's decoder, lowered."""
     latents = array(mesh, (row.batch, *row.workload.latent_shape, VAE.z_dim), "b T H W C")
@@ -267,7 +260,6 @@ def held(mesh: Mesh, spread: bool, config: WanConfig) -> dict[str, int]:
 PROGRAMS = {
     "loop": lambda mesh, row: loop(mesh, row, spreads(row)),
     "text": text_encoder,
-    "encode": encoder,
     "decode": decoder,
 }
 
@@ -336,8 +328,9 @@ its temporaries would take, and makes no program. Decimal gigabytes, as chips ar
 
 ## The other programs
 
-Temporaries of the text encoder over an edit's three texts and of the VAE, and seconds that the
-machine took to compile each program. `-` is not compiled.
+Temporaries of the text encoder over an edit's three texts and of the VAE's decoder, and seconds
+that it took to compile each program, on two cores that had other work at times. `-` is not
+compiled.
 
 {others}
 
@@ -394,7 +387,7 @@ def page(found: list[tuple[Row, dict]]) -> str:
                 "yes" if totals[worst] <= chip.memory and not loop["refused"] else "**no**",
             ]
         )
-        rest = [programs[name] for name in ("text", "encode", "decode")]
+        rest = [programs[name] for name in ("text", "decode")]
         others.append(
             [
                 *about,
@@ -426,9 +419,7 @@ def page(found: list[tuple[Row, dict]]) -> str:
         memory=table(
             f"{what} | weights | cache | temporaries | other | peak | chip | fits", memory
         ),
-        others=table(
-            f"{what} | text | encode | decode | loop, s | text, s | encode, s | decode, s", others
-        ),
+        others=table(f"{what} | text | decode | loop, s | text, s | decode, s", others),
         collectives=table(f"{what} | collectives", kinds),
         roofline=table(
             f"{what} | compute, s | memory, s | interconnect, s | step, s | {STEPS} steps, s | "

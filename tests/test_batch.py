@@ -441,13 +441,24 @@ def test_a_host_that_does_not_write_has_a_part_in_all(folder):
         return batches.runner(model, inputs, *rest)
 
     work = prepare(batches.job(manifest, folder / "out", batch_size=3))
-    summary = batch.run(work, lambda: None, runner, writes=False)
+    summary = batch.follow(work, lambda: None, runner)
     assert (summary.done, summary.skipped, summary.failed) == (2, 0, 2)
     assert not (folder / "out").exists()
     there = list(ran)
     ran.clear()
     assert batches.run(work, runner) == summary and ran == there
     assert names(folder / "out") == ["0.json", "0.mkv", "3.json", "3.mkv", "failed.jsonl"]
+
+
+def test_one_image_is_a_mask_of_all_frames(folder):
+    region = np.zeros(batches.SHAPE[1:], np.uint8)
+    region[8:16, 8:24] = 255
+    video.write_png(folder / "mask.png", np.stack([region] * 3, axis=-1))
+    rows = [{"bbox": None, "src_mask": mask} for mask in ("mask.png", "mask.npy")]
+    manifest = write(folder, *(row | {"noise_id": "x"} for row in rows))
+    assert batches.do(manifest, folder / "out", batch_size=2).done == 2
+    found = all_frames(folder / "out")
+    assert found["0.mkv"] == found["1.mkv"]
 
 
 def test_the_list_of_failures_is_written_as_they_come(folder, monkeypatch):

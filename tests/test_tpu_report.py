@@ -25,16 +25,17 @@ report.TEXT_ENCODER = UMT5Config(1024, 256, 64, 512, 2, 4)
 report.VAE = VAEConfig(base_dim=8, num_res_blocks=1)
 report.STEPS = 4
 for name in ("v5e-8", "v6e-8"):
-    for row in (
-        report.Row("T2V", 256, 512, 81, name, ring=True, cache="carried"),
-        report.Row("VACE", 256, 512, 81, name, batch=2, mesh=(2, 2, 2)),
+    for row, programs in (
+        (report.Row("T2V", 256, 512, 81, name, ring=True, cache="carried"), ["loop"]),
+        (report.Row("VACE", 256, 512, 81, name, batch=2, mesh=(2, 2, 2)), ["loop"]),
+        (report.Row("T2V", 128, 256, 9, name), ["text", "decode"]),
     ):
         mesh = report.mesh_of(row)
         ways, group = mesh.shape["frames"], row.batch // mesh.shape["data"]
         plan = costs.Layout.of(ways, False, row.workload.tokens)
         workload = dataclasses.replace(row.workload, batch=group)
         cache = costs.cache_bytes(workload, plan, report.settings_of(row))
-        for program in ["loop"] if row.model == "VACE" else ["loop", "text", "decode"]:
+        for program in programs:
             with report.jax.set_mesh(mesh):
                 told = report.measure(report.PROGRAMS[program](mesh, row))
             told["cache"] = cache // mesh.shape["model"]
