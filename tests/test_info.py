@@ -29,10 +29,13 @@ def contents(wan: WanConfig) -> Contents:
     return Contents(family(wan), configs, stored)
 
 
-def needs(wan: WanConfig, run: str = "t2v_1_3b_480p", **changes) -> list[str]:
+def needs(
+    wan: WanConfig, run: str = "t2v_1_3b_480p", cache: str = "carried", **changes
+) -> list[str]:
     given = {"video": Fit(81, 480, 832), "devices": 1, "dtype": "bfloat16", "dtype_bytes": 2}
-    plan = Plan(**(given | changes))
-    return list(info.needs(contents(wan), settle(config(run)), plan))
+    plan, settings = Plan(**(given | changes)), config(run)
+    settings.kvlock.cache = cache
+    return list(info.needs(contents(wan), settle(settings), plan))
 
 
 def words(lines: Iterable[str]) -> dict[str, str]:
@@ -98,7 +101,14 @@ def test_cache_of_published_sizes(wan, gib):
     """81 frames of 480x832 in bfloat16, DESIGN.md section 2."""
     whole = needs(wan)[0]
     assert whole.split(maxsplit=1)[1].startswith(gib)
-    assert whole.endswith("in bfloat16: 32,760 tokens of 81 frames of 832x480")
+    assert whole.endswith("in bfloat16, of all blocks: 32,760 tokens of 81 frames of 832x480")
+
+
+def test_a_fused_pass_keeps_one_block():
+    size = 2 * 2 * 32_760 * 1536
+    line = words(needs(SMALL, cache="fused"))["cache"]
+    assert f"({size:,} bytes) in bfloat16, of a block: 32,760 tokens" in line
+    assert words(needs(SMALL, cache="fused", devices=8))["  cache"].startswith("24.0 MiB")
 
 
 def test_memory_per_device():

@@ -13,6 +13,7 @@ SMALL = WanConfig(12, 128, 30, 8960)
 CONTEXT = dataclasses.replace(SMALL, vace_layers=tuple(range(0, 30, 2)))
 ANCHOR, CFG = lock.preset("kvlock_anchor", 5.0), lock.preset("cfg", 5.0)
 KVLOCK = lock.preset("kvlock", 5.0)
+CARRIED = dataclasses.replace(ANCHOR, cache="carried")
 STEPS = 50
 
 
@@ -52,13 +53,12 @@ def test_keys_and_values_cross_the_interconnect(config, blocks):
     assert step(video(config, dtype_bytes=4), 8, ANCHOR).interconnect == 2 * received
 
 
-def test_sharded_weights_are_gathered_in_each_pass():
-    whole, sharded = step(video(), 8, ANCHOR), step(video(), 8, ANCHOR, shard_weights=True)
-    weights = 2 * costs.pass_parameters(SMALL)
-    assert sharded.interconnect - whole.interconnect == pytest.approx(2 * weights * 7 / 8)
-    assert sharded.memory - whole.memory == pytest.approx(2 * weights * 7 / 8)  # written down
-    without = [step(video(), 8, CFG, shard) for shard in (False, True)]
-    assert without[1].interconnect - without[0].interconnect == pytest.approx(weights * 7 / 8)
+@pytest.mark.parametrize(("settings", "passes"), [(CARRIED, 2), (ANCHOR, 1), (CFG, 1)])
+def test_sharded_weights_are_gathered_in_each_pass(settings, passes):
+    whole, sharded = (step(video(), 8, settings, shard) for shard in (False, True))
+    gathered = passes * 2 * costs.pass_parameters(SMALL) * 7 / 8
+    assert sharded.interconnect - whole.interconnect == pytest.approx(gathered)
+    assert sharded.memory - whole.memory == pytest.approx(gathered)  # written down
 
 
 def test_memory_traffic_of_a_block_by_hand():
@@ -83,9 +83,11 @@ def test_memory_traffic_of_a_block_by_hand():
     assert step(workload, 1, CFG).memory == expected
     cache = 2 * 2 * tokens * wide
     assert costs.keys_values_bytes(workload, Layout()) == cache
-    # A source pass is a third row, its weights read again, its cache written, and read by the edit.
-    locked = expected + sum(touched) + 4 * costs.pass_parameters(config) + 2 * cache
+    # The source is a third row; its keys and values are written, and read by the edit. A pass of
+    # its own reads the weights again.
+    locked = expected + sum(touched) + 2 * cache
     assert step(workload, 1, ANCHOR).memory == locked
+    assert step(workload, 1, CARRIED).memory == locked + 4 * costs.pass_parameters(config)
 
 
 def test_gathered_keys_and_values_are_written_and_read():

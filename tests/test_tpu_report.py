@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "tpu_report.py"
 SMALL = """
 import dataclasses, json, sys
 sys.path.insert(0, sys.argv[1])
-import tpu_report as report
+import tpu_programs as report
 from kvlock_jax import costs
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
 
@@ -63,6 +63,7 @@ def test_the_tpu_compiler_takes_what_is_run():
 
 @pytest.fixture
 def report(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("tpu_report", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "tpu_report", module)
@@ -92,7 +93,7 @@ def test_collectives_are_read_from_a_program(report):
       %g = f32[2] add(%h, %all-gather.3)
       %i = (bf16[4]{0}, bf16[4]{0}, u32[], u32[]) collective-permute-start(%j)
     """
-    found = report.collectives(text)
+    found = report.tpu_programs.collectives(text)
     assert found == {
         "all-gather": [2, 32 + 32],
         "all-reduce": [1, 12],
