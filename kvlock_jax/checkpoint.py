@@ -9,6 +9,7 @@ not do: an object store copies to rename, and a full folder cannot be replaced i
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -183,8 +184,13 @@ def abstract(
     kind: Callable[..., nnx.Module], config: Any, compute_dtype: Any = jnp.float32
 ) -> nnx.Module:
     """A model with shapes in place of parameters; those of `WIDE` compute in float32."""
-    dtype = jnp.float32 if kind in WIDE else compute_dtype
-    return nnx.eval_shape(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.merge(*_traced(kind, config, jnp.float32 if kind in WIDE else compute_dtype))
+
+
+@functools.lru_cache
+def _traced(kind: Callable[..., nnx.Module], config: Any, dtype: Any) -> tuple:
+    """Structure and shapes of a model; tracing one takes a good part of a second."""
+    return nnx.split(nnx.eval_shape(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def is_checkpoint(folder: epath.PathLike) -> bool:

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,14 +54,26 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--coordinator", metavar="HOST:PORT", help="of the first host, where nothing else knows it")
     add("--num_processes", type=int, help="how many hosts there are, with --coordinator")
     add("--process_id", type=int, help="which of them this is, from 0")
+    about = "where compiled programs are kept for the next run ('' for nowhere): %(default)s"
+    add("--jax_cache_dir", metavar="DIR", default=cache_folder(), help=about)
+
+
+def cache_folder() -> str:
+    """Where JAX keeps compiled programs: where its own setting says, or the user's cache folder."""
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return jax.config.jax_compilation_cache_dir or str(own / "kvlock_jax" / "programs")
 
 
 def join(args: argparse.Namespace) -> None:
     """Meets the other hosts, if there are any; before anything else happens in JAX.
 
+    Programs that are compiled from here on are kept, by their content, for the next run.
+
     Raises:
       ConfigError: flags are missing, or the others cannot be reached.
     """
+    jax.config.update("jax_compilation_cache_dir", args.jax_cache_dir or None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     named = {
         "coordinator": args.coordinator,
         "num_processes": args.num_processes,

@@ -34,9 +34,19 @@ from kvlock_jax.models.conditioning import on_canvas
 from kvlock_jax.models.sharded_attention import Attend, gathered
 from kvlock_jax.patches import Grid, Patches
 from kvlock_jax.prepare import prepare
-from kvlock_jax.progress import Clock, Ticker
+from kvlock_jax.progress import Clock
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.sampler import Edits, Program, Trace, bucket, sample
+from kvlock_jax.sampling.sampler import (
+    Edits,
+    Program,
+    Trace,
+    advance,
+    begin,
+    bucket,
+    sample,
+    step_of,
+    stepwise,
+)
 from kvlock_jax.settings import Settings, config, config_name, settle
 from kvlock_jax.shapes import VAE_STRIDES, Latents
 from kvlock_jax.text import Tokenizer, encode_prompts
@@ -53,14 +63,12 @@ class Model:
       checkpoint: its three networks and their configs.
       tokenizer: of its text encoder.
       mesh: the devices it lies on; `None` is the first.
-      ticker: where its sampling loop reports.
     """
 
     name: str
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     mesh: Mesh | None = None
-    ticker: Ticker = dataclasses.field(default_factory=Ticker)
 
     def on_mesh(self) -> AbstractContextManager:
         """The mesh as the ambient one, in which its programs must be compiled and run."""
@@ -355,13 +363,21 @@ def _sample(
     tokens = None
     if settings.lock.skip_background:
         tokens = bucket(int(_most_tokens(edits)), edits.grid)
-    program = Program.of(settings.lock, tokens, model.ticker.tick)
-    start = _start(edits)
-    args = (model.checkpoint.transformer, start, edits, table, knobs)
+    program = Program.of(settings.lock, tokens)
+    network = model.checkpoint.transformer
+    args = (network, _start(edits), edits, table, knobs)
+    if on_step is None:
+        with clock.stage("compile"):
+            sample.lower(*args, program=program).compile()
+        with clock.stage("sample"):
+            return jax.block_until_ready(sample(*args, program=program))
     with clock.stage("compile"):
-        sample.lower(*args, program=program).compile()
-    with clock.stage("sample"), model.ticker.listening(on_step):
-        return jax.block_until_ready(sample(*args, program=program))
+        given = (network, edits, knobs)
+        texts, steps, state = begin(*args, program=program)
+        first = step_of(steps, np.int32(0))
+        advance.lower(*given, texts, first, state, program=program).compile()
+    with clock.stage("sample"):
+        return stepwise(*given, texts, steps, state, program=program, on_step=on_step)
 
 
 @jax.jit

@@ -36,7 +36,7 @@ from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.sampler import Edits, Program, bucket, sample
 
 ROOT = pathlib.Path(__file__).parents[1]
-WIDE = WanConfig(12, 128, 2, 8960)  # the widths of 1.3B
+WIDE = WanConfig(12, 128, 1, 8960)  # the widths of 1.3B
 TEXT = 512
 
 
@@ -61,7 +61,7 @@ class Row:
 
 def grid_of(tokens: int) -> tuple[int, int, int]:
     """Latent frames, rows and columns of about as many tokens."""
-    return {1950: (5, 30, 52), 8000: (5, 64, 100)}[tokens]
+    return {390: (5, 12, 26), 1950: (5, 30, 52), 8000: (5, 64, 100)}[tokens]
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def decode(frames: int, height: int, width: int):
 
 def loops(config: WanConfig, preset: str, edits: int = 1, steps: int = 50, share: float = 0.2):
     """A whole sampling loop with a preset, beside `cfg`, one edit; `share` of the tokens edited."""
-    space = grid_of(1950)
+    space = grid_of(390)
     grid, rng = Grid.of(space), np.random.default_rng(0)
     model = wan_transformer(config, rngs=nnx.Rngs(0))
 

@@ -218,11 +218,11 @@ def test_five_edits_are_compiled_once(model, monkeypatch, capsys):
         config.sample.update(seed=5, guidance_scale=7.5)
         results.append(edit(model, CLIP[::-1], prompt="a red circle", config=config))
         config.sample.update(shift=8.0, solver="euler")
-        results.append(edit(model, mask=(0, 0, 40, 9), config=config))
+        results.append(edit(model, mask=MASK[:, ::-1], config=config))
         config.kvlock.update(tau=0.5, kappa=2, omega_floor=0.5)
         config.edit.update(negative_prompt="square", source_prompt="the circle")
-        results.append(edit(model, config=config, on_step=lambda step: None))
-        config.preset = "hard_lock"
+        results.append(edit(model, config=config))
+        config.kvlock.update(adapt_guidance=False, warmup_fusion_ratio=0.7)
         results.append(edit(model, config=config, noise=np.ones((1, 2, 4, 6, 4))))
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)

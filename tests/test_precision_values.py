@@ -36,7 +36,7 @@ def error(found, expected) -> float:
 
 
 def modulation(model, timestep):
-    return np.asarray(model.condition_embedder.time(jnp.array([timestep]))[1])
+    return np.asarray(model.times(jnp.array([timestep])).modulation)
 
 
 @pytest.mark.parametrize("layer", ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj"])

@@ -12,7 +12,15 @@ from kvlock_jax import lock
 from kvlock_jax.lock import KVCache
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.sampler import Edits, Program, Trace, sample
+from kvlock_jax.sampling.sampler import (
+    Edits,
+    Program,
+    Trace,
+    advance,
+    begin,
+    sample,
+    stepwise,
+)
 
 EDITS, T, H, W, C = SHAPE = (2, 3, 4, 6, 2)
 LAYERS, HEADS, SIZE = 2, 2, 4  # a patch of 1 x 2 x 2 cells of 2 channels is 2 heads of 4
@@ -48,6 +56,9 @@ class Fake:
         assert grid == GRID
         return jnp.tanh(context)
 
+    def times(self, timestep):
+        return timestep
+
     def __call__(self, latents, timestep, conditioning, lock=None):
         self.on_trace(self)
         velocity = self._velocity(latents, timestep, conditioning, lock)
@@ -80,7 +91,7 @@ class Fake:
         own, x = self._keys_values(latents, timestep, text), to_tokens(latents)
         cache = held and held.cache
         if isinstance(cache, lock.SourcePass):
-            _, cache = self.keys_values(cache.latents, cache.timestep, cache.conditioning, None)
+            _, cache = self.keys_values(cache.latents, cache.time, cache.conditioning, None)
         total = jnp.tanh(text)[:, None]
         for layer in range(LAYERS):
             k, v = own.k[layer], own.v[layer]
@@ -110,6 +121,9 @@ class Echo:
     """A model that answers with the source pass's latents wherever it may."""
 
     def condition(self, context, grid):
+        return None
+
+    def times(self, timestep):
         return None
 
     def __call__(self, latents, timestep, conditioning, lock=None):
@@ -149,9 +163,13 @@ def one_edit(edits: Edits, i: int) -> Edits:
 
 def run(model, edits, settings, table=None, omega=OMEGA, on_step=None):
     table = solvers.euler(STEPS, SHIFT) if table is None else table
-    program = Program.of(settings, on_step=on_step)
+    program, knobs = Program.of(settings), lock.knobs(settings, omega)
     latents = jnp.array(edits.spread(edits.noise), copy=True)
-    return sample(model, latents, edits, table, lock.knobs(settings, omega), program=program)
+    args = (model, latents, edits, table, knobs)
+    if on_step is None:
+        return sample(*args, program=program)
+    begun = begin(*args, program=program)
+    return stepwise(model, edits, knobs, *begun, program=program, on_step=on_step)
 
 
 # -- the same in NumPy ---------------------------------------------------------------------------
@@ -415,6 +433,9 @@ def test_padding_changes_nothing(preset):
             assert grid == longer
             return self.inner.condition(context, GRID)
 
+        def times(self, timestep):
+            return timestep
+
         def __call__(self, latents, timestep, conditioning, lock=None):
             if lock is not None:
                 cache = dataclasses.replace(lock.cache, latents=lock.cache.latents[:, :LENGTH])
@@ -490,6 +511,22 @@ def test_one_program_serves_every_setting():
 
     run(model, make_edits(), settings_of("kvlock"), solvers.euler(STEPS + 1, SHIFT))
     assert sample._cache_size() == size + 1 and len(traces) > traced
+
+
+@pytest.mark.parametrize("preset", ["kvlock", "carried", "apg"])
+def test_step_by_step_is_the_loop(preset):
+    settings, steps = settings_of("kvlock" if preset == "carried" else preset), []
+    if preset == "carried":
+        settings = dataclasses.replace(settings, cache="carried")
+    whole = run(make_fake(), make_edits(), settings)
+    parts = run(make_fake(), make_edits(), settings, on_step=steps.append)
+    assert steps == list(range(STEPS))
+    for got, want in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
+    size = advance._cache_size()
+    run(make_fake(), make_edits(), settings, solvers.euler(STEPS + 1, SHIFT), on_step=id)
+    assert advance._cache_size() == size  # a step is the same program in a run of any length
 
 
 log: list[tuple[str, float]] = []

@@ -400,7 +400,7 @@ def test_hints_are_added_in_float32_under_bfloat16():
     @nnx.jit
     def first_hint(model, latents, timestep, context):
         given = whole.conditioning(model, latents, context)
-        _, modulation = model.condition_embedder.time(timestep)
+        modulation = model.times(timestep).modulation
         x = jnp.full(given.control.shape, 1000.0)
         side = model._side(x, modulation, given, lambda tokens: tokens)
         return side.after(x, side.state, jax.tree.map(lambda leaf: leaf[0], side.layers))

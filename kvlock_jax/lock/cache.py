@@ -58,7 +58,7 @@ class SourcePass:
     """
 
     latents: Any  # of the sources, at the edits' noise level
-    timestep: Float[Array, "sources"]
+    time: Any
     conditioning: Any
 
 

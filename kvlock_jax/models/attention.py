@@ -69,10 +69,15 @@ def attend_part(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Part:
     return _chosen(_PART, q, k, v, keys)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # so that it is traced once for a shape
+def _traced(choice, keys, q, k, v, traced):
+    return _lowered(choice, keys, q, k, v, traced)
+
+
 def _chosen(choice: _Choice, q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys) -> Heads | Part:
     if keys is None or isinstance(keys, int):
-        return _lowered(choice, keys, q, k, v, ())
-    return _lowered(choice, None, q, k, v, (keys,))
+        return _traced(choice, keys, q, k, v, ())
+    return _traced(choice, None, q, k, v, (keys,))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

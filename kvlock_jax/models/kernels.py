@@ -56,11 +56,11 @@ def plain(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Part:
     return out, jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)
 
 
-def chunked(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, block: int = 704) -> Part:
+def chunked(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, block: int = 2048) -> Part:
     """Head by head, in equal blocks of at most `block` queries and keys.
 
-    For CPUs: a product of two matrices is faster there than a batch of them, and a block's logits
-    of 2 MB stay in its cache.
+    For CPUs: a product of two matrices is faster there than a batch of them, and the larger they
+    are; a block's logits take 16 MB.
     """
     batch, length, heads, _ = q.shape
     if isinstance(keys, int) and keys:

@@ -57,6 +57,15 @@ class Conditioning:
     positions: Positions
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """What a pass needs of the timestep of each row."""
+
+    embedding: Float[Array, "*rows D"]
+    modulation: Float[Array, "*rows six D"]  # of a block
+
+
 def _layer_norm(config: WanConfig, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.dim,
@@ -87,14 +96,14 @@ class ConditionEmbedder(nnx.Module):
         self.time_proj = Linear(config.dim, 6 * config.dim, dtype=jnp.float32, rngs=rngs)
         self.text_embedder = Projection(config.text_dim, config, dtype=dtype, rngs=rngs)
 
-    def time(self, timestep: PerEdit) -> tuple[Float[Array, "B D"], Modulation]:
-        """The embedding of a timestep (0-1000), and six modulations of a block from it."""
+    def time(self, timestep: Float[Array, "rows"]) -> Time:
+        """The embedding of timesteps (0-1000), and six modulations of a block from each."""
         half = self.freq_dim // 2
         frequency = jnp.exp(-jnp.log(10_000.0) / half * jnp.arange(half, dtype=jnp.float32))
         angle = timestep.astype(jnp.float32)[:, None] * frequency
         x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         x = self.time_embedder.linear_2(jax.nn.silu(self.time_embedder.linear_1(x)))
-        return x, self.time_proj(jax.nn.silu(x)).reshape(x.shape[0], 6, -1)
+        return Time(x, self.time_proj(jax.nn.silu(x)).reshape(x.shape[0], 6, -1))
 
     def text(self, context: Context) -> Float[Array, "B S D"]:
         """Text embeddings at the width of the model."""
@@ -313,10 +322,14 @@ class WanTransformer(nnx.Module):
         keys = grid.tokens if grid.tokens < grid.length else None
         return Conditioning(text, Positions((cos, sin), keys, self.attend))
 
+    def times(self, timestep: Float[Array, "rows"]) -> Time:
+        """What passes need of timesteps `1000 sigma`, such as those of all steps."""
+        return self.condition_embedder.time(timestep)
+
     def __call__(
         self,
         latents: Patches,
-        timestep: PerEdit,
+        time: Time | PerEdit,
         conditioning: Conditioning,
         lock: Lock | None = None,
     ) -> Patches:
@@ -324,12 +337,12 @@ class WanTransformer(nnx.Module):
 
         Args:
           latents: normalised, at noise level sigma.
-          timestep: `1000 sigma`.
+          time: of each row, of `times`, or the timestep `1000 sigma` itself.
           conditioning: of `condition`.
           lock: cache of all layers, or the pass that makes it, and what to fuse where; rows as
             `kvlock_jax.lock.fuse` takes them. `None` runs the plain model.
         """
-        return self._run(latents, timestep, conditioning, lock, None)[0]
+        return self._run(latents, time, conditioning, lock, None)[0]
 
     def empty_cache(self, latents: Patches) -> KVCache:
         """Zeros for `keys_values` of such latents to write into, `layers B L N K`."""
@@ -341,7 +354,7 @@ class WanTransformer(nnx.Module):
     def keys_values(
         self,
         latents: Patches,
-        timestep: PerEdit,
+        time: Time | PerEdit,
         conditioning: Conditioning,
         lock: Lock | None = None,
         into: KVCache | None = None,
@@ -352,15 +365,16 @@ class WanTransformer(nnx.Module):
         never holds two.
         """
         into = self.empty_cache(latents) if into is None else into
-        return self._run(latents, timestep, conditioning, lock, into)
+        return self._run(latents, time, conditioning, lock, into)
 
-    def _run(self, latents, timestep, conditioning, lock, kept):
+    def _run(self, latents, time, conditioning, lock, kept):
         graph, params = nnx.split(self.blocks)
-        own, head = self._stream(latents, timestep, conditioning, lock)
+        time = time if isinstance(time, Time) else self.times(time)
+        own = self._stream(latents, time, conditioning, lock)
         cache, beside = lock and lock.cache, None
         if isinstance(cache, SourcePass):
-            given = cache.latents, cache.timestep, cache.conditioning
-            (beside, _), cache = self._stream(*given, None), None
+            given = cache.latents, cache.time, cache.conditioning
+            beside, cache = self._stream(*given, None), None
 
         def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
             (stream, source, kept), (index, weights, own_layer, source_layer, cache) = carry, layer
@@ -379,17 +393,16 @@ class WanTransformer(nnx.Module):
         layers = (index, params, own.layers, beside and beside.layers, cache)
         ((x, _), _, kept), _ = jax.lax.scan(block, carry, layers, unroll=self.unroll)
 
-        table = self.scale_shift_table[...].astype(jnp.float32) + head[:, None]
+        table = self.scale_shift_table[...].astype(jnp.float32) + time.embedding[:, None]
         shift, scale = jnp.moveaxis(table, 1, 0)
         x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
         x = x.reshape(*x.shape[:2], latents.shape[2], -1)
         return sharding.constrain(x, "B L cells C"), kept
 
     def _stream(
-        self, latents: Patches, timestep: PerEdit, conditioning: Conditioning, lock: Lock | None
-    ) -> tuple["_Stream", Float[Array, "B D"]]:
-        """What goes through the blocks, and the timestep's embedding."""
-        time, modulation = self.condition_embedder.time(timestep)
+        self, latents: Patches, time: Time, conditioning: Conditioning, lock: Lock | None
+    ) -> "_Stream":
+        """What goes through the blocks."""
         x = self.patch_embedding(latents.reshape(*latents.shape[:2], -1))
         x = sharding.constrain(x, "BLD")
         positions, index = conditioning.positions, lock and lock.computed and lock.tokens
@@ -400,9 +413,9 @@ class WanTransformer(nnx.Module):
         def some(tokens: Tokens) -> Tokens:
             return tokens if index is None else sharding.constrain(take(tokens, index), "BLD")
 
-        side = self._side(x, modulation, conditioning, some)
+        side = self._side(x, time.modulation, conditioning, some)
         start, layers = (some(x), side.state), (conditioning.text, side.layers)
-        return _Stream(start, layers, modulation, positions, side.after), time
+        return _Stream(start, layers, time.modulation, positions, side.after)
 
     def _side(
         self,

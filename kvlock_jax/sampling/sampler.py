@@ -3,15 +3,19 @@
 Three kinds of values meet in it. What is known before the loop (`SolverTable`, the scheduled
 window) is scanned over; what evolves is the carry, `SampleState`; what explains the run comes out
 as `Trace`, a few numbers per step and never latents.
+
+`sample` is the loop. `stepwise` is the same in a call for each step, for those who want to know how
+far it is: a call back from inside the loop would keep its program out of JAX's persistent cache.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from kvlock_jax import lock, sharding
@@ -30,18 +34,21 @@ class Model(Protocol):
     """
 
     def condition(self, context: Any, grid: Grid) -> Any:
-        """What a pass needs beside latents and timestep, for latents of a grid."""
+        """What a pass needs beside latents and time, for latents of a grid."""
+
+    def times(self, timestep: Float[Array, "*rows"]) -> Any:
+        """What a pass needs to know of timesteps (0-1000): a tree of arrays, a row for each."""
 
     def __call__(
-        self, latents: Patches, timestep: PerEdit, conditioning: Any, lock: Lock | None = None
+        self, latents: Patches, time: Any, conditioning: Any, lock: Lock | None = None
     ) -> Patches:
-        """The velocity at a timestep (0-1000), of the tokens that the lock says, if there is one.
+        """The velocity at a time of each row, of the tokens that the lock says, if there is one.
 
         Its cache may be a `SourcePass`, to be run beside.
         """
 
     def keys_values(
-        self, latents: Patches, timestep: PerEdit, conditioning: Any, *, into: KVCache
+        self, latents: Patches, time: Any, conditioning: Any, *, into: KVCache
     ) -> tuple[Patches, KVCache]:
         """The velocity, and every block's self-attention keys and values, written into a cache."""
 
@@ -146,7 +153,6 @@ class Program:
       window: clean estimates in the statistic.
       carried: whether the source's keys and values are kept from step to step.
       tokens: computed in a pass of the foreground alone.
-      on_step: called with the number of each finished step, from inside the compiled loop.
     """
 
     passes: tuple[str, ...]
@@ -154,22 +160,16 @@ class Program:
     window: int
     carried: bool = False
     tokens: int | None = None
-    on_step: Callable[[int], None] | None = None
 
     @classmethod
-    def of(
-        cls,
-        settings: LockConfig,
-        tokens: int | None = None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> "Program":
+    def of(cls, settings: LockConfig, tokens: int | None = None) -> "Program":
         """The program of settings; without `tokens` every pass computes all."""
         kinds = lock.passes(settings)
         if tokens is None and "foreground" in kinds:
             kinds = tuple(dict.fromkeys("full" if k == "foreground" else k for k in kinds))
         tokens = tokens if "foreground" in kinds else None
         carried = settings.cache == "carried" and kinds != ("plain",)
-        return cls(kinds, settings.guidance, settings.window, carried, tokens, on_step)
+        return cls(kinds, settings.guidance, settings.window, carried, tokens)
 
     @property
     def locked(self) -> bool:
@@ -216,29 +216,113 @@ def sample(
     Returns:
       The edited latents, normalised, float32, and what each step did.
     """
-    source, noise = (
-        sharding.constrain(x.astype(jnp.float32), "B L cells C")
-        for x in (edits.source, edits.noise)
-    )
-    edits = dataclasses.replace(edits, source=source, noise=noise)
-    told = model.condition(edits.source_prompts, edits.grid) if program.locked else None
-    step = _Step(
-        model=model,
-        edits=edits,
-        tokens=edits.own,
-        conditioning=model.condition(edits.prompts, edits.grid),
-        source_conditioning=told,
-        knobs=knobs,
-        program=program,
-    )
-    steps = table.sigma.shape[0]
-    scheduled = lock.in_window(steps, knobs.kappa)
+    texts, steps, state = begin(model, latents, edits, table, knobs, program=program)
+    step = _Step(model, edits, knobs, texts, program)
+    state, trace = jax.lax.scan(step, state, steps)
+    return state.latents, sharding.everywhere(trace)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What a model made of the prompts (and more), once for all steps; `None` of no source."""
+
+    edits: Any
+    sources: Any
+
+
+class Told(NamedTuple):
+    """What a step is told of itself; of all steps, with a leading axis."""
+
+    number: Int[Array, "*steps"]
+    solver: SolverTable
+    time: Any
+    scheduled: Bool[Array, "*steps"]
+    needed: Bool[Array, "*steps"]  # whether the source is, by its keys and values
+    refresh: Bool[Array, "*steps"]  # whether a carried cache is made anew
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="latents")
+def begin(
+    model: Model,
+    latents: Patches,
+    edits: Edits,
+    table: SolverTable,
+    knobs: Knobs,
+    *,
+    program: Program,
+) -> tuple[Texts, Told, SampleState]:
+    """What is computed before the first step, for arguments as in `sample`."""
+    sources = model.condition(edits.source_prompts, edits.grid) if program.locked else None
+    number = jnp.arange(table.sigma.shape[0])
+    scheduled = lock.in_window(len(number), knobs.kappa)
     needed = lock.source_needed(scheduled, knobs)
     refresh = lock.refreshed(needed, knobs.cache_every)
-    rows = (jnp.arange(steps), table, scheduled, needed, refresh)
-    start = sharding.constrain(latents.astype(jnp.float32), "B L cells C")
-    state, trace = jax.lax.scan(step, step.start(start), rows)
-    return state.latents, sharding.everywhere(trace)
+    times = model.times(table.timestep)
+    steps = Told(number, table, times, scheduled, needed, refresh)
+    texts = Texts(model.condition(edits.prompts, edits.grid), sources)
+
+    latents = sharding.constrain(latents.astype(jnp.float32), "B L cells C")
+    window = X0Window.zeros(program.window, latents.shape)
+    estimates = sharding.constrain(window.estimates, "window B L cells C")
+    state = SampleState(
+        latents=latents,
+        solver=solvers.init(latents),
+        window=dataclasses.replace(window, estimates=estimates),
+        sigma2=jnp.zeros((latents.shape[0],), jnp.float32),
+        cache=model.empty_cache(edits.source) if program.carried else None,
+        momentum=jnp.zeros_like(latents) if program.guidance == "apg" else None,
+    )
+    return texts, steps, state
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+def advance(
+    model: Model,
+    edits: Edits,
+    knobs: Knobs,
+    texts: Texts,
+    told: Told,
+    state: SampleState,
+    *,
+    program: Program,
+) -> tuple[SampleState, Trace]:
+    """One step, after `begin` and the steps before; the state is donated.
+
+    Compiled for shapes and `program`: the number of steps is none of them.
+    """
+    state, trace = _Step(model, edits, knobs, texts, program)(state, told)
+    return state, sharding.everywhere(trace)
+
+
+@jax.jit
+def step_of(steps: Told, number: Int[Array, ""]) -> Told:
+    """What one of several steps is told."""
+    return jax.tree.map(lambda rows: rows[number], steps)
+
+
+def stepwise(
+    model: Model,
+    edits: Edits,
+    knobs: Knobs,
+    texts: Texts,
+    steps: Told,
+    state: SampleState,
+    *,
+    program: Program,
+    on_step: Callable[[int], None],
+) -> tuple[Patches, Trace]:
+    """What `sample` does after `begin`, by steps; `on_step` is told the number of each, from 0.
+
+    The state is donated.
+    """
+    parts = []
+    for number in range(len(steps.number)):
+        told = step_of(steps, np.int32(number))
+        state, part = advance(model, edits, knobs, texts, told, state, program=program)
+        parts.append(jax.tree.map(np.asarray, part))  # waits for it
+        on_step(number)
+    return state.latents, jax.tree.map(lambda *rows: np.stack(rows), *parts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -247,33 +331,14 @@ class _Step:
 
     model: Model
     edits: Edits
-    tokens: Bool[Array, "B L"]
-    conditioning: Any
-    source_conditioning: Any
     knobs: Knobs
+    texts: Texts
     program: Program
 
-    def start(self, latents: Patches) -> SampleState:
-        """The carry before the first step."""
-        cache = None
-        if self.program.carried:
-            cache = self.model.empty_cache(self.edits.source)
-        window = X0Window.zeros(self.program.window, latents.shape)
-        estimates = sharding.constrain(window.estimates, "window B L cells C")
-        return SampleState(
-            latents=latents,
-            solver=solvers.init(latents),
-            window=dataclasses.replace(window, estimates=estimates),
-            sigma2=jnp.zeros((latents.shape[0],), jnp.float32),
-            cache=cache,
-            momentum=jnp.zeros_like(latents) if self.program.guidance == "apg" else None,
-        )
-
-    def __call__(self, state: SampleState, row: tuple) -> tuple[SampleState, Trace]:
+    def __call__(self, state: SampleState, told: Told) -> tuple[SampleState, Trace]:
         """One step: METHOD.md sections 3 to 8, in the order of a run."""
-        number, solver, scheduled, needed, refresh = row
-        knobs, foreground = self.knobs, self.edits.foreground
-        known = lock.ready(state.window)
+        knobs, foreground, solver = self.knobs, self.edits.foreground, told.solver
+        known, scheduled = lock.ready(state.window), told.scheduled
         alpha = lock.fusion_ratio(state.sigma2, known, scheduled, knobs)
         omega = lock.guidance_scale(state.sigma2, known, scheduled, knobs)
 
@@ -282,15 +347,15 @@ class _Step:
             # A loop of one turn or none updates the cache in place; a `cond` would hold two.
             cache = jax.lax.fori_loop(
                 0,
-                refresh.astype(jnp.int32),
-                lambda _, cache: self._source_pass(solver, cache),
+                told.refresh.astype(jnp.int32),
+                lambda _, cache: self._source_pass(told, cache),
                 cache,
             )
-        v_cond, v_uncond = self._branches(state.latents, solver, cache, alpha, needed)
+        v_cond, v_uncond = self._branches(state.latents, told, cache, alpha)
         region = lock.projection_region(foreground, knobs)
         scale = lock.uncond_scale(lock.projection_scale(v_cond, v_uncond, region), knobs)
         velocity, momentum = self._guide(v_cond, v_uncond, omega, scale, state.momentum)
-        velocity = lock.zero_init(velocity, number, knobs.zero_init_steps)
+        velocity = lock.zero_init(velocity, told.number, knobs.zero_init_steps)
 
         x0 = state.latents - solver.sigma * velocity
         window = lock.push(state.window, x0)
@@ -301,9 +366,6 @@ class _Step:
             latents,
         )
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
-        if self.program.on_step is not None:
-            # `finite` orders the call: of the number alone it could come before the step is done.
-            jax.debug.callback(lambda n, _: self.program.on_step(n), number, finite)
         detected = lock.detection_region(foreground, knobs) & self.edits.shown
         sigma2 = lock.hallucination(window, detected)
         following = SampleState(latents, solved, window, sigma2, cache, momentum)
@@ -311,47 +373,45 @@ class _Step:
 
     def _noised_source(self, sigma: Float[Array, ""]) -> Float[Array, "sources L cells C"]:
         """The source at a noise level, with the noise the edit started from."""
-        return (1 - sigma) * self.edits.source + sigma * self.edits.noise
+        edits, wide = self.edits, jnp.float32
+        mix = (1 - sigma) * edits.source.astype(wide) + sigma * edits.noise.astype(wide)
+        return sharding.constrain(mix, "B L cells C")
 
-    def _source_pass(self, solver: Any, into: KVCache) -> KVCache:
-        z = self._noised_source(solver.sigma)
-        given = (z, _rows(solver.timestep, z), self.source_conditioning)
+    def _source_pass(self, told: Told, into: KVCache) -> KVCache:
+        z = self._noised_source(told.solver.sigma)
+        given = (z, _rows(told.time, z), self.texts.sources)
         return self.model.keys_values(*given, into=into)[1]
 
     def _branches(
-        self,
-        latents: Patches,
-        solver: Any,
-        cache: KVCache | None,
-        alpha: PerEdit,
-        needed: Bool[Array, ""],
+        self, latents: Patches, told: Told, cache: KVCache | None, alpha: PerEdit
     ) -> list[Patches]:
         """The conditional and the unconditional velocity, from one pass over both."""
+        edits, tokens = self.edits, self.edits.own
         z = jnp.stack([latents, latents], axis=1).reshape(-1, *latents.shape[1:])
-        given = (z, _rows(solver.timestep, z), self.conditioning)
+        given = (z, _rows(told.time, z), self.texts.edits)
         if self.program.locked and cache is None:
-            source = self._noised_source(solver.sigma)
-            cache = SourcePass(source, _rows(solver.timestep, source), self.source_conditioning)
+            source = self._noised_source(told.solver.sigma)
+            cache = SourcePass(source, _rows(told.time, source), self.texts.sources)
 
         def plain() -> Patches:
             return self.model(*given, None)
 
         def full() -> Patches:
-            return self.model(*given, Lock(cache, self.tokens, alpha))
+            return self.model(*given, Lock(cache, tokens, alpha))
 
         def foreground() -> Patches:
-            held = Lock(cache, self.tokens, alpha, self.program.tokens)
+            held = Lock(cache, tokens, alpha, self.program.tokens)
             # the background's is the one that leads from where it is to the source
-            whole = self.edits.noise - self.edits.source
-            return lock.splice(self.model(*given, held), whole, self.tokens)
+            whole = edits.noise.astype(jnp.float32) - edits.source.astype(jnp.float32)
+            return lock.splice(self.model(*given, held), whole, tokens)
 
         kinds = {"plain": plain, "full": full, "foreground": foreground}
-        chosen = self._kind(alpha, needed)
+        chosen = self._kind(alpha, told.needed)
         velocity = jax.lax.switch(chosen, [kinds[kind] for kind in self.program.passes])
         velocity = sharding.constrain(velocity, "B L cells C")
-        if self.edits.grid.tokens < self.edits.grid.length:
+        if edits.grid.tokens < edits.grid.length:
             # Padding moves nothing: it stays 0, in the latents and in every sum over them.
-            real = jnp.arange(z.shape[1]) < self.edits.grid.tokens
+            real = jnp.arange(z.shape[1]) < edits.grid.tokens
             velocity = jnp.where(real[:, None, None], velocity, 0.0)
         branches = velocity.reshape(-1, 2, *latents.shape[1:])
         return [branches[:, 0], branches[:, 1]]
@@ -378,5 +438,6 @@ class _Step:
         return lock.guide(v_cond, v_uncond, omega, scale), momentum
 
 
-def _rows(timestep: Float[Array, ""], latents: Patches) -> PerEdit:
-    return jnp.broadcast_to(timestep, latents.shape[:1])
+def _rows(time: Any, latents: Patches) -> Any:
+    """The time of all rows of latents, which is the same."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape)), time)
