@@ -5,11 +5,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import Checkpoint, Configs, Contents, Place, dtype_of, on_first_device
+from kvlock_jax.checkpoint import (
+    Checkpoint,
+    Configs,
+    Contents,
+    OnShapes,
+    Place,
+    dtype_of,
+    on_first_device,
+)
 from kvlock_jax.convert.table import LazyTensor, Table, parameters, plan, read
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.store import Parameter
@@ -73,7 +82,11 @@ class Published:
         return checkpoint.contents(self.configs, arrays)
 
     def load(
-        self, dtype: Any = None, compute_dtype: Any = jnp.float32, place: Place | None = None
+        self,
+        dtype: Any = None,
+        compute_dtype: Any = jnp.float32,
+        place: Place | None = None,
+        on_shapes: OnShapes = lambda checkpoint: None,
     ) -> Checkpoint:
         """Reads it into memory, one stacked parameter after another.
 
@@ -81,12 +94,25 @@ class Published:
           dtype: as in `parameters`.
           compute_dtype: of the modules' matrix products, but of `checkpoint.WIDE`.
           place: where each parameter goes from the host; None is the first device.
+          on_shapes: as in `checkpoint.load`.
 
         Raises:
           CheckpointError: as in `parameters`, or if a file cannot be read.
         """
         models, place = {}, place or on_first_device
-        for name, values in self.parameters(dtype).items():
+        found = self.parameters(dtype)
+        shapes = {
+            name: {
+                path: jax.ShapeDtypeStruct(
+                    one.shape, one.dtype, sharding=place(f"{name}.{path}", one.shape)
+                )
+                for path, one in values.items()
+            }
+            for name, values in found.items()
+        }
+        told = {n: checkpoint.fill(self._abstract(n, compute_dtype), s) for n, s in shapes.items()}
+        on_shapes(Checkpoint(self.configs, **told, tokenizer=self.tokenizer))
+        for name, values in found.items():
             graph, state = nnx.split(self._abstract(name, compute_dtype))
             models[name] = nnx.merge(graph, read(state, values, _under(name, place)))
         return Checkpoint(self.configs, **models, tokenizer=self.tokenizer)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import Checkpoint, Configs, Contents, Place
+from kvlock_jax.checkpoint import Checkpoint, Configs, Contents, OnShapes, Place
 from kvlock_jax.convert import diffusers, original, sizes
 from kvlock_jax.convert.published import Published, Weights, files_in
 from kvlock_jax.convert.weights import files, open_folder, open_pickle, read_json, refuse
@@ -35,9 +35,10 @@ def load(
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
     place: Place | None = None,
+    on_shapes: OnShapes = lambda checkpoint: None,
 ) -> Checkpoint:
     """Loads a published checkpoint, as `Published.load` does; errors of `open_source` too."""
-    return open_source(source).load(dtype, compute_dtype, place)
+    return open_source(source).load(dtype, compute_dtype, place, on_shapes)
 
 
 def describe(source: str | os.PathLike) -> Contents:

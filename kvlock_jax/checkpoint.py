@@ -98,6 +98,10 @@ class Checkpoint:
     tokenizer: epath.PathLike
 
 
+OnShapes = Callable[[Checkpoint], None]
+"""Told of a checkpoint that is about to be read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """One model of a checkpoint: its parameters, and dtypes and bytes of what is on disk."""
@@ -291,6 +295,7 @@ def load(
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
     place: Place | None = None,
+    on_shapes: OnShapes = lambda checkpoint: None,
 ) -> Checkpoint:
     """Restores a checkpoint; its files are checked meanwhile, and its parameters' shapes before.
 
@@ -299,6 +304,7 @@ def load(
       dtype: of the parameters that `dtype_of` lets be rounded; None keeps each as it was saved.
       compute_dtype: of the modules' matrix products, but of `WIDE`.
       place: where each parameter goes, straight from its file; None is the first device.
+      on_shapes: told of it before it is read, with shapes, dtypes and shardings for parameters.
 
     Raises:
       CheckpointError: if there is no checkpoint, files are missing or damaged, or parameters do not
@@ -320,14 +326,19 @@ def load(
         ]
         if problems:
             raise CheckpointError("\n".join([f"{data} does not fit its configs:", *problems]))
-        for name, model in models.items():
-            targets = {}
+        targets: dict[str, dict[str, jax.ShapeDtypeStruct]] = {name: {} for name in models}
+        for name in models:
             for path, array in stored[name].items():
                 full = f"{name}.{path}"
                 kind, sharding = dtype_of(full, array.dtype, dtype), place(full, array.shape)
-                targets[path] = jax.ShapeDtypeStruct(array.shape, kind, sharding=sharding)
-            filled[name] = _fill(model, store.read(data / name, targets))
-    return Checkpoint(metadata.configs, **filled, tokenizer=data / "tokenizer")
+                shape = jax.ShapeDtypeStruct(array.shape, kind, sharding=sharding)
+                targets[name][path] = shape
+        rest = {"tokenizer": data / "tokenizer"}
+        shapes = {name: fill(model, targets[name]) for name, model in models.items()}
+        on_shapes(Checkpoint(metadata.configs, **shapes, **rest))
+        for name, model in models.items():
+            filled[name] = fill(model, store.read(data / name, targets[name]))
+    return Checkpoint(metadata.configs, **filled, **rest)
 
 
 @contextlib.contextmanager
@@ -349,8 +360,8 @@ def _flat(state: nnx.State) -> dict[str, Any]:
     return {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
 
 
-def _fill(model: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
-    """An abstract model with its parameters."""
+def fill(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
+    """An abstract model with its parameters, or others of their shapes, by dotted path."""
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     full = [(path, v.replace(arrays[".".join(map(str, path))])) for path, v in flat]

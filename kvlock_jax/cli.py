@@ -8,9 +8,10 @@ import importlib.metadata
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import jax
 from jax import numpy as jnp
 
 from kvlock_jax import (
@@ -29,13 +30,14 @@ from kvlock_jax import (
 from kvlock_jax.checkpoint import Contents
 from kvlock_jax.config import EditConfig
 from kvlock_jax.convert import command as convert
-from kvlock_jax.edit import Model, Result, describe, load
+from kvlock_jax.edit import Model, Result, describe, draw_noise, load
 from kvlock_jax.edit import run as run_edit
 from kvlock_jax.errors import Error, InputError
 from kvlock_jax.inputs import read
 from kvlock_jax.job import Job, identity, prepare
 from kvlock_jax.manifest import Common, Failure, Request
 from kvlock_jax.settings import config, config_name, settle
+from kvlock_jax.stages import Ahead
 from kvlock_jax.terminal import counting, interruptibly, say, ticking, warnings_as_lines
 
 SOME_FAILED, FAILED, INTERRUPTED = 1, 2, 130
@@ -210,10 +212,18 @@ def _edit(args: argparse.Namespace, others: list[str]) -> None:
 
     placed = devices.place(args, contents, many=False)
     start = time.perf_counter()
-    model = _load(args, contents, placed)
+    compiling: list[Ahead] = []
+
+    def compile_ahead(shapes: Model) -> None:
+        noise = draw_noise(shapes, inputs, jax.random.key(settings.sample.seed))
+        compiling.append(Ahead(shapes, inputs, settings, noise, by_step=True))
+
+    model = _load(args, contents, placed, compile_ahead)
     seconds = {"load": time.perf_counter() - start}
     with warnings_as_lines(), ticking(settings.sample.steps) as tick:
-        result = interruptibly(lambda: run_edit(model, inputs, settings, on_step=tick))
+        result = interruptibly(
+            lambda: run_edit(model, inputs, settings, on_step=tick, ahead=compiling[0])
+        )
 
     seconds |= result.seconds
     say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
@@ -222,9 +232,14 @@ def _edit(args: argparse.Namespace, others: list[str]) -> None:
         _write(args, result)
 
 
-def _load(args: argparse.Namespace, contents: Contents, placed: devices.Placement) -> Model:
+def _load(
+    args: argparse.Namespace,
+    contents: Contents,
+    placed: devices.Placement,
+    on_shapes: Callable[[Model], None] = lambda model: None,
+) -> Model:
     dtype, where = _DTYPES[args.dtype], dataclasses.asdict(placed)
-    model = load(args.ckpt_dir, dtype, **where)
+    model = load(args.ckpt_dir, dtype, **where, on_shapes=on_shapes)
     say("loaded", f"{args.ckpt_dir}: {_summary(contents)}, computing in {args.dtype}")
     say("on", str(placed))
     return model

@@ -6,11 +6,9 @@ result = edit(model, video, mask, "a blue square", config=config("demo"))
 
 import dataclasses
 import functools
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -21,58 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from kvlock_jax import lock, metrics, sharding
+from kvlock_jax import metrics, stages
 from kvlock_jax import video as files
 from kvlock_jax.checkpoint import Checkpoint, Contents
 from kvlock_jax.errors import CheckpointError, InputError, SamplingError
 from kvlock_jax.inputs import Box, Frames, Inputs, Mask, Path_, Picture, read
 from kvlock_jax.models import layout, vae
-from kvlock_jax.models.conditioning import on_canvas
 from kvlock_jax.models.sharded_attention import Attend, gathered
-from kvlock_jax.patches import Grid, Patches
-from kvlock_jax.prepare import prepare
+from kvlock_jax.prepare import now
 from kvlock_jax.progress import Clock
-from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.sampler import (
-    Edits,
-    Program,
-    Trace,
-    advance,
-    begin,
-    bucket,
-    sample,
-    step_of,
-    stepwise,
-)
+from kvlock_jax.sampling.sampler import Trace
 from kvlock_jax.settings import Settings, config, config_name, settle
 from kvlock_jax.shapes import VAE_STRIDES, Latents
-from kvlock_jax.text import Tokenizer, encode_prompts
+from kvlock_jax.stages import Ahead, Loop, Model
+from kvlock_jax.text import Tokenizer
 
 _DEMO = Path(__file__).parent / "demo" / "weights"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-    """A loaded checkpoint, ready to edit with.
-
-    Attributes:
-      name: what it was loaded from.
-      checkpoint: its three networks and their configs.
-      tokenizer: of its text encoder.
-      mesh: the devices it lies on; `None` is the first.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer
-    mesh: Mesh | None = None
-
-    def on_mesh(self) -> AbstractContextManager:
-        """The mesh as the ambient one, in which its programs must be compiled and run."""
-        return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,6 +72,7 @@ def load(
     mesh: Mesh | None = None,
     spread: bool = False,
     attend: Attend = gathered,
+    on_shapes: Callable[[Model], None] = lambda model: None,
 ) -> Model:
     """Loads a model to edit with.
 
@@ -118,6 +84,7 @@ def load(
         gathered when it is used: for models that would not fit on each device.
       attend: how tokens on several devices attend to each other: `gathered`, or `ring`, which
         never holds all keys and values at once.
+      on_shapes: told of the model before its weights are read, with shapes in their place.
 
     Raises:
       CheckpointError: if it is none of these, or is damaged.
@@ -125,9 +92,13 @@ def load(
     """
     reader, folder = _reader(source)
     place = functools.partial(layout.place, mesh, spread=spread) if mesh else None
-    loaded = reader.load(folder, compute_dtype=dtype, place=place)
-    loaded.transformer.attend = attend
-    return Model(os.fspath(source), loaded, Tokenizer(loaded.tokenizer), mesh)
+
+    def model(found: Checkpoint) -> Model:
+        found.transformer.attend = attend
+        return Model(os.fspath(source), found, Tokenizer(found.tokenizer), mesh)
+
+    told = {"on_shapes": lambda found: on_shapes(model(found))}
+    return model(reader.load(folder, compute_dtype=dtype, place=place, **told))
 
 
 def describe(source: Path_) -> Contents:
@@ -196,13 +167,14 @@ def run(
     *,
     noise: Latents | None = None,
     on_step: Callable[[int], None] | None = None,
+    ahead: Ahead | None = None,
 ) -> Result:
-    """`edit` of a video that was read, with settings that were checked."""
+    """`edit` of a video that was read, with settings that were checked; see `run_batch`."""
     if noise is None:
         noise = draw_noise(model, inputs, jax.random.key(settings.sample.seed))
     elif noise.shape != (wanted := noise_shape(model, inputs)):
         raise InputError(f"noise must have the shape {wanted}, found {noise.shape}")
-    (result,) = run_batch(model, [inputs], [settings], noise, on_step=on_step)
+    (result,) = run_batch(model, [inputs], [settings], noise, on_step=on_step, ahead=ahead)
     if isinstance(result, SamplingError):
         raise result
     return result
@@ -215,6 +187,7 @@ def run_batch(
     noise: Float[Array, "sources T H W C"],
     *,
     on_step: Callable[[int], None] | None = None,
+    ahead: Ahead | None = None,
 ) -> list[Result | SamplingError]:
     """Edits that run together, source by source.
 
@@ -228,6 +201,7 @@ def run_batch(
       settings: of each edit; all but `edit` are those of the first.
       noise: of unit variance; the edits of a source start from the same.
       on_step: called with the number of each finished step.
+      ahead: what compiles the same edit's programs meanwhile, and is waited for.
 
     Returns:
       What became of each edit: some may have left the finite numbers. Stages share their times.
@@ -240,28 +214,29 @@ def run_batch(
         if words := ", ".join(model.tokenizer.unknown(given.prompt)):
             told = f"{given.prompt!r} has words that the text encoder does not know: {words}"
             warnings.warn(told, stacklevel=2)
-    clock, every = Clock(), len(inputs) // len(noise)
-    fits = [files.Fit(*given.source.shape[:3]) for given in inputs]
+    clock, sources = Clock(), len(noise)
     with model.on_mesh():
+        if ahead is not None:
+            with clock.stage("compile ahead"):
+                ahead.loop()
         with clock.stage("encode text"):
-            texts = [
-                text
-                for given, own in zip(inputs, settings, strict=True)
-                for text in (given.prompt, own.edit.negative_prompt)
-            ]
-            texts += [own.edit.source_prompt for own in settings[::every]]
-            context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
+            context = stages.contexts(model, inputs, settings, sources, now)
         with clock.stage("encode video"):
-            edits = _prepare(model, inputs, fits, noise, context, first)
-        edited, trace = _sample(model, first, edits, clock, on_step)
+            given = stages.prepared(model, inputs, noise, context, first, now)
+            edits, tokens = jax.block_until_ready(given)
+        loop = Loop.of(networks.transformer, first, edits, tokens, on_step is not None, now)
+        edited, trace = loop.run(clock, on_step)
+        if ahead is not None:
+            ahead.decoder()
         with clock.stage("decode video"):
-            decoded = _decoded(model, _video_latents(edited, edits.grid, references))
+            decoded = stages.decoded(model, edited, edits)
     trace = jax.tree.map(np.asarray, trace)
     results = []
     for n, (given, own) in enumerate(zip(inputs, settings, strict=True)):
         told = jax.tree.map(lambda x, n=n: x[:, n] if x.ndim > 1 else x, trace)
         try:
-            video = fits[n].undo(_finite(decoded[n], told))
+            fit = files.Fit(*given.source.shape[:3])
+            video = fit.undo(_finite(decoded[n], told))
         except SamplingError as error:
             results.append(error)
             continue
@@ -274,29 +249,6 @@ def run_batch(
     return results
 
 
-def _prepare(
-    model: Model,
-    inputs: Sequence[Inputs],
-    fits: Sequence[files.Fit],
-    noise: Float[Array, "sources T H W C"],
-    context: Float[Array, "R S D"],
-    settings: Settings,
-) -> Edits:
-    """What the loop is given; a source that several edits have is one array, and encoded once."""
-    heads = inputs[:: len(inputs) // len(noise)]
-    fitted = {id(i.source): fit.apply(i.source) for i, fit in zip(inputs, fits, strict=True)}
-    pixels = [fitted[id(given.source)] for given in heads]
-    mask = np.stack([fit.apply_mask(i.mask) for i, fit in zip(inputs, fits, strict=True)])
-    space = pixels[0].shape[1:3]
-    pictures = [
-        [on_canvas(given.references[n], *space) for given in heads]
-        for n in range(len(inputs[0].references))
-    ]
-    networks, edit = model.checkpoint, settings.edit
-    edits = prepare(networks, pixels, mask, context, edit, noise, pictures)
-    return jax.block_until_ready(edits)
-
-
 def _finite(video: Frames | None, trace: Trace) -> Frames:
     """The video of an edit, if all was finite on the way to it."""
     if not trace.finite.all():
@@ -307,7 +259,7 @@ def _finite(video: Frames | None, trace: Trace) -> Frames:
 
 
 def _finite_pixels(video: Frames | None) -> Frames:
-    """A video of `_decoded`: uint8 has no NaN, which would pass for some grey."""
+    """A video of `stages`: uint8 has no NaN, which would pass for some grey."""
     if video is None:
         raise SamplingError("the VAE's pixels are not finite: its weights, or the latents, are off")
     return video
@@ -332,61 +284,5 @@ def round_trip(model: Model, video: Frames) -> Frames:
     fit = files.Fit(*video.shape[:3])
     with model.on_mesh():
         latents = vae.encode(model.checkpoint.vae, fit.apply(video)[None])
-        (decoded,) = _decoded(model, [latents])
+        (decoded,) = stages.frames(model, [latents])
     return fit.undo(_finite_pixels(decoded))
-
-
-@functools.partial(jax.jit, static_argnames=("grid", "references"))
-def _video_latents(patches: Patches, grid: Grid, references: int) -> list[Latents]:
-    """Latents of the videos, as many to a part as `data` has devices (`prepare.encode`)."""
-    latents = grid.join(patches)[:, references:]
-    return jnp.split(latents, len(latents) // sharding.shards("B"))
-
-
-def _decoded(model: Model, parts: Sequence[Latents]) -> list[Frames | None]:
-    """The videos of `parts`, as the model made them; `None` of one that is not finite."""
-    found = [vae.decode(model.checkpoint.vae, latents) for latents in parts]
-    rows = (zip(*map(np.asarray, part), strict=True) for part in found)
-    return [video if finite else None for video, finite in itertools.chain(*rows)]
-
-
-def _sample(
-    model: Model,
-    settings: Settings,
-    edits: Edits,
-    clock: Clock,
-    on_step: Callable[[int], None] | None,
-) -> tuple[Patches, Trace]:
-    """Compiles the loop where it must be, and runs it."""
-    table = solvers.table(settings.sample.solver, settings.sample.steps, settings.sample.shift)
-    knobs = lock.knobs(settings.lock, settings.sample.guidance_scale)
-    tokens = None
-    if settings.lock.skip_background:
-        tokens = bucket(int(_most_tokens(edits)), edits.grid)
-    program = Program.of(settings.lock, tokens)
-    network = model.checkpoint.transformer
-    args = (network, _start(edits), edits, table, knobs)
-    if on_step is None:
-        with clock.stage("compile"):
-            sample.lower(*args, program=program).compile()
-        with clock.stage("sample"):
-            return jax.block_until_ready(sample(*args, program=program))
-    with clock.stage("compile"):
-        given = (network, edits, knobs)
-        texts, steps, state = begin(*args, program=program)
-        first = step_of(steps, np.int32(0))
-        advance.lower(*given, texts, first, state, program=program).compile()
-    with clock.stage("sample"):
-        return stepwise(*given, texts, steps, state, program=program, on_step=on_step)
-
-
-@jax.jit
-def _most_tokens(edits: Edits) -> Int[Array, ""]:
-    """Tokens that are an edit's own, of the one that has most."""
-    return sharding.everywhere(edits.own.sum(axis=1).max())
-
-
-@jax.jit
-def _start(edits: Edits) -> Patches:
-    """What edits start from: their source's noise, in memory of its own, which is donated."""
-    return edits.spread(edits.noise)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,14 @@ from kvlock_jax.models.vace import VACEContext
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling.sampler import Edits
 from kvlock_jax.shapes import Latents
+
+Run = Callable[..., Any]
+"""Calls a jitted function with arguments that follow it; or says what would come of it."""
+
+
+def now(program: Callable[..., Any], *args: Any, **static: Any) -> Any:
+    """The `Run` that calls it."""
+    return program(*args, **static)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +54,7 @@ def encode(
     network: vae.WanVAE,
     clips: Sequence[UInt8[Array, "frames height width 3"]],
     shown: Sequence[Bool[Array, "frames height width"]],
+    run: Run = now,
 ) -> Encoded:
     """Encodes clips, with all that is not shown of them blank.
 
@@ -61,7 +71,8 @@ def encode(
     ways = sharding.shards("B")
     unlike += unlike[-1:] * (-len(unlike) % ways)
     groups = (unlike[n : n + ways] for n in range(0, len(unlike), ways))
-    parts = [vae.encode(network, *map(np.stack, zip(*group, strict=True))) for group in groups]
+    stacked = ([*map(np.stack, zip(*group, strict=True))] for group in groups)
+    parts = [run(vae.encode, network, *group) for group in stacked]
     return Encoded(parts, np.array(index))
 
 
@@ -77,6 +88,7 @@ def prepare(
     settings: EditConfig,
     noise: Float[Array, "sources T H W C"],
     pictures: Sequence[Sequence[Float[Array, "height width 3"]]] = (),
+    run: Run = now,
 ) -> Edits:
     """What the loop is given, for a batch of videos.
 
@@ -88,11 +100,12 @@ def prepare(
       settings: `context_scale` and `show_masked`.
       noise: of unit variance, references first.
       pictures: references in [-1, 1], of each source, for VACE; their latent frames come first.
+      run: how programs are called.
 
     Raises:
       InputError: the noise has another shape than the latents.
     """
-    made = functools.partial(encode, networks.vae)
+    made = functools.partial(encode, networks.vae, run=run)
     sources, every = list(video), len(mask) // len(video)
     whole, blank = np.ones_like(mask[0]), np.zeros_like(mask[0])
     latents = made(sources, [whole] * len(sources))
@@ -109,7 +122,7 @@ def prepare(
         of_edits, nothing = [x for x in sources for _ in range(every)], made(sources[:1], [blank])
         under = made(of_edits, mask) if settings.show_masked else nothing
         told = (made(of_edits, ~mask), under, nothing, np.float32(settings.context_scale))
-    return _edits(latents, shown, mask, noise, context, told, grid=grid)
+    return run(_edits, latents, shown, mask, noise, context, told, grid=grid)
 
 
 @functools.partial(jax.jit, static_argnames="grid")

@@ -3,7 +3,8 @@
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import ftfy
 import jax
@@ -99,7 +100,10 @@ class Tokenizer:
 
 
 def encode_prompts(
-    encoder: nnx.Module, tokenizer: Tokenizer, prompts: Sequence[str]
+    encoder: nnx.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    run: Callable[..., Any] = lambda program, *args: program(*args),
 ) -> Float[Array, "B S D"]:
     """The text context of prompts: hidden states, and zeros after each end token, float32.
 
@@ -107,6 +111,7 @@ def encode_prompts(
       encoder: called with ids and mask, such as `UMT5Encoder`; its `config.vocab_size` bounds ids.
       tokenizer: of the same checkpoint.
       prompts: one for each edit; an empty string is a prompt too.
+      run: how the compiled program is called.
 
     Raises:
       CheckpointError: if the tokenizer knows more tokens than the encoder.
@@ -118,7 +123,7 @@ def encode_prompts(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the text encoder embeds "
             f"{known}: they are not of one checkpoint"
         )
-    return encode(encoder, *tokenizer(prompts))
+    return run(encode, encoder, *tokenizer(prompts))
 
 
 @jax.jit

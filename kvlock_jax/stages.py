@@ -1,0 +1,240 @@
+"""The stages of an edit: texts, videos, the loop, and frames again.
+
+Each runs its programs through a `Run`: `now` calls them, `ahead` only compiles them. So what an
+edit will need can be compiled from its inputs before the weights are there (`Ahead`), by the same
+code that will use it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from kvlock_jax import lock, sharding
+from kvlock_jax.checkpoint import Checkpoint
+from kvlock_jax.inputs import Frames, Inputs
+from kvlock_jax.models import vae
+from kvlock_jax.models.conditioning import on_canvas
+from kvlock_jax.patches import Grid, Patches
+from kvlock_jax.prepare import Run, now, prepare
+from kvlock_jax.progress import Clock
+from kvlock_jax.sampling import sampler, solvers
+from kvlock_jax.sampling.sampler import Edits, Program, Trace, bucket
+from kvlock_jax.settings import Settings
+from kvlock_jax.shapes import Latents
+from kvlock_jax.text import Tokenizer, encode_prompts
+from kvlock_jax.video import Fit
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded checkpoint, ready to edit with; or its shapes, to compile by.
+
+    Attributes:
+      name: what it was loaded from.
+      checkpoint: its three networks and their configs.
+      tokenizer: of its text encoder.
+      mesh: the devices it lies on; `None` is the first.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    mesh: Mesh | None = None
+
+    def on_mesh(self) -> AbstractContextManager:
+        """The mesh as the ambient one, in which its programs must be compiled and run."""
+        return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
+
+
+def ahead(program: Any, *args: Any, **static: Any) -> Any:
+    """Compiles a program; gives shapes, dtypes and shardings of what it would return."""
+    lowered = program.lower(*args, **static)
+    places = lowered.compile().output_shardings
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lowered.out_info,
+        places,
+    )
+
+
+def contexts(
+    model: Model,
+    inputs: Sequence[Inputs],
+    settings: Sequence[Settings],
+    sources: int,
+    run: Run,
+) -> Float[Array, "R S D"]:
+    """Of each edit's prompt and negative prompt, then of the source prompts."""
+    texts = [
+        text
+        for given, own in zip(inputs, settings, strict=True)
+        for text in (given.prompt, own.edit.negative_prompt)
+    ]
+    texts += [own.edit.source_prompt for own in settings[:: len(settings) // sources]]
+    return encode_prompts(model.checkpoint.text_encoder, model.tokenizer, texts, run)
+
+
+def prepared(
+    model: Model,
+    inputs: Sequence[Inputs],
+    noise: Float[Array, "sources T H W C"],
+    context: Float[Array, "R S D"],
+    settings: Settings,
+    run: Run,
+) -> tuple[Edits, int]:
+    """What the loop is given, and how many tokens of an edit are its own, at most.
+
+    A source that several edits have is one array, and encoded once.
+    """
+    heads = inputs[:: len(inputs) // len(noise)]
+    fits = [Fit(*given.source.shape[:3]) for given in inputs]
+    fitted = {id(i.source): fit.apply(i.source) for i, fit in zip(inputs, fits, strict=True)}
+    pixels = [fitted[id(given.source)] for given in heads]
+    mask = np.stack([fit.apply_mask(i.mask) for i, fit in zip(inputs, fits, strict=True)])
+    space = pixels[0].shape[1:3]
+    pictures = [
+        [on_canvas(given.references[n], *space) for given in heads]
+        for n in range(len(inputs[0].references))
+    ]
+    given = (model.checkpoint, pixels, mask, context, settings.edit, noise, pictures)
+    edits = prepare(*given, run=run)
+    _, rows, columns = edits.grid.axes
+    return edits, int(_most_tokens(mask)) + len(pictures) * rows * columns
+
+
+@jax.jit
+def _most_tokens(mask: Bool[Array, "B frames height width"]) -> Int[Array, ""]:
+    return lock.to_token_mask(lock.to_latent_mask(mask)).sum(axis=1).max()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """The sampling loop of a batch, to be compiled and run.
+
+    Attributes:
+      args: of `sampler.sample`.
+      program: its program.
+      by_step: whether it runs in a call for each step.
+    """
+
+    args: tuple
+    program: Program
+    by_step: bool
+
+    @classmethod
+    def of(
+        cls, network: Any, settings: Settings, edits: Edits, tokens: int, by_step: bool, run: Run
+    ) -> "Loop":
+        """The loop that settings say, of edits with so many tokens of their own, at most."""
+        own = settings.sample
+        table = solvers.table(own.solver, own.steps, own.shift)
+        knobs = lock.knobs(settings.lock, own.guidance_scale)
+        computed = bucket(tokens, edits.grid) if settings.lock.skip_background else None
+        args = (network, run(_start, edits), edits, table, knobs)
+        return cls(args, Program.of(settings.lock, computed), by_step)
+
+    def begun(self, run: Run) -> tuple:
+        """The arguments of `sampler.stepwise`."""
+        network, _, edits, _, knobs = self.args
+        return (network, edits, knobs, *run(sampler.begin, *self.args, program=self.program))
+
+    def ahead(self, begun: tuple | None = None) -> Patches:
+        """Compiles it; gives the shape of the edited latents."""
+        if not self.by_step:
+            return ahead(sampler.sample, *self.args, program=self.program)[0]
+        *given, texts, steps, state = begun or self.begun(ahead)
+        first = ahead(sampler.step_of, steps, np.int32(0))
+        return ahead(sampler.advance, *given, texts, first, state, program=self.program)[0].latents
+
+    def run(self, clock: Clock, on_step: Callable[[int], None] | None) -> tuple[Patches, Trace]:
+        """Compiles it where that was not done, and runs it."""
+        with clock.stage("compile"):
+            begun = self.begun(now) if self.by_step else None
+            self.ahead(begun)
+        with clock.stage("sample"):
+            if begun is None:
+                return jax.block_until_ready(sampler.sample(*self.args, program=self.program))
+            return sampler.stepwise(*begun, program=self.program, on_step=on_step)
+
+
+@jax.jit
+def _start(edits: Edits) -> Patches:
+    """What edits start from: their source's noise, in memory of its own, which is donated."""
+    return edits.spread(edits.noise)
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "references"))
+def _video_latents(patches: Patches, grid: Grid, references: int) -> list[Latents]:
+    """Latents of the videos, as many to a part as `data` has devices (`prepare.encode`)."""
+    latents = grid.join(patches)[:, references:]
+    return jnp.split(latents, len(latents) // sharding.shards("B"))
+
+
+def decoded(model: Model, edited: Patches, edits: Edits) -> list[Frames | None]:
+    """The videos, as the model made them; `None` of one that is not finite."""
+    return frames(model, _video_latents(edited, edits.grid, edits.references))
+
+
+def frames(model: Model, parts: Sequence[Latents]) -> list[Frames | None]:
+    """`decoded` of latents as they are."""
+    found = [vae.decode(model.checkpoint.vae, latents) for latents in parts]
+    rows = (zip(*map(np.asarray, part), strict=True) for part in found)
+    return [video if finite else None for video, finite in itertools.chain(*rows)]
+
+
+class Ahead:
+    """Compiles in a thread what one edit will run, first the loop and what is before it.
+
+    What goes wrong with it does so again where the edit runs, and is told there.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        inputs: Inputs,
+        settings: Settings,
+        noise: Float[np.ndarray, "one T H W C"],
+        by_step: bool,
+    ):
+        self._model, self._by_step = model, by_step
+        self._given = ([inputs], noise, [settings])
+        pool = ThreadPoolExecutor(1)
+        self._loop: Future = pool.submit(self._compile_loop)
+        self._decoder: Future = pool.submit(self._compile_decoder)
+        pool.shutdown(wait=False)
+
+    def loop(self) -> None:
+        """Waits until all is compiled that comes before the decoder."""
+        with contextlib.suppress(Exception):
+            self._loop.result()
+
+    def decoder(self) -> None:
+        """Waits for the decoder."""
+        with contextlib.suppress(Exception):
+            self._decoder.result()
+
+    def _compile_loop(self) -> tuple[Patches, Edits]:
+        (inputs, noise, settings), model = self._given, self._model
+        with model.on_mesh():
+            context = contexts(model, inputs, settings, 1, ahead)
+            edits, tokens = prepared(model, inputs, noise, context, settings[0], ahead)
+            network = model.checkpoint.transformer
+            loop = Loop.of(network, settings[0], edits, tokens, self._by_step, ahead)
+            return loop.ahead(), edits
+
+    def _compile_decoder(self) -> None:
+        edited, edits = self._loop.result()
+        with self._model.on_mesh():
+            for latents in ahead(_video_latents, edited, edits.grid, edits.references)[:1]:
+                ahead(vae.decode, self._model.checkpoint.vae, latents)
