@@ -25,7 +25,7 @@ Run = Callable[..., Any]
 """Calls a jitted function with arguments that follow it; or says what would come of it."""
 
 
-def now(program: Callable[..., Any], *args: Any, **static: Any) -> Any:
+def now(program: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
     """The `Run` that calls it."""
     return program(*args, **static)
 

@@ -57,7 +57,7 @@ class Model:
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
 
 
-def ahead(program: Any, *args: Any, **static: Any) -> Any:
+def ahead(program: Any, /, *args: Any, **static: Any) -> Any:
     """Compiles a program; gives shapes, dtypes and shardings of what it would return."""
     lowered = program.lower(*args, **static)
     places = lowered.compile().output_shardings

@@ -1,7 +1,6 @@
 """Edits from end to end on a tiny Diffusers folder: forms of input, sizes, settings, failures."""
 
 import dataclasses
-import importlib
 from fractions import Fraction
 
 import fsspec
@@ -14,7 +13,7 @@ from etils import epath
 from flax import nnx
 
 import kvlock_jax as kvl
-from kvlock_jax import checkpoint, inputs, metrics, video
+from kvlock_jax import checkpoint, inputs, metrics, stages, video
 from kvlock_jax.config import run_config
 from kvlock_jax.convert.command import convert
 from kvlock_jax.errors import CheckpointError, ConfigError, InputError, SamplingError
@@ -22,7 +21,6 @@ from kvlock_jax.lock import PRESETS
 from kvlock_jax.models import vae as vae_module
 from kvlock_jax.sampling.sampler import sample
 
-editing = importlib.import_module("kvlock_jax.edit")  # kvl.edit is its function
 
 STEPS, PROMPT = 3, "a blue star"
 FRAMES, HEIGHT, WIDTH = tiny.SHAPE
@@ -165,9 +163,9 @@ def test_noise_handed_in(model, plain, kind):
 
 @pytest.mark.parametrize("preset", ["hard_lock", "kvlock_anchor"])
 def test_background_latents_are_those_of_the_source(model, preset, monkeypatch):
-    seen, decoded = [], editing._decoded
+    seen, frames = [], stages.frames
     monkeypatch.setattr(
-        editing, "_decoded", lambda model, latents: seen.append(latents) or decoded(model, latents)
+        stages, "frames", lambda model, latents: seen.append(latents) or frames(model, latents)
     )
     result = edit(model, config=config_of(preset))
     (source,) = np.asarray(vae_module.encode(model.checkpoint.vae, jnp.asarray(CLIP)[None]))
@@ -426,7 +424,7 @@ def test_a_pinned_background_is_the_sources_under_references(vace, monkeypatch):
         return out, trace
 
     spy.lower = plain.lower
-    monkeypatch.setattr(editing, "sample", spy)
+    monkeypatch.setattr(stages.sampler, "sample", spy)
     edit(vace, config=config_of("kvlock_anchor"), references=[PICTURE, PICTURE])
     edits = seen["edits"]
     whole = (edits.grid.join(x) for x in (seen["out"], edits.source, edits.foreground[..., None]))

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import kvlock_jax as kvl
-from kvlock_jax import batch, sharding
+from kvlock_jax import batch, sharding, stages
 from kvlock_jax.config import run_config
 from kvlock_jax.errors import SamplingError
 from kvlock_jax.inputs import Inputs
@@ -46,18 +46,18 @@ def key(name):
 def seen(monkeypatch):
     """How many clips were encoded, and sources and edits of each loop."""
     found = {"encoded": [], "loops": []}
-    encode, sample = editing.vae.encode, editing._sample
+    encode, loop_of = stages.vae.encode, stages.Loop.of
 
     def counted(network, video, *rest):
         found["encoded"].append(len(video))
         return encode(network, video, *rest)
 
-    def told(model, settings, edits, *rest):
+    def told(network, settings, edits, *rest):
         found["loops"].append((len(edits.source), len(edits.foreground)))
-        return sample(model, settings, edits, *rest)
+        return loop_of(network, settings, edits, *rest)
 
     monkeypatch.setattr("kvlock_jax.prepare.vae.encode", counted)
-    monkeypatch.setattr(editing, "_sample", told)
+    monkeypatch.setattr(stages.Loop, "of", told)
     return found
 
 

@@ -118,6 +118,16 @@ class SampleState:
     cache: KVCache | None
     momentum: Patches | None
 
+    def laid_out(self) -> "SampleState":
+        """Itself as every step takes and leaves it on the ambient mesh."""
+        letters = {4: "B L cells C", 5: "window B L cells C"}
+
+        def lay(x: Array) -> Array:
+            return sharding.constrain(x, letters[x.ndim]) if x.ndim > 2 else sharding.everywhere(x)
+
+        laid = jax.tree.map(lay, dataclasses.replace(self, cache=None))
+        return dataclasses.replace(laid, cache=sharding.constrain(self.cache, "layers B L N K"))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -262,18 +272,16 @@ def begin(
     steps = Told(number, table, times, scheduled, needed, refresh)
     texts = Texts(model.condition(edits.prompts, edits.grid), sources)
 
-    latents = sharding.constrain(latents.astype(jnp.float32), "B L cells C")
-    window = X0Window.zeros(program.window, latents.shape)
-    estimates = sharding.constrain(window.estimates, "window B L cells C")
+    latents = latents.astype(jnp.float32)
     state = SampleState(
         latents=latents,
         solver=solvers.init(latents),
-        window=dataclasses.replace(window, estimates=estimates),
+        window=X0Window.zeros(program.window, latents.shape),
         sigma2=jnp.zeros((latents.shape[0],), jnp.float32),
         cache=model.empty_cache(edits.source) if program.carried else None,
         momentum=jnp.zeros_like(latents) if program.guidance == "apg" else None,
     )
-    return texts, steps, state
+    return texts, sharding.everywhere(steps), state.laid_out()
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
@@ -298,7 +306,7 @@ def advance(
 @jax.jit
 def step_of(steps: Told, number: Int[Array, ""]) -> Told:
     """What one of several steps is told."""
-    return jax.tree.map(lambda rows: rows[number], steps)
+    return sharding.everywhere(jax.tree.map(lambda rows: rows[number], steps))
 
 
 def stepwise(
@@ -368,7 +376,7 @@ class _Step:
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
         detected = lock.detection_region(foreground, knobs) & self.edits.shown
         sigma2 = lock.hallucination(window, detected)
-        following = SampleState(latents, solved, window, sigma2, cache, momentum)
+        following = SampleState(latents, solved, window, sigma2, cache, momentum).laid_out()
         return following, Trace(solver.sigma, state.sigma2, alpha, omega, scale, scheduled, finite)
 
     def _noised_source(self, sigma: Float[Array, ""]) -> Float[Array, "sources L cells C"]:

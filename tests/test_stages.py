@@ -1,0 +1,83 @@
+"""What is compiled before the weights are there is what runs once they are."""
+
+import importlib
+
+import jax
+import pytest
+import tiny
+
+import kvlock_jax as kvl
+from kvlock_jax.config import run_config
+from kvlock_jax.inputs import read
+from kvlock_jax.settings import settle
+from kvlock_jax.stages import Ahead
+
+editing = importlib.import_module("kvlock_jax.edit")  # the package names the function alike
+
+
+@pytest.fixture
+def compiled():
+    """Names of programs as they are compiled."""
+    names: list[str] = []
+
+    def listener(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about.get("fun_name", "?").removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def given(steps):
+    settings = settle(run_config("kvlock", steps=steps))
+    return read(tiny.clip(), tiny.mask(), "a blue star", settings.edit), settings
+
+
+PROGRAMS = {"encode", "_edits", "sample", "begin", "advance", "step_of", "decode", "_video_latents"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_step"),
+    [("text-to-video", True), ("VACE", False), ("converted", True), ("a mesh", True)],
+)
+def test_nothing_is_compiled_again(
+    kind, by_step, tiny_checkpoint, tiny_vace_checkpoint, tmp_path, compiled
+):
+    jax.clear_caches()
+    folder, mesh = tiny_checkpoint, None
+    if kind == "VACE":
+        folder = tiny_vace_checkpoint
+    if kind == "converted":
+        importlib.import_module("kvlock_jax.convert.command").convert(folder, tmp_path / "own")
+        folder = tmp_path / "own"
+    if kind == "a mesh":
+        mesh = kvl.sharding.make_mesh(frames=2, devices=jax.devices()[:2])
+    (inputs, settings), ahead = given(3), []
+
+    def on_shapes(model):
+        noise = editing.draw_noise(model, inputs, jax.random.key(0))
+        ahead.append(Ahead(model, inputs, settings, noise, by_step))
+        ahead[0].decoder()
+
+    model = kvl.load(folder, mesh=mesh, on_shapes=on_shapes)
+    loop = {"begin", "advance", "step_of"} if by_step else {"sample"}
+    assert set(compiled) & PROGRAMS == {"encode", "_edits", "decode", "_video_latents"} | loop
+    compiled.clear()
+    steps = []
+    on_step = steps.append if by_step else None
+    result = editing.run(model, inputs, settings, on_step=on_step, ahead=ahead[0])
+    assert not set(compiled) & PROGRAMS
+    assert result.video.shape == inputs.source.shape and len(steps) == 3 * by_step
+
+
+def test_what_fails_ahead_fails_where_it_runs(tiny_checkpoint):
+    (inputs, settings), ahead = given(3), []
+
+    def on_shapes(model):
+        ahead.append(Ahead(model, inputs, settings, None, by_step=True))
+
+    model = kvl.load(tiny_checkpoint, on_shapes=on_shapes)
+    ahead[0].loop()
+    ahead[0].decoder()
+    assert editing.run(model, inputs, settings, ahead=ahead[0]).video.shape == inputs.source.shape
