@@ -222,7 +222,9 @@ def _edit(args: argparse.Namespace, others: list[str]) -> None:
     seconds = {"load": time.perf_counter() - start}
     with warnings_as_lines(), ticking(settings.sample.steps) as tick:
         result = interruptibly(
-            lambda: run_edit(model, inputs, settings, on_step=tick, ahead=compiling[0])
+            lambda: run_edit(
+                model, inputs, settings, on_step=tick, ahead=next(iter(compiling), None)
+            )
         )
 
     seconds |= result.seconds

@@ -128,6 +128,7 @@ def test_an_edit_with_all_it_writes(folder, tiny_checkpoint, capsys):
     stages = re.findall(r"([a-z ]+) [\d.]+ s", lines["times"])
     assert [stage.strip() for stage in stages] == [
         "load",
+        "compile ahead",
         "encode text",
         "encode video",
         "compile",
@@ -681,10 +682,9 @@ def test_info_of_a_converted_checkpoint(capsys, monkeypatch, tmp_path, tiny_chec
 def test_info_of_a_run_on_several_devices(capsys, tiny_checkpoint):
     flags = "--size=45*31 --frame_num=4 --devices=2 --dtype=bfloat16"
     lines = info(capsys, str(tiny_checkpoint), *flags.split(), "--chip=v6e")
-    # padded to 5 frames of 32x48, 2 x 2 x 3 tokens; 2 layers of width 24, keys and values
-    assert lines["cache"].endswith("12 tokens of 5 frames of 48x32")
-    size = 2 * 2 * 6 * 24 * 2 / 1024
-    assert lines["  cache"] == f"{size:.1f} KiB  6 tokens of 12"
+    # padded to 5 frames of 32x48, 2 x 2 x 3 tokens; a layer of width 24, keys and values
+    assert lines["cache"].endswith("of a block: 12 tokens of 5 frames of 48x32")
+    assert lines["  cache"] == f"{2 * 6 * 24 * 2} bytes  6 tokens of 12"
     assert lines["  total"].endswith("fits in 29.8 GiB")
     assert "kvlock_anchor: 50 of 50 steps" in lines["step"]
     without = info(capsys, str(tiny_checkpoint), *flags.split())

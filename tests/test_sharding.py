@@ -250,12 +250,12 @@ def test_collectives_are_those_that_are_meant(shape):
             meant.add(("all-gather", (1, c_in, c_out)))
         meant.add(("all-gather", (1, wide, 40 // model)))
         meant.add(("all-gather", (1, 40 // model, wide)))
-        # modulation: its kernel is spread over `frames` and each makes a part of the sum
-        meant |= {("all-gather", (rows, wide)), ("all-reduce", (rows, 6 * wide))}
         if model > 1:
             # the norm of queries and keys spans all heads; both output projections sum over them
             meant |= {("all-reduce", (rows, local)), ("all-reduce", (rows, local, wide))}
             meant.add(("all-reduce", (rows, TEXT)))  # the same norm, of the text's keys
+    # modulation of all steps: its kernel is spread over `frames`, each makes a part of the sum
+    meant |= {("all-gather", (STEPS, wide)), ("all-reduce", (STEPS, 6 * wide))}
     meant.add(("all-reduce", (edits,)))  # sigma2, s*, and whether all is finite: one number an edit
     assert set(found) <= meant
     assert found["all-gather", (2 * edits, length, heads, SIZE)] == 4  # K, V; main, context blocks

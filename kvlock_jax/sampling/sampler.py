@@ -120,12 +120,9 @@ class SampleState:
 
     def laid_out(self) -> "SampleState":
         """Itself as every step takes and leaves it on the ambient mesh."""
-        letters = {4: "B L cells C", 5: "window B L cells C"}
-
-        def lay(x: Array) -> Array:
-            return sharding.constrain(x, letters[x.ndim]) if x.ndim > 2 else sharding.everywhere(x)
-
-        laid = jax.tree.map(lay, dataclasses.replace(self, cache=None))
+        letters = {0: "", 1: "B", 4: "B L cells C", 5: "window B L cells C"}
+        rest = dataclasses.replace(self, cache=None)
+        laid = jax.tree.map(lambda x: sharding.constrain(x, letters[x.ndim]), rest)
         return dataclasses.replace(laid, cache=sharding.constrain(self.cache, "layers B L N K"))
 
 
