@@ -25,11 +25,13 @@ class Placement:
       mesh: of the devices; `None` is the first alone.
       spread: whether the transformer's weights are spread over the mesh's `frames`.
       attend: how tokens on several devices attend to each other.
+      vae_tiles: of columns that the VAE makes a frame in.
     """
 
     mesh: Mesh | None
     spread: bool
     attend: Attend
+    vae_tiles: int = 1
 
     def __str__(self) -> str:
         if self.mesh is None:
@@ -50,6 +52,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--attention", choices=ATTENTION, default="gathered", help=about)
     about = "spread the weights over frames and gather them layer by layer; by default where large"
     add("--spread_weights", action=argparse.BooleanOptionalAction, help=about)
+    about = "tiles of columns that the VAE makes a frame in, for the memory of one: %(default)s"
+    add("--vae_tiles", type=int, default=1, help=about)
     add("--distributed", action="store_true", help="several hosts, which Cloud TPU knows by itself")
     add("--coordinator", metavar="HOST:PORT", help="of the first host, where nothing else knows it")
     add("--num_processes", type=int, help="how many hosts there are, with --coordinator")
@@ -104,8 +108,10 @@ def place(args: argparse.Namespace, contents: Contents, *, many: bool) -> Placem
       many: whether the devices are for many edits, or for one.
 
     Raises:
-      ConfigError: the mesh cannot be, or does not divide the heads.
+      ConfigError: the mesh cannot be, or does not divide the heads; or there would be no tile.
     """
+    if args.vae_tiles < 1:
+        raise ConfigError(f"--vae_tiles must be 1 or more, found {args.vae_tiles}")
     config, spread = contents.configs.transformer, args.spread_weights
     if spread is None:
         stats: Any = jax.local_devices()[0].memory_stats() or {}
@@ -126,5 +132,6 @@ def place(args: argparse.Namespace, contents: Contents, *, many: bool) -> Placem
             f"use one of {', '.join(map(str, known))}"
         )
     if mesh.size == 1:
-        return Placement(None, False, gathered)
-    return Placement(mesh, spread and mesh.shape["frames"] > 1, ATTENTION[args.attention])
+        return Placement(None, False, gathered, args.vae_tiles)
+    spread = spread and mesh.shape["frames"] > 1
+    return Placement(mesh, spread, ATTENTION[args.attention], args.vae_tiles)

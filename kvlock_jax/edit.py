@@ -72,6 +72,7 @@ def load(
     mesh: Mesh | None = None,
     spread: bool = False,
     attend: Attend = gathered,
+    vae_tiles: int = 1,
     on_shapes: Callable[[Model], None] = lambda model: None,
 ) -> Model:
     """Loads a model to edit with.
@@ -84,6 +85,8 @@ def load(
         gathered when it is used: for models that would not fit on each device.
       attend: how tokens on several devices attend to each other: `gathered`, or `ring`, which
         never holds all keys and values at once.
+      vae_tiles: of columns that the VAE makes a frame in, for the memory of one of them; the result
+        is the same.
       on_shapes: told of the model before its weights are read, with shapes in their place.
 
     Raises:
@@ -94,7 +97,7 @@ def load(
     place = functools.partial(layout.place, mesh, spread=spread) if mesh else None
 
     def model(found: Checkpoint) -> Model:
-        found.transformer.attend = attend
+        found.transformer.attend, found.vae.tiles = attend, vae_tiles
         return Model(os.fspath(source), found, Tokenizer(found.tokenizer), mesh)
 
     told = {"on_shapes": lambda found: on_shapes(model(found))}

@@ -21,7 +21,6 @@ from kvlock_jax.lock import PRESETS
 from kvlock_jax.models import vae as vae_module
 from kvlock_jax.sampling.sampler import sample
 
-
 STEPS, PROMPT = 3, "a blue star"
 FRAMES, HEIGHT, WIDTH = tiny.SHAPE
 BOX = (8, 8, 16, 16)

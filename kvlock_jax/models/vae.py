@@ -9,6 +9,7 @@ Layout and arithmetic are those of the published checkpoint (Wan-Video/Wan2.1, `
 Diffusers); attributes keep its names.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -20,87 +21,11 @@ from kvlock_jax import sharding
 from kvlock_jax.config import VAEConfig
 from kvlock_jax.errors import InputError
 from kvlock_jax.models.attention import attend
+from kvlock_jax.models.convolutions import Cache, CausalConv3d, Conv2d, Feature, past
+from kvlock_jax.models.pieces import Coder, in_tiles, over_chunks
 from kvlock_jax.shapes import VAE_STRIDES, Latents
 
-Feature = Float[Array, "B T H W C"]
 Video = Float[Array, "B frames height width 3"]
-Cache = Any
-"""A pytree of the frames that a module needs of the chunk before; `None` before the first chunk."""
-
-_KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-
-
-def _conv2d(x: Feature, kernel: Float[Array, "h w I O"], stride: int, padding: Any) -> Feature:
-    """A 2-D convolution of every frame."""
-    batch, frames = x.shape[:2]
-    y = jax.lax.conv_general_dilated(
-        x.reshape(batch * frames, *x.shape[2:]),
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return y.reshape(batch, frames, *y.shape[1:])
-
-
-class Conv2d(nnx.Module):
-    """A 3x3 convolution of every frame; `padding` is (before, after), of rows and of columns."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int, padding: tuple[int, int], *, rngs):
-        self.kernel = nnx.Param(_KERNEL_INIT(rngs.params(), (3, 3, c_in, c_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
-        self.stride, self.padding = stride, padding
-
-    def __call__(self, x: Feature) -> Feature:
-        """Convolves; float32 parameters are brought to the dtype of `x`."""
-        kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
-        return _conv2d(x, kernel, self.stride, (self.padding, self.padding)) + bias
-
-
-class CausalConv3d(nnx.Module):
-    """A 3-D convolution that sees no later frame.
-
-    On CPU it is a sum of 2-D convolutions, one for each of its three steps in time: XLA runs that
-    2-5 times faster, its gradient 3-4 times. Elsewhere it is one: each of the three would fetch the
-    edges of neighbouring chips for itself.
-    """
-
-    def __init__(self, c_in: int, c_out: int, size: int = 3, time_stride: int = 1, *, rngs):
-        shape = (3, size, size, c_in, c_out)
-        self.kernel = nnx.Param(_KERNEL_INIT(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
-        self.time_stride = time_stride
-
-    def valid(self, x: Feature) -> Feature:
-        """Convolves without padding in time: two frames fewer come out than go in."""
-        kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
-        forms = {"cpu": self._by_taps, "default": self._whole}
-        return jax.lax.platform_dependent(x, kernel, **forms) + bias
-
-    def _by_taps(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
-        last = x.shape[1] - 2
-        taps = (x[:, i : i + last : self.time_stride] for i in range(3))
-        return sum(_conv2d(t, k, 1, "SAME") for t, k in zip(taps, kernel, strict=True))
-
-    def _whole(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
-        beside = kernel.shape[1] // 2
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.time_stride, 1, 1),
-            ((0, 0), (beside, beside), (beside, beside)),
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        )
-
-    def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
-        """Convolves a chunk after the two frames in `cache`, zeros before the first chunk."""
-        x = jnp.concatenate([_past(x) if cache is None else cache, x], axis=1)
-        return sharding.spread_space(self.valid(x)), x[:, -2:]
-
-
-def _past(x: Feature) -> Feature:
-    """The two frames of zeros that stand before a clip."""
-    return jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -203,7 +128,7 @@ class Upsample(nnx.Module):
         if self.time_conv is None:
             cache = ()
         elif cache is None:
-            cache = _past(x)
+            cache = past(x)
         else:
             y, cache = self.time_conv(x, cache)
             batch, frames, *space, channels = x.shape
@@ -239,10 +164,22 @@ class Encoder(nnx.Module):
         self.mid_block = MidBlock(widths[-1], rngs=rngs)
         self.norm_out = RMSNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, rngs=rngs)
+        self.unit = 2 ** len(config.temperal_downsample)
+        steps = [2**level for level in range(len(config.dim_mult))]
+        pixels = 1 + 2 * config.num_res_blocks * sum(steps) + 2 * sum(steps[:-1])
+        self.reach = -(-pixels // self.unit)
 
     def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
         """Encodes one chunk: 1 frame without a cache, else 4 frames per latent frame."""
-        return _run((self.conv_in, *self.down_blocks, self.mid_block), self, x, cache)
+        return _chain((self.wide, self.narrow), x, cache)
+
+    def wide(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
+        """All before the lowest resolution: of its convolutions none sees a frame as a whole."""
+        return _chain((self.conv_in, *self.down_blocks), x, cache)
+
+    def narrow(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
+        """The rest."""
+        return _run((self.mid_block,), self, x, cache)
 
 
 class UpBlock(nnx.Module):
@@ -274,13 +211,24 @@ class Decoder(nnx.Module):
             self.up_blocks.append(block)
         self.norm_out = RMSNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 3, rngs=rngs)
+        steps = [2.0**-level for level in range(len(config.dim_mult))]
+        convolutions = 2 * (config.num_res_blocks + 1)
+        self.reach = math.ceil(convolutions * sum(steps) + sum(steps[1:]) + steps[-1])
 
     def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
         """Decodes one chunk: 1 latent frame to 1 frame without a cache, else 4 frames for each."""
-        return _run((self.conv_in, self.mid_block, *self.up_blocks), self, x, cache)
+        return _chain((self.narrow, self.wide), x, cache)
+
+    def narrow(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
+        """What is at the lowest resolution."""
+        return _chain((self.conv_in, self.mid_block), x, cache)
+
+    def wide(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
+        """The rest: of its convolutions none sees a frame as a whole."""
+        return _run(tuple(self.up_blocks), self, x, cache)
 
 
-def _chain(modules: tuple[nnx.Module, ...], x: Feature, cache: Cache) -> tuple[Feature, Cache]:
+def _chain(modules: tuple[Coder, ...], x: Feature, cache: Cache) -> tuple[Feature, Cache]:
     """Runs modules in turn, each with its own cache."""
     caches = []
     for module, own in zip(modules, cache or [None] * len(modules), strict=True):
@@ -304,6 +252,11 @@ class WanVAE(nnx.Module):
       config: sizes and latent statistics.
       dtype: compute dtype of convolutions; norms are float32.
       rngs: source of the initial parameters.
+
+    Attributes:
+      tiles: of columns that a frame is encoded and decoded in, for the memory of one of them. The
+        result is the same: a tile is made with the 10 to 13 latent columns on either side that it
+        depends on, and what attends within a frame, at the lowest resolution, sees all of it.
     """
 
     def __init__(self, config: VAEConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -312,6 +265,7 @@ class WanVAE(nnx.Module):
         self.quant_conv = nnx.Linear(2 * config.z_dim, 2 * config.z_dim, rngs=rngs)
         self.post_quant_conv = nnx.Linear(config.z_dim, config.z_dim, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
+        self.tiles = 1
 
     def moments(self, video: Video, chunk: int = 1) -> tuple[Feature, Feature]:
         """Mean and log-variance of the posterior, not normalised.
@@ -330,7 +284,13 @@ class WanVAE(nnx.Module):
                 f"a video to encode must have 4n + 1 frames and sides that are multiples of 8, "
                 f"found {frames} frames of {sides[0]}x{sides[1]}"
             )
-        mean_logvar = _over_chunks(self.encoder, video.astype(self.dtype), time * chunk)
+        x, wide = video.astype(self.dtype), self.encoder.wide
+        if self.tiles == 1:
+            mean_logvar = over_chunks(self.encoder, x, time * chunk)
+        else:
+            laid = {"tiles": self.tiles, "unit": self.encoder.unit, "reach": self.encoder.reach}
+            x = in_tiles(lambda tile: over_chunks(wide, tile, time * chunk), x, **laid)
+            mean_logvar = over_chunks(self.encoder.narrow, x, chunk)
         mean_logvar = _linear(self.quant_conv, mean_logvar).astype(jnp.float32)
         mean, logvar = jnp.split(mean_logvar, 2, axis=-1)
         return mean, logvar
@@ -344,26 +304,12 @@ class WanVAE(nnx.Module):
         """Pixels of normalised latents, float32, about [-1, 1] but not clamped."""
         z = latents * jnp.array(self.config.latents_std) + jnp.array(self.config.latents_mean)
         z = _linear(self.post_quant_conv, z.astype(self.dtype))
-        return _over_chunks(self.decoder, z, chunk).astype(jnp.float32)
-
-
-def _over_chunks(coder: nnx.Module, x: Feature, size: int) -> Feature:
-    """Runs a coder over the first frame, then over chunks of `size` frames in a scan."""
-    rest = x[:, 1:]
-    count, left = divmod(rest.shape[1], size)
-    if left:
-        raise InputError(
-            f"a chunk must divide the frames after the first, found {rest.shape[1]} in {size}s"
-        )
-    first, cache = coder(x[:, :1], None)
-    if count == 0:
-        return first
-    if count == 1:  # XLA on CPU compiles gradients of a loop's body far worse
-        return jnp.concatenate([first, coder(rest, cache)[0]], axis=1)
-    chunks = jnp.moveaxis(rest.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
-    _, out = jax.lax.scan(lambda c, chunk: coder(chunk, c)[::-1], cache, chunks)
-    out = jnp.moveaxis(out, 0, 1)
-    return jnp.concatenate([first, out.reshape(x.shape[0], -1, *out.shape[3:])], axis=1)
+        if self.tiles == 1:
+            return over_chunks(self.decoder, z, chunk).astype(jnp.float32)
+        laid = {"tiles": self.tiles, "unit": 1, "reach": self.decoder.reach}
+        x, wide = over_chunks(self.decoder.narrow, z, chunk), self.decoder.wide
+        x = in_tiles(lambda tile: over_chunks(wide, tile, chunk), x, **laid)
+        return x.astype(jnp.float32)
 
 
 @jax.jit

@@ -1,0 +1,94 @@
+"""Convolutions of Wan 2.1's causal VAE."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kvlock_jax import sharding
+
+Feature = Float[Array, "B T H W C"]
+Cache = Any
+"""A pytree of the frames that a module needs of the chunk before; `None` before the first chunk."""
+
+_KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def _conv2d(x: Feature, kernel: Float[Array, "h w I O"], stride: int, padding: Any) -> Feature:
+    """A 2-D convolution of every frame."""
+    batch, frames = x.shape[:2]
+    y = jax.lax.conv_general_dilated(
+        x.reshape(batch * frames, *x.shape[2:]),
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y.reshape(batch, frames, *y.shape[1:])
+
+
+class Conv2d(nnx.Module):
+    """A 3x3 convolution of every frame; `padding` is (before, after), of rows and of columns."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, padding: tuple[int, int], *, rngs):
+        self.kernel = nnx.Param(_KERNEL_INIT(rngs.params(), (3, 3, c_in, c_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: Feature) -> Feature:
+        """Convolves; float32 parameters are brought to the dtype of `x`."""
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
+        return _conv2d(x, kernel, self.stride, (self.padding, self.padding)) + bias
+
+
+class CausalConv3d(nnx.Module):
+    """A 3-D convolution that sees no later frame.
+
+    On CPU it is a sum of 2-D convolutions, one for each of its three steps in time: XLA runs that
+    2-5 times faster, its gradient 3-4 times. Elsewhere it is one: each of the three would fetch the
+    edges of neighbouring chips for itself.
+    """
+
+    def __init__(self, c_in: int, c_out: int, size: int = 3, time_stride: int = 1, *, rngs):
+        shape = (3, size, size, c_in, c_out)
+        self.kernel = nnx.Param(_KERNEL_INIT(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
+        self.time_stride = time_stride
+
+    def valid(self, x: Feature) -> Feature:
+        """Convolves without padding in time: two frames fewer come out than go in."""
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
+        forms = {"cpu": self._by_taps, "default": self._whole}
+        return jax.lax.platform_dependent(x, kernel, **forms) + bias
+
+    def _by_taps(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
+        last = x.shape[1] - 2
+        taps = (x[:, i : i + last : self.time_stride] for i in range(3))
+        return sum(_conv2d(t, k, 1, "SAME") for t, k in zip(taps, kernel, strict=True))
+
+    def _whole(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
+        beside = kernel.shape[1] // 2
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.time_stride, 1, 1),
+            ((0, 0), (beside, beside), (beside, beside)),
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        )
+
+    def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
+        """Convolves a chunk after the two frames in `cache`, zeros before the first chunk."""
+        whole = jnp.concatenate([past(x) if cache is None else cache, x], axis=1)
+        if cache is None and x.shape[1] == 1:  # of the three steps in time two see zeros
+            kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
+            y = _conv2d(x, kernel[2], 1, "SAME") + bias
+        else:
+            y = self.valid(whole)
+        return sharding.spread_space(y), whole[:, -2:]
+
+
+def past(x: Feature) -> Feature:
+    """The two frames of zeros that stand before a clip."""
+    return jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)

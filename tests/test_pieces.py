@@ -1,0 +1,68 @@
+"""The VAE in tiles of columns is the VAE."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kvlock_jax.config import VAEConfig
+from kvlock_jax.models import vae
+from kvlock_jax.models.pieces import in_tiles
+
+CONFIG = VAEConfig(4, 3, num_res_blocks=2, latents_mean=(0.1,) * 3, latents_std=(1.5,) * 3)
+WIDTH = 44  # latent columns: three tiles of two reaches and an own part are narrower
+
+
+@pytest.fixture(scope="module")
+def network():
+    return vae.WanVAE(CONFIG, rngs=nnx.Rngs(0))
+
+
+def tiled(network, tiles):
+    copy = nnx.clone(network)
+    copy.tiles = tiles
+    return copy
+
+
+@pytest.mark.parametrize("tiles", [2, 3, 5, 100])
+def test_tiles_change_nothing(network, tiles):
+    rng = np.random.default_rng(0)
+    video = rng.uniform(-1, 1, (1, 9, 16, 8 * WIDTH, 3)).astype(np.float32)
+    latents = rng.normal(size=(1, 3, 2, WIDTH, 3)).astype(np.float32)
+    encode, decode = (jax.jit(lambda n, x, f=f: getattr(n, f)(x)) for f in ("encode", "decode"))
+    for run, given in ((encode, video), (decode, latents)):
+        want, got = run(network, given), run(tiled(network, tiles), given)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("coder", ["encoder", "decoder"])
+def test_the_reach_is_what_a_column_depends_on(network, coder):
+    """A column changes the output as far as it says, and nowhere further."""
+    net = getattr(network, coder)
+    unit, channels = (net.unit, 3) if coder == "encoder" else (1, CONFIG.dim_mult[-1] * 4)
+    x = np.random.default_rng(0).normal(size=(1, 1, 8, WIDTH * unit, channels)).astype(np.float32)
+    other = x.copy()
+    middle = WIDTH // 2
+    other[:, :, :, middle * unit : (middle + 1) * unit] += 1
+    run = jax.jit(lambda x: net.wide(x, None)[0])
+    moved = np.abs(np.asarray(run(x) - run(other))).max(axis=(0, 1, 2, 4))
+    units = np.flatnonzero(moved.reshape(WIDTH, -1).max(axis=1) > 0)
+    assert net.reach - 1 <= middle - units.min() <= net.reach
+    assert units.max() - middle <= net.reach
+
+
+def test_one_tile_is_the_whole():
+    x = jnp.ones((1, 1, 2, 8, 1))
+    seen = []
+    got = in_tiles(lambda x: seen.append(x.shape) or x + 1, x, tiles=1, unit=1, reach=2)
+    assert seen == [x.shape] and (got == 2).all()
+
+
+def test_tiles_take_less_memory(network):
+    def temporaries(tiles):
+        z = jax.ShapeDtypeStruct((1, 3, 8, 160, 3), jnp.float32)
+        lowered = vae.decode.lower(tiled(network, tiles), z)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4) < 0.7 * temporaries(1)
