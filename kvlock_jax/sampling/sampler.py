@@ -187,11 +187,11 @@ class Program:
 def bucket(tokens: int, grid: Grid) -> int | None:
     """Tokens to compute in a pass of the foreground alone, so that one program serves many masks.
 
-    A sixteenth of the video is the unit, in equal parts for the devices that share it. `None` where
-    most would have to be computed.
+    The unit is a thirty-second of the video, in equal parts for the devices that share it. `None`
+    where most would have to be computed.
     """
     ways = sharding.shards("L")
-    unit = -(-grid.length // 16)
+    unit = -(-grid.length // 32)
     unit = -(-unit // ways) * ways
     found = max(1, -(-tokens // unit)) * unit
     return found if found <= 3 * grid.length // 4 else None
