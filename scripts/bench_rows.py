@@ -191,7 +191,7 @@ def peers_pipeline() -> Run:
     peer.set_progress_bar_config(disable=True)
     settings = {"use_flow_sigmas": True, "flow_shift": 3.0, "num_train_timesteps": 1000}
     peer.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", **settings)
-    size = {"height": 96, "width": 96, "num_frames": 9, "max_sequence_length": 16}
+    size = {"height": 96, "width": 96, "num_frames": 9, "max_sequence_length": 8}
     run = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "np"}
     return lambda: peer(prompt="a blue square", negative_prompt="", **size, **run)
 

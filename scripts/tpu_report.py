@@ -68,7 +68,7 @@ PAGE = """# What the TPU's compiler says
 Written by `python scripts/tpu_report.py`; do not edit. JAX {jax}, libtpu {libtpu}, no TPU: each
 program is compiled ahead of time by libtpu from abstract weights of the published sizes, and what
 follows is the compiler's own memory analysis, per chip. {steps} steps with the lock, preset
-`kvlock` on VACE, `kvlock_anchor` on text-to-video.
+`kvlock` on VACE, `kvlock_anchor` on text-to-video, every token computed in every step.
 
 `weights` are the transformer's, bfloat16 (spread over the chips, and gathered layer by layer, where
 a `*` stands). `cache` is what of the source's keys and values is kept, a part of
@@ -80,6 +80,14 @@ its temporaries would take, and makes no program. Decimal gigabytes, as chips ar
 ## Memory
 
 {memory}
+
+## What the lock takes
+
+Temporaries of the loop per chip beside the same loop without a lock (`cfg`), {lock_case}: with one
+pass for all branches, and with a cache of all blocks carried from step to step. Both are a part of
+the table above. `fused / carried` is the ratio of what either adds.
+
+{lock}
 
 ## The other programs
 
@@ -109,6 +117,7 @@ faster. `kvlock info` uses the same functions.
 def page(found: list[tuple[Row, dict]]) -> str:
     """The report."""
     memory, others, kinds, bounds = [], [], [], []
+    by_row = {row: programs["loop"]["temporaries"] for row, programs in found}
     for row, programs in found:
         mesh, chip, spread = (
             tpu_programs.mesh_of(row),
@@ -171,6 +180,7 @@ def page(found: list[tuple[Row, dict]]) -> str:
             ]
         )
     what = "model | size | slice | mesh"
+    about, added = lock_adds(by_row)
     return PAGE.format(
         jax=jax.__version__,
         libtpu=importlib.metadata.version("libtpu"),
@@ -178,6 +188,8 @@ def page(found: list[tuple[Row, dict]]) -> str:
         memory=table(
             f"{what} | weights | cache | temporaries | other | peak | chip | fits", memory
         ),
+        lock_case=about,
+        lock=table("loop | temporaries, GB | over plain, GB | fused / carried", added),
         others=table(f"{what} | text | decode | loop, s | text, s | decode, s", others),
         collectives=table(f"{what} | collectives", kinds),
         roofline=table(
@@ -186,6 +198,18 @@ def page(found: list[tuple[Row, dict]]) -> str:
             bounds,
         ),
     )
+
+
+def lock_adds(temporaries: dict[Row, int]) -> tuple[str, list[list[str]]]:
+    """What the lock adds to the loop in either way, where the plain loop was compiled too."""
+    plain = next(row for row in temporaries if row.preset == "cfg")
+    ways = [dataclasses.replace(plain, preset="", cache=way) for way in ("fused", "carried")]
+    fused, carried = (temporaries[way] - temporaries[plain] for way in ways)
+    lines = [["plain", gb(temporaries[plain]), "", ""]]
+    lines.append(["fused", gb(temporaries[ways[0]]), gb(fused), f"{fused / carried:.2f}"])
+    lines.append(["carried", gb(temporaries[ways[1]]), gb(carried), ""])
+    model, size, slice_, _ = described(dataclasses.replace(plain, preset=""))
+    return f"{model} at {size} on {slice_}", lines
 
 
 def table(head: str, lines: list[list[str]]) -> str:

@@ -1,0 +1,59 @@
+"""What one process compiled, the next one finds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import tiny
+
+from kvlock_jax import devices, video
+
+
+def edit(checkpoint: Path, folder: Path, *flags: str) -> None:
+    own = {"JAX_ENABLE_COMPILATION_CACHE": "1", "XDG_CACHE_HOME": str(folder / "user")}
+    env = os.environ | own | {"XLA_FLAGS": ""}
+    argv = [sys.executable, "-m", "kvlock_jax.cli", "edit", "--ckpt_dir", str(checkpoint)]
+    argv += ["--src_video", str(folder / "in.mkv"), "--bbox", "8,8,16,16", "--prompt", "a star"]
+    argv += ["--save_file", str(folder / "out.mkv"), "--lossless", "--sample_steps", "2", *flags]
+    ran = subprocess.run(argv, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def programs(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.name.endswith("-cache")}
+
+
+def test_a_second_process_compiles_nothing(tiny_checkpoint, tmp_path):
+    video.write_video(tmp_path / "in.mkv", tiny.clip(), 8, lossless=True)
+    kept = tmp_path / "user" / "kvlock_jax" / "programs"
+    edit(tiny_checkpoint, tmp_path)
+    found, first = programs(kept), video.read_video(tmp_path / "out.mkv").frames
+    for name in ("advance", "begin", "encode", "decode", "_edits"):
+        assert any(program.startswith(f"jit_{name}-") for program in found), name
+    edit(tiny_checkpoint, tmp_path, "--sample_steps", "3", "--jax_cache_dir", str(kept))
+    assert {p for p in programs(kept) - found if "advance" in p or "encode" in p} == set()
+    edit(tiny_checkpoint, tmp_path)
+    assert programs(kept) >= found
+    np.testing.assert_array_equal(video.read_video(tmp_path / "out.mkv").frames, first)
+    edit(tiny_checkpoint, tmp_path, "--jax_cache_dir", "")
+    np.testing.assert_array_equal(video.read_video(tmp_path / "out.mkv").frames, first)
+
+
+def test_the_folder_is_the_users(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert devices.cache_folder() == "/somewhere/kvlock_jax/programs"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/one")
+    assert devices.cache_folder() == "/home/one/.cache/kvlock_jax/programs"
+
+
+def test_jaxs_own_setting_goes_first():
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+    try:
+        assert devices.cache_folder() == "/elsewhere"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
