@@ -16,11 +16,11 @@ from kvlock_jax.checkpoint import (
     Contents,
     OnShapes,
     Place,
-    dtype_of,
     on_first_device,
 )
 from kvlock_jax.convert.table import LazyTensor, Table, parameters, plan, read
 from kvlock_jax.errors import CheckpointError
+from kvlock_jax.models.layout import dtype_of
 from kvlock_jax.store import Parameter
 
 
@@ -57,7 +57,7 @@ class Published:
         """The parameters of each model by dotted path; none is read yet.
 
         Args:
-          dtype: of the parameters that `checkpoint.dtype_of` lets be rounded; None keeps all.
+          dtype: of the parameters that `layout.dtype_of` lets be rounded; None keeps all.
 
         Raises:
           CheckpointError: listing every tensor of every model that does not fit.

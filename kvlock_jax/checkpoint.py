@@ -20,13 +20,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import nnx
 
 from kvlock_jax import store
 from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig, from_config_dict
 from kvlock_jax.errors import CheckpointError, ConfigError
+from kvlock_jax.models.layout import dtype_of
 from kvlock_jax.models.umt5 import UMT5Encoder
 from kvlock_jax.models.vace import wan_transformer
 from kvlock_jax.models.vae import WanVAE
@@ -48,13 +48,6 @@ MODELS: Mapping[str, tuple[type, Callable[..., nnx.Module]]] = {
 WIDE = (WanVAE,)
 """What computes in float32 whatever is asked for, as the publisher and Diffusers run it."""
 
-MULTIPLIED = re.compile(
-    r"transformer\.(?!condition_embedder\.time_)(.+\.)?kernel"
-    r"|text_encoder\.(.+\.kernel|shared\.embedding)"
-)
-"""Parameters that a module takes in its compute dtype, and the text encoder's vocabulary, which is
-published in bfloat16. All others, and so all of the VAE, are taken in float32 (DESIGN.md 3)."""
-
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """From a parameter's name, such as `transformer.proj_out.kernel`, and shape to its sharding."""
 
@@ -62,19 +55,6 @@ Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 def on_first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     """The `Place` of a model on one device."""
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def dtype_of(path: str, found: np.dtype, asked: Any) -> np.dtype:
-    """The dtype that a parameter gets where one is asked for: rounded only if `MULTIPLIED`.
-
-    Args:
-      path: of the parameter, such as `transformer.proj_out.kernel`.
-      found: its dtype in the source.
-      asked: what is asked for; None keeps all as they are.
-    """
-    found, asked = np.dtype(found), np.dtype(found if asked is None else asked)
-    rounds = asked.itemsize < np.dtype(np.float32).itemsize
-    return found if rounds and not MULTIPLIED.fullmatch(path) else asked
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
+import platformdirs
 from jax.sharding import Mesh
 
 from kvlock_jax import sharding
@@ -64,8 +63,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def cache_folder() -> str:
     """Where JAX keeps compiled programs: where its own setting says, or the user's cache folder."""
-    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return jax.config.jax_compilation_cache_dir or str(own / "kvlock_jax" / "programs")
+    own = platformdirs.user_cache_path("kvlock_jax") / "programs"
+    return jax.config.jax_compilation_cache_dir or str(own)
 
 
 def join(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from kvlock_jax.models import vae
 from kvlock_jax.models.conditioning import control
 from kvlock_jax.models.vace import VACEContext
 from kvlock_jax.patches import Grid
-from kvlock_jax.sampling.sampler import Edits
+from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.shapes import Latents
 
 Run = Callable[..., Any]

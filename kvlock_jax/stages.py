@@ -29,7 +29,8 @@ from kvlock_jax.patches import Grid, Patches
 from kvlock_jax.prepare import Run, now, prepare
 from kvlock_jax.progress import Clock
 from kvlock_jax.sampling import sampler, solvers
-from kvlock_jax.sampling.sampler import Edits, Program, Trace, bucket
+from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.sampler import Program, Trace, bucket
 from kvlock_jax.settings import Settings
 from kvlock_jax.shapes import Latents
 from kvlock_jax.text import Tokenizer, encode_prompts

@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import pathlib
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -58,7 +57,9 @@ def alone(name: str, side: str) -> None:
     """What `peak` runs."""
     (row,) = (row for row in ROWS if row.name == name)
     {"ours": row.ours, "peer": row.peer}[side]()()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # not `ru_maxrss`, which starts from what the parent had
+    status = pathlib.Path("/proc/self/status").read_text()
+    print(int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024)
 
 
 # --- the page -----------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ from kvlock_jax.models.umt5 import UMT5Encoder
 from kvlock_jax.models.vace import VACEContext, wan_transformer
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.sampler import Edits, Program, sample
+from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.sampler import Program, sample
 from kvlock_jax.text import encode
 
 T2V = {

@@ -9,7 +9,7 @@ from flax import nnx
 from kvlock_jax import lock
 from kvlock_jax.config import WanConfig
 from kvlock_jax.lock import cache
-from kvlock_jax.models import attention, kernels, linear, wan
+from kvlock_jax.models import attention, block, kernels, linear
 from kvlock_jax.models.vace import VACEContext, wan_transformer
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
@@ -102,10 +102,10 @@ LAYERS = (
 ).split()
 FUNCTIONS = {
     "softmax": (kernels, "plain", lambda q, k, v, keys: (low_attend(q, k, v), None)),
-    "rotary positions": (wan, "rotate", rounding(attention.rotate)),
+    "rotary positions": (block, "rotate", rounding(attention.rotate)),
     "sums of products": (linear, "_matmul", low_sums),
-    "residual stream": (wan.Block, "__call__", rounding(wan.Block.__call__)),
-    "what is added to it": (wan.FeedForward, "__call__", rounding(wan.FeedForward.__call__)),
+    "residual stream": (block.Block, "__call__", rounding(block.Block.__call__)),
+    "what is added to it": (block.FeedForward, "__call__", rounding(block.FeedForward.__call__)),
 }
 OF_THE_LOOP = {
     "mixing of keys": (cache, "fuse", low_fuse),

@@ -20,11 +20,12 @@ from kvlock_jax.costs import FLOAT32, Layout, Workload
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.lock import KVCache
 from kvlock_jax.models import kernels, wan
+from kvlock_jax.models.block import Block, Positions
 from kvlock_jax.models.vace import VACEBlock, VACEContext, wan_transformer
-from kvlock_jax.models.wan import Block, Positions
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import sampler, solvers
-from kvlock_jax.sampling.sampler import Edits, Program
+from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.sampler import Program
 
 SMALL, LARGE = WanConfig(12, 128, 30, 8960), WanConfig(40, 128, 40, 13824)
 PUBLISHED = {

@@ -40,6 +40,7 @@ ROWS = (
     "demo",
     "metrics",
     "inputs",
+    "stages",
     "edit",
     "report",
     "options",

@@ -36,7 +36,8 @@ from kvlock_jax.models import wan
 from kvlock_jax.models.umt5 import UMT5Encoder
 from kvlock_jax.models.vae import WanVAE
 from kvlock_jax.sampling import sampler, solvers
-from kvlock_jax.sampling.sampler import Edits, Program
+from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.sampler import Program
 
 MOVES = set(
     "broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice expand_dims gather pad "

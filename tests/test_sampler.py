@@ -12,8 +12,8 @@ from kvlock_jax import lock
 from kvlock_jax.lock import KVCache
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
+from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.sampling.sampler import (
-    Edits,
     Program,
     Trace,
     advance,

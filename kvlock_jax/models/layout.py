@@ -1,4 +1,4 @@
-"""Which dimension of a parameter is which: the letters that sharding goes by.
+"""Which dimension of a parameter is which, for sharding, and which parameters may be rounded.
 
 In a stacked block a kernel is `layers`, its inputs, its outputs. `N` stands for heads times their
 size, whose outer part is the head; a parameter that is not named here lies on every device.
@@ -6,9 +6,10 @@ size, whose outer part is the head; a parameter that is not named here lies on e
 
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -82,3 +83,24 @@ def gathered_layer(weights: _T) -> _T:
 
 def _letters(table: Mapping[str, str], path: str) -> str | None:
     return next((v for k, v in table.items() if re.search(rf"(^|\.){k}$", path)), None)
+
+
+MULTIPLIED = re.compile(
+    r"transformer\.(?!condition_embedder\.time_)(.+\.)?kernel"
+    r"|text_encoder\.(.+\.kernel|shared\.embedding)"
+)
+"""Parameters that a module takes in its compute dtype, and the text encoder's vocabulary, which is
+published in bfloat16. All others, and so all of the VAE, are taken in float32 (DESIGN.md 3)."""
+
+
+def dtype_of(path: str, found: np.dtype, asked: Any) -> np.dtype:
+    """The dtype that a parameter gets where one is asked for: rounded only if `MULTIPLIED`.
+
+    Args:
+      path: of the parameter, such as `transformer.proj_out.kernel`.
+      found: its dtype in the source.
+      asked: what is asked for; None keeps all as they are.
+    """
+    found, asked = np.dtype(found), np.dtype(found if asked is None else asked)
+    rounds = asked.itemsize < np.dtype(np.float32).itemsize
+    return found if rounds and not MULTIPLIED.fullmatch(path) else asked

@@ -20,21 +20,11 @@ from jaxtyping import Array, Float
 from kvlock_jax import sharding
 from kvlock_jax.config import WanConfig
 from kvlock_jax.lock import KVCache
+from kvlock_jax.models.block import Block, Modulation, Positions, Tokens, stacked, text_cache
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
 from kvlock_jax.models.sharded_attention import Attend, gathered
-from kvlock_jax.models.wan import (
-    Block,
-    Conditioning,
-    Context,
-    Modulation,
-    Positions,
-    Side,
-    Tokens,
-    WanTransformer,
-    stacked,
-    text_cache,
-)
+from kvlock_jax.models.wan import Conditioning, Context, Side, WanTransformer
 from kvlock_jax.patches import Grid
 from kvlock_jax.shapes import PerEdit
 

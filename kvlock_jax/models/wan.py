@@ -20,32 +20,23 @@ from jaxtyping import Array, Float
 from kvlock_jax import sharding
 from kvlock_jax.config import WanConfig
 from kvlock_jax.lock import KVCache, Lock, SourcePass, take
-from kvlock_jax.models.attention import Rope, rope_table, rotate
+from kvlock_jax.models.attention import rope_table
+from kvlock_jax.models.block import (
+    Block,
+    Modulation,
+    Positions,
+    Tokens,
+    layer_norm,
+    stacked,
+    text_cache,
+)
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
-from kvlock_jax.models.sharded_attention import Attend, gathered, replicated_keys
+from kvlock_jax.models.sharded_attention import Attend, gathered
 from kvlock_jax.patches import Grid, Patches
 from kvlock_jax.shapes import PerEdit
 
-Tokens = Float[Array, "B L D"]
 Context = Float[Array, "B S text_dim"]
-Modulation = Float[Array, "B six D"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Positions:
-    """Where tokens are, and how they attend to each other.
-
-    Attributes:
-      rope: of every token, padding included.
-      keys: how many of the tokens are real; `None` if all.
-      attend: self-attention from `B L N K` queries, keys and values, and `keys`.
-    """
-
-    rope: Rope
-    keys: int | None = dataclasses.field(metadata={"static": True})
-    attend: Attend = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -64,18 +55,6 @@ class Time:
 
     embedding: Float[Array, "*rows D"]
     modulation: Float[Array, "*rows six D"]  # of a block
-
-
-def _layer_norm(config: WanConfig, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.dim,
-        epsilon=config.eps,
-        use_bias=affine,
-        use_scale=affine,
-        use_fast_variance=False,
-        dtype=jnp.float32,
-        rngs=rngs,
-    )
 
 
 class Projection(nnx.Module):
@@ -109,125 +88,6 @@ class ConditionEmbedder(nnx.Module):
         """Text embeddings at the width of the model."""
         x = jax.nn.gelu(self.text_embedder.linear_1(context), approximate=True)
         return self.text_embedder.linear_2(x)
-
-
-class Attention(nnx.Module):
-    """Projections of an attention; its norms of queries and keys span all heads at once."""
-
-    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.heads, self.dtype = config.num_attention_heads, dtype
-        wide = config.dim
-        self.to_q = Linear(wide, wide, dtype=dtype, rngs=rngs)
-        self.to_k = Linear(wide, wide, dtype=dtype, rngs=rngs)
-        self.to_v = Linear(wide, wide, dtype=dtype, rngs=rngs)
-        self.to_out = Linear(wide, wide, dtype=dtype, rngs=rngs)
-        norm = dict(epsilon=config.eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
-        self.norm_q = nnx.RMSNorm(wide, **norm)
-        self.norm_k = nnx.RMSNorm(wide, **norm)
-
-    def queries(self, x: Tokens) -> Float[Array, "B L N K"]:
-        """Normalised queries, float32."""
-        return self._split(self.norm_q(self.to_q(x)))
-
-    def keys_values(self, x: Tokens) -> tuple[Array, Array]:
-        """Normalised keys, float32, and values, each `B S N K`."""
-        return self._split(self.norm_k(self.to_k(x))), self._split(self.to_v(x))
-
-    def attend(self, attend: Attend, q: Array, k: Array, v: Array, *keys: int | None) -> Tokens:
-        """Attention in the compute dtype, and its output projection."""
-        y = attend(*(x.astype(self.dtype) for x in (q, k, v)), *keys)
-        return self.to_out(y.reshape(*y.shape[:2], -1))
-
-    def _split(self, x: Tokens) -> Float[Array, "B L N K"]:
-        return x.reshape(*x.shape[:2], self.heads, -1)
-
-
-class FeedForward(nnx.Module):
-    """`net_2(gelu(net_0 x))`, with the tanh form of gelu."""
-
-    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.net_0 = Linear(config.dim, config.ffn_dim, dtype=dtype, rngs=rngs)
-        self.net_2 = Linear(config.ffn_dim, config.dim, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Tokens) -> Tokens:
-        """Applies the layer to every token."""
-        return self.net_2(jax.nn.gelu(self.net_0(x), approximate=True))
-
-
-class Block(nnx.Module):
-    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated."""
-
-    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.norm1 = _layer_norm(config, False, rngs)
-        self.attn1 = Attention(config, dtype=dtype, rngs=rngs)
-        self.norm2 = _layer_norm(config, True, rngs) if config.cross_attn_norm else None
-        self.attn2 = Attention(config, dtype=dtype, rngs=rngs)
-        self.norm3 = _layer_norm(config, False, rngs)
-        self.ffn = FeedForward(config, dtype=dtype, rngs=rngs)
-        init = nnx.initializers.normal(config.dim**-0.5)
-        self.scale_shift_table = nnx.Param(init(rngs.params(), (6, config.dim), jnp.float32))
-
-    def __call__(
-        self,
-        x: Tokens,
-        modulation: Modulation,
-        text: KVCache,
-        positions: Positions,
-        lock: Lock | None,
-    ) -> tuple[Tokens, KVCache]:
-        """Runs the block on the float32 residual stream.
-
-        Returns its output and the keys (after norm and RoPE) and values that its self-attention
-        attended to: fused ones where there is a lock.
-        """
-        table = modulation + self.scale_shift_table[...].astype(jnp.float32)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            m[:, None] for m in jnp.moveaxis(table, 1, 0)
-        )
-
-        y = self.norm1(x) * (1 + scale1) + shift1
-        q, (k, v) = self.attn1.queries(y), self.attn1.keys_values(y)
-        q, k = rotate(q, positions.rope), rotate(k, positions.rope)
-        k, v = k.astype(self.attn1.dtype), v.astype(self.attn1.dtype)
-        if lock is not None:
-            if lock.computed is not None:  # they lie anywhere in the video
-                k, v = sharding.constrain((k, v), "BSNK")
-            k, v = lock.lead(k, lock.cache.k), lock.lead(v, lock.cache.v)
-            k, v = sharding.constrain((k, v), "BLNK")
-        x = x + self.attn1.attend(positions.attend, q, k, v, positions.keys) * gate1
-
-        y = self.norm2(x) if self.norm2 else x
-        x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
-
-        y = self.norm3(x) * (1 + scale2) + shift2
-        x = sharding.constrain(x + self.ffn(y) * gate2, "BLD")
-        return x, sharding.constrain(KVCache(k=k, v=v), "BLNK")
-
-
-def stacked(
-    kind: type[Block], layers: int, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs
-) -> Block:
-    """Blocks as one module; each of its parameters has a leading axis of `layers`."""
-
-    @nnx.split_rngs(splits=layers)
-    @nnx.vmap
-    def build(rngs: nnx.Rngs) -> Block:
-        return kind(config, dtype=dtype, rngs=rngs)
-
-    return build(rngs)
-
-
-def text_cache(blocks: Block, text: Float[Array, "B S D"]) -> KVCache:
-    """Cross-attention's keys and values of stacked blocks, `layers B S N K`."""
-    graph, params = nnx.split(blocks.attn2)
-
-    def of_layer(layer: Any) -> KVCache:
-        attention = nnx.merge(graph, gathered_layer(layer))
-        k, v = attention.keys_values(text)
-        cache = KVCache(k=k.astype(attention.dtype), v=v.astype(attention.dtype))
-        return sharding.constrain(cache, "BSNK")
-
-    return jax.lax.map(of_layer, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +162,7 @@ class WanTransformer(nnx.Module):
         )
         self.condition_embedder = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
         self.blocks = stacked(Block, config.num_layers, config, dtype=dtype, rngs=rngs)
-        self.norm_out = _layer_norm(config, False, rngs)
+        self.norm_out = layer_norm(config, False, rngs)
         init = nnx.initializers.normal(config.dim**-0.5)
         self.scale_shift_table = nnx.Param(init(rngs.params(), (2, config.dim), jnp.float32))
         self.proj_out = Linear(config.dim, cells * config.out_channels, dtype=dtype, rngs=rngs)
