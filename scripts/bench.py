@@ -5,7 +5,7 @@
 Every row (`bench_rows.py`) runs two programs in turn, round by round, on this machine's CPU in
 float32 and two threads: its clock drifts, the ratio of a round does not. What is kept is the median
 of the rounds' ratios, and their spread. Memory is the peak of a process that makes and runs one of
-the two once. What is measured is kept in `--runs`; the page is of all there is.
+the two once. What is measured is kept in `--runs`, and the page made of all there is.
 """
 
 import argparse
@@ -70,7 +70,7 @@ Written by `python scripts/bench.py`; do not edit. {machine}; {versions}.
 Float32, {threads} threads on both sides, no accelerator; random weights but for the demo model; a
 loop has {steps} steps.
 
-Ratios of two programs that ran in turn, `median (least to most)` over {rounds} rounds. Seconds are
+Ratios of two programs that ran in turn: `median (least to most)` over so many rounds. Seconds are
 medians, and drift from row to row with the machine's clock: they tell the size of a case, no more.
 The lock is measured at 1.3B's width with two blocks, and VACE's with one context block, on 390
 tokens; a fifth of them are edited where it says so. The source's pass is whole in both blocks; in a
@@ -101,20 +101,20 @@ as XLA runs them and as PyTorch does:
 """
 
 
-def page(found: dict, rounds: int) -> str:
+def page(found: dict) -> str:
     """The report."""
     peers, memory = [], []
     for row in ROWS:
         if row.name not in found:
             continue
         told = found[row.name]
-        ratio, (low, *_, high) = told["ratio"], told["ratios"]
+        ratio, low, high = told["ratio"], told["ratios"][0], told["ratios"][-1]
         met = row.bar is None or (ratio >= row.bar if row.least else ratio <= row.bar)
         bar = "-" if row.bar is None else f"{'>=' if row.least else '<='} {row.bar}"
         verdict = "-" if row.bar is None else ("yes" if met else "**no**")
         ours, peer = (f"{s:.3g}" for s in told["seconds"])
         spread = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
-        peers.append([row.name, spread, bar, verdict, f"{ours} / {peer}"])
+        peers.append([row.name, spread, bar, verdict, f"{len(told['ratios'])}", f"{ours} / {peer}"])
         if "bytes" in told:
             mine, theirs = told["bytes"]
             verdict = "yes" if mine <= row.memory * theirs else "**no**"
@@ -127,8 +127,7 @@ def page(found: dict, rounds: int) -> str:
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
         threads=THREADS,
         steps=STEPS,
-        rounds=rounds,
-        peers=table("what | ratio | bar | met | seconds", peers),
+        peers=table("what | ratio | bar | met | rounds | seconds", peers),
         memory=table("what | ratio | bar | met | ours / peer", memory),
         best=f"{parts['best']:.0f}",
         parts=table("part | seconds | share | rate | of the best", parts["block"]),
@@ -180,7 +179,7 @@ def main() -> None:
         told = found[name] = run()
         print(f"{name}: {json.dumps(told)}", flush=True)
         flags.runs.write_text(json.dumps(found, indent=1))
-        flags.page.write_text(page(found, flags.rounds))
+        flags.page.write_text(page(found))
 
 
 if __name__ == "__main__":
