@@ -232,6 +232,11 @@ class LockConfig:
             "1 with cache 'fused', which keeps nothing",
         )
 
+    @property
+    def uses_source(self) -> bool:
+        """Whether anything of the result comes from the source's latents."""
+        return self.enabled or self.background == "source"
+
 
 @dataclasses.dataclass(frozen=True)
 class EditConfig:

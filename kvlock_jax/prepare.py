@@ -88,6 +88,8 @@ def prepare(
     settings: EditConfig,
     noise: Float[Array, "sources T H W C"],
     pictures: Sequence[Sequence[Float[Array, "height width 3"]]] = (),
+    *,
+    uses_source: bool = True,
     run: Run = now,
 ) -> Edits:
     """What the loop is given, for a batch of videos.
@@ -100,6 +102,7 @@ def prepare(
       settings: `context_scale` and `show_masked`.
       noise: of unit variance, references first.
       pictures: references in [-1, 1], of each source, for VACE; their latent frames come first.
+      uses_source: whether the loop does; else text-to-video needs no latents of it.
       run: how programs are called.
 
     Raises:
@@ -108,7 +111,11 @@ def prepare(
     made = functools.partial(encode, networks.vae, run=run)
     sources, every = list(video), len(mask) // len(video)
     whole, blank = np.ones_like(mask[0]), np.zeros_like(mask[0])
-    latents = made(sources, [whole] * len(sources))
+    vace = networks.configs.transformer.vace_layers
+    if uses_source or vace:
+        latents = made(sources, [whole] * len(sources))
+    else:
+        latents = Encoded([np.zeros_like(noise[:1])], np.zeros(len(sources), int))
     shown = [
         made([p[None] for p in each], [np.ones((1, *p.shape[:2]), bool) for p in each])
         for each in pictures
@@ -118,7 +125,7 @@ def prepare(
         raise InputError(f"noise must have the shape {wanted}, found {noise.shape}")
     grid = Grid(space, sharding.padded(Grid.of(space).tokens, sharding.shards("L")))
     told = None
-    if networks.configs.transformer.vace_layers:
+    if vace:
         of_edits, nothing = [x for x in sources for _ in range(every)], made(sources[:1], [blank])
         under = made(of_edits, mask) if settings.show_masked else nothing
         told = (made(of_edits, ~mask), under, nothing, np.float32(settings.context_scale))

@@ -109,7 +109,7 @@ def prepared(
         for n in range(len(inputs[0].references))
     ]
     given = (model.checkpoint, pixels, mask, context, settings.edit, noise, pictures)
-    edits = prepare(*given, run=run)
+    edits = prepare(*given, uses_source=settings.lock.uses_source, run=run)
     _, rows, columns = edits.grid.axes
     return edits, int(_most_tokens(mask)) + len(pictures) * rows * columns
 

@@ -180,6 +180,18 @@ def test_background_latents_are_those_of_the_source(model, preset, monkeypatch):
     assert kept > lost + 6
 
 
+def test_without_a_lock_no_source_is_encoded(model, vace, monkeypatch):
+    seen, encode = [], vae_module.encode
+    monkeypatch.setattr("kvlock_jax.prepare.vae.encode", lambda *a: seen.append(a) or encode(*a))
+    config = config_of("cfg")
+    assert np.isfinite(edit(model, config=config).trace.sigma2).all() and not seen
+    config.kvlock.background = "source"
+    edit(model, config=config)
+    assert len(seen) == 1
+    edit(vace, config=config_of("cfg"))
+    assert len(seen) > 1
+
+
 def test_each_step_is_heard_once(model, plain):
     steps: list[int] = []
     heard = edit(model, on_step=steps.append)
