@@ -72,7 +72,7 @@ loop has {steps} steps.
 
 Ratios of two programs that ran in turn: `median (least to most)` over so many rounds. Seconds are
 medians, and drift from row to row with the machine's clock: they tell the size of a case, no more.
-The lock is measured at 1.3B's width with two blocks, and VACE's with one context block, on 390
+The lock is measured at 1.3B's width with two blocks, and VACE's with one context block, on 195
 tokens; a fifth of them are edited where it says so. The source's pass is whole in both blocks; in a
 model of 30 the last one's share is as good as free.
 

@@ -34,7 +34,7 @@ from kvlock_jax.sampling.sampler import Program, bucket, sample
 
 DEMO = pathlib.Path(kvl.__file__).parent / "demo"
 WIDE = WanConfig(12, 128, 2, 8960)  # the widths of 1.3B, of its 30 layers two
-GRIDS = {390: (5, 12, 26), 1950: (5, 30, 52), 8000: (5, 64, 100)}
+GRIDS = {195: (5, 6, 26), 1950: (5, 30, 52), 8000: (5, 64, 100)}
 """Latent frames, rows and columns of so many tokens."""
 TEXT, STEPS, THREADS = 512, 50, 2
 
@@ -203,7 +203,7 @@ def peers_pipeline() -> Run:
 def loop(preset: str, context: bool, count: int = 1, share: float = 0.2) -> Run:
     """A whole sampling loop over edits of one source, with `share` of the tokens to edit."""
     config = dataclasses.replace(WIDE, vace_layers=(0,)) if context else WIDE
-    grid = Grid.of(GRIDS[390])
+    grid = Grid.of(GRIDS[195])
     model = wan_transformer(config, rngs=nnx.Rngs(0))
     shape = (grid.length, 4)
     own = jnp.arange(grid.length) < round(share * grid.length)
