@@ -34,7 +34,7 @@ from kvlock_jax.sampling.sampler import Program, bucket, sample
 
 DEMO = pathlib.Path(kvl.__file__).parent / "demo"
 WIDE = WanConfig(12, 128, 2, 8960)  # the widths of 1.3B, of its 30 layers two
-GRIDS = {195: (5, 6, 26), 1950: (5, 30, 52), 8000: (5, 64, 100)}
+GRIDS = {195: (5, 6, 26), 390: (5, 12, 26), 1950: (5, 30, 52), 8000: (5, 64, 100)}
 """Latent frames, rows and columns of so many tokens."""
 TEXT, STEPS, THREADS = 512, 50, 2
 
@@ -200,13 +200,13 @@ def peers_pipeline() -> Run:
 # --- the lock -----------------------------------------------------------------------------------
 
 
-def loop(preset: str, context: bool, count: int = 1, share: float = 0.2) -> Run:
-    """A whole sampling loop over edits of one source, with `share` of the tokens to edit."""
+def loop(preset: str, context: bool, count: int = 1, tokens: int = 195) -> Run:
+    """A whole sampling loop over edits of one source, with a fifth of the tokens to edit."""
     config = dataclasses.replace(WIDE, vace_layers=(0,)) if context else WIDE
-    grid = Grid.of(GRIDS[195])
+    grid = Grid.of(GRIDS[tokens])
     model = wan_transformer(config, rngs=nnx.Rngs(0))
     shape = (grid.length, 4)
-    own = jnp.arange(grid.length) < round(share * grid.length)
+    own = jnp.arange(grid.length) < round(0.2 * grid.length)
     foreground = jnp.broadcast_to(own[None, :, None], (count, *shape))
     texts, source_texts = normal(2 * count, TEXT, 4096), normal(1, TEXT, 4096)
     if context:
@@ -285,19 +285,25 @@ ROWS += [
         for library, bar in (("PyTorch", 0.8), ("XLA", None))
     ),
     Row(
-        "kvlock / cfg, VACE",
+        "kvlock / cfg, VACE, 195 tokens",
         1.25,
         functools.partial(loop, "kvlock", True),
         functools.partial(loop, "cfg", True),
     ),
     Row(
-        "hard_lock, a fifth edited / cfg",
+        "hard_lock, a fifth edited, 390 tokens / cfg",
+        0.75,
+        functools.partial(loop, "hard_lock", False, tokens=390),
+        functools.partial(loop, "cfg", False, tokens=390),
+    ),
+    Row(
+        "hard_lock, a fifth edited, 195 tokens / cfg",
         0.75,
         functools.partial(loop, "hard_lock", False),
         functools.partial(loop, "cfg", False),
     ),
     Row(
-        "hard_lock, a fifth edited, 4 prompts of one source, each / cfg",
+        "hard_lock, a fifth edited, 195 tokens, 4 prompts of one source, each / cfg",
         0.40,
         functools.partial(loop, "hard_lock", False, 4),
         functools.partial(loop, "cfg", False),

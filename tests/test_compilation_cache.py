@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 import tiny
 
 from kvlock_jax import devices, video
@@ -42,7 +43,16 @@ def test_a_second_process_compiles_nothing(tiny_checkpoint, tmp_path):
     np.testing.assert_array_equal(video.read_video(tmp_path / "out.mkv").frames, first)
 
 
-def test_the_folder_is_the_users(monkeypatch):
+@pytest.fixture
+def setting():
+    """JAX's own, which any command of this process may have set."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_folder_is_the_users(setting, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert devices.cache_folder() == "/somewhere/kvlock_jax/programs"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -50,10 +60,6 @@ def test_the_folder_is_the_users(monkeypatch):
     assert devices.cache_folder() == "/home/one/.cache/kvlock_jax/programs"
 
 
-def test_jaxs_own_setting_goes_first():
-    before = jax.config.jax_compilation_cache_dir
+def test_jaxs_own_setting_goes_first(setting):
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")
-    try:
-        assert devices.cache_folder() == "/elsewhere"
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    assert devices.cache_folder() == "/elsewhere"

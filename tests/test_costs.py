@@ -19,7 +19,7 @@ from kvlock_jax.config import WanConfig
 from kvlock_jax.costs import FLOAT32, Layout, Workload
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.lock import KVCache
-from kvlock_jax.models import kernels, wan
+from kvlock_jax.models import block, kernels
 from kvlock_jax.models.block import Block, Positions
 from kvlock_jax.models.vace import VACEBlock, VACEContext, wan_transformer
 from kvlock_jax.patches import Grid
@@ -55,7 +55,7 @@ def full(name: str, height: int = 480, width: int = 832, **changes: int) -> Work
 @pytest.fixture(autouse=True)
 def plain_attention(monkeypatch):
     """Of texts; tokens have it from `softmax`."""
-    monkeypatch.setattr(wan, "replicated_keys", softmax)
+    monkeypatch.setattr(block, "replicated_keys", softmax)
 
 
 def softmax(q, k, v, keys=None):

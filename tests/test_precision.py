@@ -32,7 +32,7 @@ from islands import (
 
 from kvlock_jax import checkpoint, lock
 from kvlock_jax.config import LockConfig, UMT5Config, VAEConfig
-from kvlock_jax.models import wan
+from kvlock_jax.models import block
 from kvlock_jax.models.umt5 import UMT5Encoder
 from kvlock_jax.models.vae import WanVAE
 from kvlock_jax.sampling import sampler, solvers
@@ -49,7 +49,7 @@ ISLANDS = set("cos div exp log reduce_max reduce_sum rsqrt sin sqrt".split())
 @pytest.fixture(autouse=True)
 def plain_attention(monkeypatch):
     """Of texts; tokens have it from `transformer`."""
-    monkeypatch.setattr(wan, "replicated_keys", attend)
+    monkeypatch.setattr(block, "replicated_keys", attend)
 
 
 # -- reading the program -------------------------------------------------------------------------
