@@ -75,8 +75,8 @@ a `*` stands). `cache` is what of the source's keys and values is kept, a part o
 the temporaries: those of a block, or of all where the cache is carried. `other` is what
 lies there meanwhile: the text encoder's weights, spread over all chips, and the VAE's; `peak` the
 largest of the programs, all weights in memory. Where the loop does not fit, the compiler says what
-its temporaries would take, and makes no program. What is not compiled has no row. Decimal gigabytes,
-as chips are sold.
+its temporaries would take, and makes no program. What is not compiled has no row. Decimal
+gigabytes, as chips are sold.
 
 ## Memory
 
