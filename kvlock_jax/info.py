@@ -150,6 +150,7 @@ def _bound(workload: Workload, layout: Layout, settings: Settings, plan: Plan) -
     bound = roofline.roofline(roofline.step(workload, layout, *run), chip)
     sources = round(costs.source_share(*run) * settings.sample.steps)
     share = f"{settings.preset}: {sources} of {settings.sample.steps} steps with a source pass"
+    share += ", every token computed"
     yield _line("step", f"at least {bound.seconds:.3g} s, by {bound.binds} ({share})")
     for name, seconds in dataclasses.asdict(bound).items():
         yield _line(f"  {name}", f"{seconds:.3g} s")

@@ -149,7 +149,7 @@ def test_a_chip_that_cannot_hold_all_weights_gets_a_part():
 def test_bound_of_a_run(run, wan, share):
     lines = words(needs(wan, run, devices=8, chip="v6e"))
     seconds = float(lines["step"].split()[2])
-    assert lines["step"] == f"at least {seconds:g} s, by compute ({share})"
+    assert lines["step"] == f"at least {seconds:g} s, by compute ({share}, every token computed)"
     assert lines["  compute"] == f"{seconds:g} s"
     assert float(lines["  interconnect"].split()[0]) < seconds
     assert float(lines["all"].split()[3]) == pytest.approx(50 * seconds, rel=0.01)

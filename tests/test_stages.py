@@ -1,14 +1,18 @@
 """What is compiled before the weights are there is what runs once they are."""
 
+import dataclasses
 import importlib
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 import kvlock_jax as kvl
+from kvlock_jax import stages
 from kvlock_jax.config import run_config
 from kvlock_jax.inputs import read
+from kvlock_jax.prepare import now
 from kvlock_jax.settings import settle
 from kvlock_jax.stages import Ahead
 
@@ -71,7 +75,7 @@ def test_nothing_is_compiled_again(
     assert result.video.shape == inputs.source.shape and len(steps) == 3 * by_step
 
 
-def test_what_fails_ahead_fails_where_it_runs(tiny_checkpoint):
+def test_what_fails_ahead_stops_nothing(tiny_checkpoint):
     (inputs, settings), ahead = given(3), []
 
     def on_shapes(model):
@@ -80,4 +84,16 @@ def test_what_fails_ahead_fails_where_it_runs(tiny_checkpoint):
     model = kvl.load(tiny_checkpoint, on_shapes=on_shapes)
     ahead[0].loop()
     ahead[0].decoder()
+    assert ahead[0]._loop.exception() and ahead[0]._decoder.exception()
     assert editing.run(model, inputs, settings, ahead=ahead[0]).video.shape == inputs.source.shape
+
+
+@pytest.mark.parametrize("references", [0, 2])
+def test_the_tokens_that_are_an_edits_own_are_counted(references, tiny_vace_checkpoint):
+    model, (inputs, settings) = kvl.load(tiny_vace_checkpoint), given(3)
+    pictures = [np.full((24, 16, 3), 9, np.uint8)] * references
+    inputs = dataclasses.replace(inputs, references=pictures)
+    noise = editing.draw_noise(model, inputs, jax.random.key(0))
+    context = stages.contexts(model, [inputs], [settings], 1, now)
+    edits, tokens = stages.prepared(model, [inputs], noise, context, settings, now)
+    assert tokens == int(edits.own.sum()) > 6 * references

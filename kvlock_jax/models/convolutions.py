@@ -47,8 +47,8 @@ class CausalConv3d(nnx.Module):
     """A 3-D convolution that sees no later frame.
 
     On CPU it is a sum of 2-D convolutions, one for each of its three steps in time: XLA runs that
-    2-5 times faster, its gradient 3-4 times. Elsewhere it is one: each of the three would fetch the
-    edges of neighbouring chips for itself.
+    faster, the more so the fewer the channels. Elsewhere it is one: each of the three would fetch
+    the edges of neighbouring chips for itself.
     """
 
     def __init__(self, c_in: int, c_out: int, size: int = 3, time_stride: int = 1, *, rngs):
