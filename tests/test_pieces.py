@@ -1,4 +1,6 @@
-"""The VAE in tiles of columns is the VAE."""
+"""The VAE in tiles of columns is the VAE; tokens some at a time are tokens."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kvlock_jax import sharding
 from kvlock_jax.config import VAEConfig
 from kvlock_jax.models import vae
-from kvlock_jax.models.pieces import in_tiles
+from kvlock_jax.models.pieces import in_tiles, over_tokens
 
 CONFIG = VAEConfig(4, 3, num_res_blocks=2, latents_mean=(0.1,) * 3, latents_std=(1.5,) * 3)
 WIDTH = 44  # latent columns: three tiles of two reaches and an own part are narrower
@@ -66,3 +69,29 @@ def test_tiles_take_less_memory(network):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(4) < 0.7 * temporaries(1)
+
+
+@pytest.mark.parametrize("most", [1, 5, 6, 7, 12, 26])
+def test_tokens_may_be_run_some_at_a_time(most):
+    x = jnp.arange(2 * 13 * 3, dtype=jnp.float32).reshape(2, 13, 3)
+    sizes = []
+
+    def run(x):
+        sizes.append(x.size // 3)
+        return jnp.concatenate([x, 2 * x], axis=-1)
+
+    got = over_tokens(run, x, most)
+    np.testing.assert_array_equal(got, jnp.concatenate([x, 2 * x], axis=-1))
+    assert (most == 26) == (sizes == [26])
+
+
+def test_each_device_runs_some_of_its_own_tokens():
+    mesh = sharding.make_mesh(data=2, frames=4)
+    x = np.random.default_rng(0).normal(size=(2, 40, 3)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda x: over_tokens(jnp.sin, sharding.constrain(x, "BLD"), 4))
+        compiled = program.lower(x).compile()
+        np.testing.assert_allclose(compiled(x), np.sin(x), rtol=1e-6)
+    text = compiled.as_text()
+    assert "while" in text and "f32[1,10,3]" in text and "f32[2,40,3]" not in text
+    assert not re.search("all-|collective-", text)

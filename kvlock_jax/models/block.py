@@ -14,10 +14,14 @@ from kvlock_jax.lock import KVCache, Lock
 from kvlock_jax.models.attention import Rope, rotate
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
+from kvlock_jax.models.pieces import over_tokens
 from kvlock_jax.models.sharded_attention import Attend, replicated_keys
 
 Tokens = Float[Array, "B L D"]
 Modulation = Float[Array, "B six D"]
+
+_TOKENS = 4096
+"""That a device's feed-forward layer takes at a time: as fast as all, in the memory of some."""
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +92,10 @@ class FeedForward(nnx.Module):
         self.net_2 = Linear(config.ffn_dim, config.dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
-        """Applies the layer to every token."""
+        """Applies the layer to every token, some at a time: what is between is wide."""
+        return over_tokens(self._of_some, x, _TOKENS)
+
+    def _of_some(self, x: Tokens) -> Tokens:
         return self.net_2(jax.nn.gelu(self.net_0(x), approximate=True))
 
 

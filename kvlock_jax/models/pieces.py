@@ -1,4 +1,4 @@
-"""Convolutional networks over long and large videos, piece by piece, for the memory of a piece."""
+"""Long and large videos piece by piece, for the memory of a piece."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kvlock_jax import sharding
 from kvlock_jax.errors import InputError
 
 Feature = Float[Array, "B T H W C"]
@@ -65,3 +66,19 @@ def over_chunks(coder: Coder, x: Feature, size: int) -> Feature:
     _, out = jax.lax.scan(lambda c, chunk: coder(chunk, c)[::-1], cache, chunks)
     out = jnp.moveaxis(out, 0, 1)
     return jnp.concatenate([first, out.reshape(x.shape[0], -1, *out.shape[3:])], axis=1)
+
+
+def over_tokens(
+    run: Callable[[Float[Array, "*B L D"]], Float[Array, "*B L E"]],
+    x: Float[Array, "B L D"],
+    most: int,
+) -> Float[Array, "B L E"]:
+    """`run(x)` of so many tokens of a device at a time; `run` takes each token by itself."""
+    rows, length, width = x.shape
+    ways = sharding.shards("L")
+    own, each = length // ways, max(1, most // (rows // sharding.shards("B")))
+    if own <= each:
+        return run(x)
+    tokens = jnp.moveaxis(x.reshape(rows, ways, own, width), 2, 0)
+    y = jax.lax.map(run, tokens, batch_size=-(-own // -(-own // each)))
+    return jnp.moveaxis(y, 0, 2).reshape(rows, length, -1)
