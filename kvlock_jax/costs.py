@@ -26,6 +26,9 @@ TOKEN_BLOCK = 128
 MANY_TOKENS = 1024
 """Tokens of a device from which on blocks of `TOKEN_BLOCK` are at most an eighth of padding."""
 
+FEED_FORWARD_TOKENS = 4096
+"""That a device's feed-forward layer takes at a time: as fast as all, in the memory of some."""
+
 FLOAT32 = 4
 
 
@@ -222,7 +225,8 @@ class Activations:
         each device, in the compute dtype.
       control: control tokens of a VACE edit and of its source, float32.
       positions: cosines and sines of every token, float32.
-      stream: the residual stream of the edit's rows before a block and after, float32.
+      stream: the residual stream before a block and after, float32; of the edit's rows, and of the
+        source's where they go through the blocks beside.
       carried: the same of the control tokens that the context blocks hand on.
       block: what lives between the two (`activations`).
       weights: of the block that is running, gathered from all devices where they are sharded.
@@ -243,17 +247,19 @@ class Activations:
         return sum(dataclasses.astuple(self))
 
 
-def activations(workload: Workload, layout: Layout) -> Activations:
-    """What a step of the loop takes on a device beside weights and cache, with the lock on.
+def activations(workload: Workload, layout: Layout, lock: LockConfig) -> Activations:
+    """What a step of the loop takes on a device beside weights and cache, every token computed.
 
-    Both guidance branches of `B` edits run as one pass of `R = 2 B` rows; the source's pass has `B`
-    rows, and another time. With `n` tokens on each of `P` devices, `D` and `F` the widths and `a`
-    bytes of the compute dtype, a block holds at most the largest of
+    Both guidance branches of `B` edits run as one pass of `R = 2 B` rows. The source has `B` rows,
+    which a block takes before the others, or, where the cache is carried, a pass before. With `n`
+    tokens on each of `P` devices, `D` and `F` the widths and `a` bytes of the compute dtype, a
+    block holds at most the largest of
 
     - `R n D (a + 3 * 4)`: input, and queries, keys and values before they are cast;
     - `R n D (3 a + 4) + 2 a R P n D`: all three, the result, and every device's keys and values,
       where there are several;
-    - `R n (D a + F (4 + a))`: feed-forward's input, its hidden layer, and that again cast.
+    - `R n D (a + 4) + m F (4 + a)`: the feed-forward's input and output, and of `m` tokens, at most
+      `FEED_FORWARD_TOKENS`, its hidden layer, and that again cast.
 
     It is an estimate: a compiler may keep less, by doing a part at a time, or more, by fetching
     weights ahead. Attention's logits stay on the chip.
@@ -264,18 +270,19 @@ def activations(workload: Workload, layout: Layout) -> Activations:
     text = (config.num_layers + contexts) * (rows + edits) * workload.text_tokens * wide
     gathered = 2 * number * layout.devices * wide if layout.devices > 1 else 0
     cells = local * math.prod(config.patch_size) * config.in_channels
+    stream = tokens + (edits * local if lock.enabled and lock.cache == "fused" else 0)
+    hidden = min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim
     return Activations(
         latents=16 * FLOAT32 * edits * cells,
         text=2 * number * text,
         control=2 * FLOAT32 * edits * local * wide if contexts else 0,
         positions=FLOAT32 * local * config.attention_head_dim,
-        stream=2 * FLOAT32 * tokens * wide,
-        carried=2 * FLOAT32 * tokens * wide if contexts else 0,
-        block=tokens
-        * max(
-            wide * (number + 3 * FLOAT32),
-            wide * (3 * number + FLOAT32) + gathered,
-            wide * number + config.ffn_dim * (FLOAT32 + number),
+        stream=2 * FLOAT32 * stream * wide,
+        carried=2 * FLOAT32 * stream * wide if contexts else 0,
+        block=max(
+            tokens * wide * (number + 3 * FLOAT32),
+            tokens * (wide * (3 * number + FLOAT32) + gathered),
+            tokens * wide * (number + FLOAT32) + hidden * (FLOAT32 + number),
         ),
         weights=math.ceil(workload.weight_bytes * _block_parameters(config))
         if layout.shard_weights

@@ -218,19 +218,24 @@ def run_batch(
             told = f"{given.prompt!r} has words that the text encoder does not know: {words}"
             warnings.warn(told, stacklevel=2)
     clock, sources = Clock(), len(noise)
-    with model.on_mesh():
+
+    def compiled(stage: str) -> None:
         if ahead is not None:
             with clock.stage("compile ahead"):
-                ahead.loop()
+                ahead.wait(stage)
+
+    with model.on_mesh():
+        compiled("texts")
         with clock.stage("encode text"):
             context = stages.contexts(model, inputs, settings, sources, now)
+        compiled("videos")
         with clock.stage("encode video"):
             given = stages.prepared(model, inputs, noise, context, first, now)
             edits, tokens = jax.block_until_ready(given)
+        compiled("loop")
         loop = Loop.of(networks.transformer, first, edits, tokens, on_step is not None, now)
         edited, trace = loop.run(clock, on_step)
-        if ahead is not None:
-            ahead.decoder()
+        compiled("decoder")
         with clock.stage("decode video"):
             decoded = stages.decoded(model, edited, edits)
     trace = jax.tree.map(np.asarray, trace)

@@ -111,7 +111,7 @@ def _per_device(
     return {
         "weights": sum(sizes.values()) - shared + -(-shared // layout.devices),
         "cache": costs.cache_bytes(workload, layout, lock),
-        "activations": costs.activations(workload, layout).total,
+        "activations": costs.activations(workload, layout, lock).total,
     }
 
 

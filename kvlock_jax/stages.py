@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -195,7 +195,7 @@ def frames(model: Model, parts: Sequence[Latents]) -> list[Frames | None]:
 
 
 class Ahead:
-    """Compiles in a thread what one edit will run, first the loop and what is before it.
+    """Compiles in a thread what one edit will run, stage by stage, in the order of a run.
 
     What goes wrong with it does so again where the edit runs, and is told there.
     """
@@ -209,33 +209,36 @@ class Ahead:
         by_step: bool,
     ):
         self._model, self._by_step = model, by_step
-        self._given = ([inputs], noise, [settings])
+        self._inputs, self._settings, self._noise = [inputs], [settings], noise
+        made, self._made = (self._texts, self._videos, self._loop, self._decoder), {}
         pool = ThreadPoolExecutor(1)
-        self._loop: Future = pool.submit(self._compile_loop)
-        self._decoder: Future = pool.submit(self._compile_decoder)
+        for stage, make in zip(("texts", "videos", "loop", "decoder"), made, strict=True):
+            self._made[stage] = pool.submit(self._on_mesh, make)
         pool.shutdown(wait=False)
 
-    def loop(self) -> None:
-        """Waits until all is compiled that comes before the decoder."""
+    def wait(self, stage: str) -> None:
+        """Waits until a stage is compiled: `texts`, `videos`, `loop` or `decoder`."""
         with contextlib.suppress(Exception):
-            self._loop.result()
+            self._made[stage].result()
 
-    def decoder(self) -> None:
-        """Waits for the decoder."""
-        with contextlib.suppress(Exception):
-            self._decoder.result()
-
-    def _compile_loop(self) -> tuple[Patches, Edits]:
-        (inputs, noise, settings), model = self._given, self._model
-        with model.on_mesh():
-            context = contexts(model, inputs, settings, 1, ahead)
-            edits, tokens = prepared(model, inputs, noise, context, settings[0], ahead)
-            network = model.checkpoint.transformer
-            loop = Loop.of(network, settings[0], edits, tokens, self._by_step, ahead)
-            return loop.ahead(), edits
-
-    def _compile_decoder(self) -> None:
-        edited, edits = self._loop.result()
+    def _on_mesh(self, make: Callable[[], Any]) -> Any:
         with self._model.on_mesh():
-            for latents in ahead(_video_latents, edited, edits.grid, edits.references)[:1]:
-                ahead(vae.decode, self._model.checkpoint.vae, latents)
+            return make()
+
+    def _texts(self) -> Array:
+        return contexts(self._model, self._inputs, self._settings, 1, ahead)
+
+    def _videos(self) -> tuple[Edits, int]:
+        given = self._inputs, self._noise, self._made["texts"].result(), self._settings[0]
+        return prepared(self._model, *given, ahead)
+
+    def _loop(self) -> Patches:
+        network, settings = self._model.checkpoint.transformer, self._settings[0]
+        edits, tokens = self._made["videos"].result()
+        return Loop.of(network, settings, edits, tokens, self._by_step, ahead).ahead()
+
+    def _decoder(self) -> None:
+        edits, _ = self._made["videos"].result()
+        edited = self._made["loop"].result()
+        for latents in ahead(_video_latents, edited, edits.grid, edits.references)[:1]:
+            ahead(vae.decode, self._model.checkpoint.vae, latents)

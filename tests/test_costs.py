@@ -40,6 +40,7 @@ LAYOUTS = Path(__file__).parent / "data" / "layouts"
 T2V = WanConfig(2, 128, 2, 640, in_channels=4, out_channels=4, text_dim=64, freq_dim=32)
 VACE = dataclasses.replace(T2V, vace_layers=(0,), vace_in_channels=12)
 ROWS = 2
+LOCK = lock.preset("kvlock", 5.0)
 
 
 def small(config: WanConfig, **changes: int) -> Workload:
@@ -157,7 +158,7 @@ def test_activations_by_hand():
         2, 8, 3, 40, 4, 4, text_dim=32, freq_dim=16, vace_layers=(0, 2), vace_in_channels=12
     )
     workload = Workload(config, 5, 32, 48, batch=2, text_tokens=7)
-    found = costs.activations(workload, Layout(3))
+    found = costs.activations(workload, Layout(3), LOCK)
     wide, tokens = 16, 4
     text = 0
     for _block in ("main", "main", "main", "context", "context"):
@@ -166,11 +167,15 @@ def test_activations_by_hand():
                 text += 2 * 7 * wide
     assert found.text == text
     narrow, stream = 4 * tokens * 2 * wide, 4 * tokens * 4 * wide  # of two edits' two branches
-    assert found.stream == found.carried == 2 * stream
+    beside = 2 * tokens * 4 * wide  # of two sources
+    assert found.stream == found.carried == 2 * (stream + beside)
+    for other in ({"cache": "carried"}, {"enabled": False}):
+        alone = costs.activations(workload, Layout(3), dataclasses.replace(LOCK, **other))
+        assert alone == dataclasses.replace(found, stream=2 * stream, carried=2 * stream)
     assert found.control == 2 * tokens * 4 * wide * 2  # of two edits and two sources
     everywhere = 2 * 3 * narrow  # keys and values of all three devices
     attention = [narrow] * 3 + [stream, everywhere]
-    feed_forward = [narrow, 4 * tokens * 4 * 40, 4 * tokens * 2 * 40]
+    feed_forward = [narrow, stream, 4 * tokens * 4 * 40, 4 * tokens * 2 * 40]
     projections = [narrow] + [stream] * 3
     assert found.block == max(map(sum, (attention, feed_forward, projections)))
     # Source, noise, latents, three of the solver, 10 estimates; a token has 4 cells of 4 channels.
@@ -182,21 +187,25 @@ def test_activations_by_hand():
 def test_the_largest_part_of_a_block():
     def block(**changes):
         config = dataclasses.replace(SMALL, **changes)
-        return lambda devices: costs.activations(Workload(config, 5, 64, 64), Layout(devices)).block
+        return lambda devices, side=64: (
+            costs.activations(Workload(config, 5, side, side), Layout(devices), LOCK).block
+        )
 
     rows, wide = 2 * 2 * 4 * 4, 1536
-    assert block()(1) == rows * (2 * wide + 6 * 8960)
+    assert block()(1) == rows * (6 * wide + 6 * 8960)
     assert block(ffn_dim=1)(1) == rows * (2 + 12) * wide
     assert block(ffn_dim=1)(2) == rows // 2 * (10 + 8) * wide
+    rows, at_a_time = 2 * 2 * 40 * 40, costs.FEED_FORWARD_TOKENS
+    assert block(ffn_dim=20_000)(1, 640) == rows * 6 * wide + at_a_time * 6 * 20_000
 
 
 def test_activations_grow_with_what_there_is():
     def of(name: str = "wan2.1-t2v-1.3b", devices: int = 8, **changes: int):
         workload = full(name, **changes)
-        return costs.activations(workload, Layout.of(devices, False, workload.tokens))
+        return costs.activations(workload, Layout.of(devices, False, workload.tokens), LOCK)
 
     block = 2 * count(SMALL, r"blocks\.") // SMALL.num_layers
-    sharded = costs.activations(full("wan2.1-t2v-1.3b"), Layout(8, True, 128))
+    sharded = costs.activations(full("wan2.1-t2v-1.3b"), Layout(8, True, 128), LOCK)
     assert sharded == dataclasses.replace(of(), weights=block)
     shared = of().positions
     assert of(batch=3).total - shared == 3 * (of().total - shared)
@@ -211,8 +220,8 @@ def test_activations_beside_a_compilers():
     workload = small(config, height=128, width=128, dtype_bytes=4)
     compiled = compiled_loop(config, workload).memory_analysis().temp_size_in_bytes
     logits = FLOAT32 * ROWS * config.num_attention_heads * workload.tokens**2
-    cache = costs.keys_values_bytes(workload, Layout())
-    estimate = costs.activations(workload, Layout()).total + cache
+    cache = costs.cache_bytes(workload, Layout(), LOCK)
+    estimate = costs.activations(workload, Layout(), LOCK).total + cache
     assert 0.7 * (estimate + logits) < compiled < 1.3 * (estimate + logits)
 
 
@@ -228,10 +237,9 @@ def compiled_loop(config: WanConfig, workload: Workload):
 
     mask = jax.ShapeDtypeStruct(cells.shape[:3], jnp.bool_)
     edits = Edits(cells, cells, mask, context(2), context(1), grid)
-    settings = lock.preset("kvlock", 5.0)
-    table, knobs = solvers.table("unipc", 4, 3.0), lock.knobs(settings, 5.0)
+    table, knobs = solvers.table("unipc", 4, 3.0), lock.knobs(LOCK, 5.0)
     model = nnx.eval_shape(lambda: wan_transformer(config, attend=softmax, rngs=nnx.Rngs(0)))
-    program = Program.of(settings)
+    program = Program.of(LOCK)
     return sampler.sample.lower(model, cells, edits, table, knobs, program=program).compile()
 
 
@@ -314,8 +322,9 @@ def test_a_blocks_flops_are_the_compilers(workload):
     assert expected < compilers(run, arguments) < 1.03 * expected
 
 
-def test_what_is_no_matrix_product_is_little():
+def test_what_is_no_matrix_product_is_little(monkeypatch):
     """Of a block of 1.3B, 81 frames of 480x832, and as the compiler counts: no exponentials."""
+    monkeypatch.setattr(block, "FEED_FORWARD_TOKENS", 10**6)  # it counts a loop's body once
     one = full("wan2.1-t2v-1.3b")
     flops = costs.pass_flops(
         dataclasses.replace(one, config=dataclasses.replace(SMALL, num_layers=1)), ROWS

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import threading
 
 import jax
 import numpy as np
@@ -62,7 +63,7 @@ def test_nothing_is_compiled_again(
     def on_shapes(model):
         noise = editing.draw_noise(model, inputs, jax.random.key(0))
         ahead.append(Ahead(model, inputs, settings, noise, by_step))
-        ahead[0].decoder()
+        ahead[0].wait("decoder")
 
     model = kvl.load(folder, mesh=mesh, on_shapes=on_shapes)
     loop = {"begin", "advance", "step_of"} if by_step else {"sample"}
@@ -82,9 +83,9 @@ def test_what_fails_ahead_stops_nothing(tiny_checkpoint):
         ahead.append(Ahead(model, inputs, settings, None, by_step=True))
 
     model = kvl.load(tiny_checkpoint, on_shapes=on_shapes)
-    ahead[0].loop()
-    ahead[0].decoder()
-    assert ahead[0]._loop.exception() and ahead[0]._decoder.exception()
+    for stage in ("texts", "videos", "loop", "decoder"):
+        ahead[0].wait(stage)
+        assert bool(ahead[0]._made[stage].exception()) == (stage != "texts")
     assert editing.run(model, inputs, settings, ahead=ahead[0]).video.shape == inputs.source.shape
 
 
@@ -97,3 +98,30 @@ def test_the_tokens_that_are_an_edits_own_are_counted(references, tiny_vace_chec
     context = stages.contexts(model, [inputs], [settings], 1, now)
     edits, tokens = stages.prepared(model, [inputs], noise, context, settings, now)
     assert tokens == int(edits.own.sum()) > 6 * references
+
+
+def test_the_video_is_encoded_while_the_loop_is_compiled(monkeypatch, tiny_checkpoint):
+    (inputs, settings), ahead = given(3), []
+    encoded, in_time = threading.Event(), []
+    prepare, compile_loop = stages.prepared, stages.Loop.ahead
+
+    def prepared(*args):
+        made = prepare(*args)
+        if args[-1] is now:
+            encoded.set()
+        return made
+
+    def compiled(loop, *args):
+        in_time.append(encoded.wait(60))
+        return compile_loop(loop, *args)
+
+    monkeypatch.setattr(stages, "prepared", prepared)
+    monkeypatch.setattr(stages.Loop, "ahead", compiled)
+
+    def on_shapes(model):
+        noise = editing.draw_noise(model, inputs, jax.random.key(0))
+        ahead.append(Ahead(model, inputs, settings, noise, by_step=True))
+
+    model = kvl.load(tiny_checkpoint, on_shapes=on_shapes)
+    editing.run(model, inputs, settings, on_step=lambda step: None, ahead=ahead[0])
+    assert in_time == [True, True]

@@ -22,7 +22,7 @@ from flax import nnx
 from kvlock_jax.config import WanConfig
 from kvlock_jax.convert import diffusers, original, table, weights
 from kvlock_jax.lock import KVCache, Lock
-from kvlock_jax.models import attention, kernels
+from kvlock_jax.models import attention, block, kernels
 
 DATA = Path(__file__).parent / "data"
 
@@ -166,6 +166,13 @@ def test_equals_diffusers(name):
     for layer in range(CASES[name].config.num_layers):
         assert relative_l2(cache.k[layer], keys[layer]) < 1e-5
         assert relative_l2(cache.v[layer], values[layer]) < 1e-5
+
+
+def test_feed_forward_layers_may_take_tokens_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(block, "FEED_FORWARD_TOKENS", 7)
+    peer, ours = built(LOCKED)
+    run = nnx.jit(lambda *given: whole.velocity(*given))
+    assert relative_l2(run(ours, *inputs(LOCKED)), run_peer(peer, *inputs(LOCKED))[0]) < 1e-5
 
 
 def test_equals_the_publisher():

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from kvlock_jax import sharding
 from kvlock_jax.config import WanConfig
+from kvlock_jax.costs import FEED_FORWARD_TOKENS
 from kvlock_jax.lock import KVCache, Lock
 from kvlock_jax.models.attention import Rope, rotate
 from kvlock_jax.models.layout import gathered_layer
@@ -19,9 +20,6 @@ from kvlock_jax.models.sharded_attention import Attend, replicated_keys
 
 Tokens = Float[Array, "B L D"]
 Modulation = Float[Array, "B six D"]
-
-_TOKENS = 4096
-"""That a device's feed-forward layer takes at a time: as fast as all, in the memory of some."""
 
 
 @jax.tree_util.register_dataclass
@@ -92,10 +90,7 @@ class FeedForward(nnx.Module):
         self.net_2 = Linear(config.ffn_dim, config.dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Tokens) -> Tokens:
-        """Applies the layer to every token, some at a time: what is between is wide."""
-        return over_tokens(self._of_some, x, _TOKENS)
-
-    def _of_some(self, x: Tokens) -> Tokens:
+        """Applies the layer to every token."""
         return self.net_2(jax.nn.gelu(self.net_0(x), approximate=True))
 
 
@@ -144,8 +139,11 @@ class Block(nnx.Module):
         y = self.norm2(x) if self.norm2 else x
         x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
 
-        y = self.norm3(x) * (1 + scale2) + shift2
-        x = sharding.constrain(x + self.ffn(y) * gate2, "BLD")
+        def fed_forward(x: Tokens) -> Tokens:
+            y = self.norm3(x) * (1 + scale2) + shift2
+            return x + self.ffn(y) * gate2
+
+        x = sharding.constrain(over_tokens(fed_forward, x, FEED_FORWARD_TOKENS), "BLD")
         return x, sharding.constrain(KVCache(k=k, v=v), "BLNK")
 
 

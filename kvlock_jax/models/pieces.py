@@ -69,16 +69,25 @@ def over_chunks(coder: Coder, x: Feature, size: int) -> Feature:
 
 
 def over_tokens(
-    run: Callable[[Float[Array, "*B L D"]], Float[Array, "*B L E"]],
+    run: Callable[[Float[Array, "B n D"]], Float[Array, "B n D"]],
     x: Float[Array, "B L D"],
     most: int,
-) -> Float[Array, "B L E"]:
-    """`run(x)` of so many tokens of a device at a time; `run` takes each token by itself."""
+) -> Float[Array, "B L D"]:
+    """`run(x)` of at most so many tokens of a device at a time; it takes each token by itself."""
     rows, length, width = x.shape
     ways = sharding.shards("L")
     own, each = length // ways, max(1, most // (rows // sharding.shards("B")))
     if own <= each:
         return run(x)
-    tokens = jnp.moveaxis(x.reshape(rows, ways, own, width), 2, 0)
-    y = jax.lax.map(run, tokens, batch_size=-(-own // -(-own // each)))
-    return jnp.moveaxis(y, 0, 2).reshape(rows, length, -1)
+    parts = -(-own // each)
+    size = -(-own // parts)
+    x = x.reshape(rows, ways, own, width)
+
+    def part(number: int, made: Float[Array, "B ways own D"]) -> Float[Array, "B ways own D"]:
+        start = jnp.minimum(number * size, own - size)  # the last takes in some that were made
+        some = jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
+        done = run(some.reshape(rows, ways * size, width)).reshape(some.shape)
+        return jax.lax.dynamic_update_slice_in_dim(made, done, start, axis=2)
+
+    start = sharding.constrain(jnp.zeros_like(x), "B L own D")
+    return jax.lax.fori_loop(0, parts, part, start).reshape(rows, length, width)
