@@ -53,6 +53,14 @@ def test_what_is_asked_for_is_had():
     assert str(placed) == "8 devices: data 2, frames 2, model 2, weights spread"
 
 
+@pytest.mark.parametrize("mesh", ["frames=1", "frames=8"])
+def test_tiles_are_the_vaes(mesh):
+    args = parsed("--mesh", mesh, "--vae_tiles", "3")
+    assert devices.place(args, CONTENTS, many=False).vae_tiles == 3
+    with pytest.raises(ConfigError, match="--vae_tiles must be 1 or more, found 0"):
+        devices.place(parsed("--vae_tiles", "0"), CONTENTS, many=False)
+
+
 def test_weights_that_do_not_fit_each_decide_for_the_mesh(monkeypatch):
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 3_000})
     monkeypatch.setattr(devices.jax, "local_devices", lambda: [device])

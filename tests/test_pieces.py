@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
+import kvlock_jax as kvl
 from kvlock_jax import sharding
-from kvlock_jax.config import VAEConfig
+from kvlock_jax.config import VAEConfig, run_config
 from kvlock_jax.models import vae
 from kvlock_jax.models.pieces import in_tiles, over_tokens
 
@@ -69,6 +71,25 @@ def test_tiles_take_less_memory(network):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(4) < 0.7 * temporaries(1)
+
+
+def test_an_edit_in_tiles_is_the_edit(tiny_checkpoint, monkeypatch):
+    tiles, clip = [], tiny.clip(5, 16, 8 * WIDTH)
+    monkeypatch.setattr(
+        vae, "in_tiles", lambda *args, **how: tiles.append(how["tiles"]) or in_tiles(*args, **how)
+    )
+    whole, parted = (
+        kvl.edit(
+            kvl.load(tiny_checkpoint, vae_tiles=number),
+            clip,
+            tiny.mask(5, 16, 8 * WIDTH),
+            "a blue star",
+            config=run_config("kvlock", steps=2),
+        ).video.astype(int)
+        for number in (1, 3)
+    )
+    assert set(tiles) == {3}
+    assert np.abs(whole - parted).max() <= 1
 
 
 @pytest.mark.parametrize("most", [1, 5, 6, 7, 12, 26])
