@@ -66,7 +66,7 @@ _OUTPUTS = {
 def run() -> NoReturn:
     """The program: `main` with its arguments, and its exit status."""
     status = main(sys.argv[1:])
-    if status == INTERRUPTED:  # compiled code may still run in its thread, and would be waited for
+    if status in (FAILED, INTERRUPTED):  # a thread may still compile or run, and be waited for
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

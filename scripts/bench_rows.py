@@ -34,7 +34,7 @@ from kvlock_jax.sampling.sampler import Program, bucket, sample
 
 DEMO = pathlib.Path(kvl.__file__).parent / "demo"
 WIDE = WanConfig(12, 128, 2, 8960)  # the widths of 1.3B, of its 30 layers two
-GRIDS = {195: (5, 6, 26), 390: (5, 12, 26), 1950: (5, 30, 52), 8000: (5, 64, 100)}
+GRIDS = {195: (5, 6, 26), 1950: (5, 30, 52), 8000: (5, 64, 100)}
 """Latent frames, rows and columns of so many tokens."""
 TEXT, STEPS, THREADS = 512, 50, 2
 
@@ -293,17 +293,14 @@ ROWS += [
         functools.partial(loop, "kvlock", True),
         functools.partial(loop, "cfg", True),
     ),
-    Row(
-        "hard_lock, a fifth edited, 390 tokens / cfg",
-        0.75,
-        functools.partial(loop, "hard_lock", False, tokens=390),
-        functools.partial(loop, "cfg", False, tokens=390),
-    ),
-    Row(
-        "hard_lock, a fifth edited, 195 tokens / cfg",
-        0.75,
-        functools.partial(loop, "hard_lock", False),
-        functools.partial(loop, "cfg", False),
+    *(
+        Row(
+            f"hard_lock, a fifth edited, {tokens:,} tokens / cfg",
+            0.75,
+            functools.partial(loop, "hard_lock", False, tokens=tokens),
+            functools.partial(loop, "cfg", False, tokens=tokens),
+        )
+        for tokens in (1950, 195)
     ),
     Row(
         "hard_lock, a fifth edited, 195 tokens, 4 prompts of one source, each / cfg",

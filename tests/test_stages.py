@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import subprocess
+import sys
 import threading
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 import tiny
 
 import kvlock_jax as kvl
-from kvlock_jax import stages
+from kvlock_jax import stages, video
 from kvlock_jax.config import run_config
 from kvlock_jax.inputs import read
 from kvlock_jax.prepare import now
@@ -87,6 +89,20 @@ def test_what_fails_ahead_stops_nothing(tiny_checkpoint):
         ahead[0].wait(stage)
         assert bool(ahead[0]._made[stage].exception()) == (stage != "texts")
     assert editing.run(model, inputs, settings, ahead=ahead[0]).video.shape == inputs.source.shape
+
+
+def test_a_command_that_fails_does_not_wait_for_the_compiler(tiny_checkpoint, tmp_path):
+    video.write_video(tmp_path / "in.mkv", tiny.clip(), 12, lossless=True)
+    program = (
+        "import time; from kvlock_jax import cli, errors, stages\n"
+        "def fail(*args, **how): raise errors.SamplingError('it diverged')\n"
+        "stages.Loop.ahead, cli.run_edit = lambda *args: time.sleep(1000), fail\n"
+        "cli.run()"
+    )
+    command = [sys.executable, "-c", program, "edit", f"--ckpt={tiny_checkpoint}", "--prompt=star"]
+    command += "--video=in.mkv --bbox=8,8,24,24 --output=out.mkv --jax_cache_dir=".split()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.endswith("error: it diverged\n")
 
 
 @pytest.mark.parametrize("references", [0, 2])

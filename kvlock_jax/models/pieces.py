@@ -84,7 +84,7 @@ def over_tokens(
     x = x.reshape(rows, ways, own, width)
 
     def part(number: int, made: Float[Array, "B ways own D"]) -> Float[Array, "B ways own D"]:
-        start = jnp.minimum(number * size, own - size)  # the last takes in some that were made
+        start = number * size  # clamped where too few are left: some are made again
         some = jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
         done = run(some.reshape(rows, ways * size, width)).reshape(some.shape)
         return jax.lax.dynamic_update_slice_in_dim(made, done, start, axis=2)
