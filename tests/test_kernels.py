@@ -121,8 +121,7 @@ def test_bfloat16(name):
 
 
 def test_splash_in_several_blocks(monkeypatch):
-    monkeypatch.setattr(kernels, "_MAX_QUERIES", 128)
-    monkeypatch.setattr(kernels, "_MAX_KEYS", 128)
+    monkeypatch.setattr(kernels, "_MAX_BLOCK", 128)
     both = jax.jit(lambda *x: (KERNELS["splash"](*x), kernels.splash_output(*x, interpret=True)))
     for padding in (0, 90, 290):
         arrays = qkv(1, 200, 300, 1, 16, padding=padding)
@@ -147,6 +146,19 @@ def test_splash_in_several_blocks(monkeypatch):
 )
 def test_blocks_of_splash(length, size, covered):
     assert kernels._blocks(length, 1024) == (size, covered)
+
+
+@pytest.mark.parametrize("width, queries", [(128, 1024), (256, 1024), (384, 512)])
+def test_blocks_of_wide_heads_are_smaller(width, queries, monkeypatch):
+    sizes, make = [], kernels.splash_attention.BlockSizes
+
+    def found(**size):
+        sizes.append(size)
+        return make(**size)
+
+    monkeypatch.setattr(kernels.splash_attention, "BlockSizes", found)
+    padded([(1, 4096, 1, width)] * 3)
+    assert sizes[0] == {"block_q": queries, "block_kv": queries}
 
 
 def padded(shape, keys=None):

@@ -34,8 +34,10 @@ _MASKED = -0.7 * float(np.finfo(np.float32).max)
 """A padded key's logit. Finite, since the difference of two infinities is no number."""
 
 _LANES = 128
-_MAX_QUERIES, _MAX_KEYS = 1024, 1024
-"""The largest blocks of `splash`: logits of 4 MB in the 16 MB that a TPU's compiler allots."""
+_MAX_BLOCK = 1024
+"""Queries or keys of the largest blocks of `splash`: logits of 4 MB in the 16 MB that a TPU's
+compiler allots. Half as many of heads over `_WIDE` numbers, which with them take all of it."""
+_WIDE = 256
 
 
 def merge(one: Part, other: Part) -> Part:
@@ -157,8 +159,9 @@ def splash_output(
 def _splash(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys, **options: bool) -> Array:
     """The kernel's own answer, `B N L K`, to queries, keys and heads padded to whole blocks."""
     heads, present = q.shape[2], k.shape[1]
-    block_q, length = _blocks(q.shape[1], _MAX_QUERIES)
-    block_kv, size = _blocks(present, _MAX_KEYS)
+    largest = _MAX_BLOCK if q.shape[-1] <= _WIDE else _MAX_BLOCK // 2
+    block_q, length = _blocks(q.shape[1], largest)
+    block_kv, size = _blocks(present, largest)
     q, k, v = (
         _pad(x.swapaxes(1, 2), n)
         for x, n in ((q * q.shape[-1] ** -0.5, length), (k, size), (v, size))
