@@ -103,6 +103,7 @@ class _Parser(argparse.ArgumentParser):
     """Raises what it finds wrong."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises it as one line, with where help is."""
         raise InputError(f"{message}; see {self.prog} --help")
 
 
@@ -215,6 +216,7 @@ def _edit(args: argparse.Namespace, others: list[str]) -> None:
     compiling: list[Ahead] = []
 
     def compile_ahead(shapes: Model) -> None:
+        """Begins to compile, before the weights are read."""
         noise = draw_noise(shapes, inputs, jax.random.key(settings.sample.seed))
         compiling.append(Ahead(shapes, inputs, settings, noise, by_step=True))
 
@@ -322,14 +324,17 @@ def _batch(args: argparse.Namespace, others: list[str]) -> int:
     say("to do", f"{total} in {groups} groups of up to {size}")
 
     def loaded() -> Model:
+        """The model, read when the first group needs it."""
         return _load(args, contents, placed)
 
     def runner(*group: Any) -> Sequence[Result | Exception]:
+        """Runs a group so that Ctrl-C is heeded."""
         return interruptibly(lambda: batch.run_group(*group))
 
     with warnings_as_lines(), counting(total) as tell:
 
         def on_end(request: Request, failure: Failure | None) -> None:
+            """Tells what became of an edit."""
             tell(f"{request.id} failed: {failure.reason}" if failure else f"{request.id} done")
 
         if hosts.is_writer():

@@ -27,7 +27,7 @@ MANY_TOKENS = 1024
 """Tokens of a device from which on blocks of `TOKEN_BLOCK` are at most an eighth of padding."""
 
 FEED_FORWARD_TOKENS = 4096
-"""That a device's feed-forward layer takes at a time: as fast as all, in the memory of some."""
+"""That a device's feed-forward layer takes at a time, for the memory of so many."""
 
 FLOAT32 = 4
 

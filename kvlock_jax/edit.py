@@ -97,6 +97,7 @@ def load(
     place = functools.partial(layout.place, mesh, spread=spread) if mesh else None
 
     def model(found: Checkpoint) -> Model:
+        """The model of a checkpoint, or of its shapes."""
         found.transformer.attend, found.vae.tiles = attend, vae_tiles
         return Model(os.fspath(source), found, Tokenizer(found.tokenizer), mesh)
 
@@ -220,6 +221,7 @@ def run_batch(
     clock, sources = Clock(), len(noise)
 
     def compiled(stage: str) -> None:
+        """Waits for what compiles it ahead, if anything does."""
         if ahead is not None:
             with clock.stage("compile ahead"):
                 ahead.wait(stage)

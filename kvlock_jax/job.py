@@ -212,6 +212,7 @@ def _found(
     """What there is to know of each thing, or why not, asked for side by side."""
 
     def tried(thing: _S) -> _T | Exception:
+        """What there is to know of it, or why not."""
         try:
             return what(thing)
         except Exception as error:  # of this one alone

@@ -182,6 +182,7 @@ def parse(content: bytes, folder: str, common: Common) -> Manifest:
 
 def _object(raw: bytes) -> dict[str, Any]:
     def unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object whose keys are all different."""
         counts = collections.Counter(key for key, _ in pairs)
         if twice := [key for key, number in counts.items() if number > 1]:
             raise InputError(f"key {twice[0]!r} is there twice")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -210,9 +210,11 @@ class Ahead:
     ):
         self._model, self._by_step = model, by_step
         self._inputs, self._settings, self._noise = [inputs], [settings], noise
-        made, self._made = (self._texts, self._videos, self._loop, self._decoder), {}
+        stages = {"texts": self._texts, "videos": self._videos}
+        stages |= {"loop": self._loop, "decoder": self._decoder}
+        self._made: dict[str, Future] = {}
         pool = ThreadPoolExecutor(1)
-        for stage, make in zip(("texts", "videos", "loop", "decoder"), made, strict=True):
+        for stage, make in stages.items():
             self._made[stage] = pool.submit(self._on_mesh, make)
         pool.shutdown(wait=False)
 

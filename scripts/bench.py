@@ -21,7 +21,10 @@ import time
 from collections.abc import Callable
 
 import bench_parts
-from bench_rows import ROWS, STEPS, THREADS, Row, Run
+from bench_rows import GRIDS, ROWS, STEPS, THREADS, Row, Run
+
+from kvlock_jax.patches import Grid
+from kvlock_jax.sampling.sampler import bucket
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIDES = ("ours", "peer")
@@ -74,8 +77,8 @@ medians, and drift from row to row with the machine's clock: they tell the size 
 The lock is measured at 1.3B's width with two blocks, and VACE's with one context block. The
 source's pass is whole in both; in a model of 30 the last one's is as good as free. A block's
 weights are read once for the source's rows and once for the edit's, which counts for more with
-fewer tokens. Tokens to edit are rounded up to a thirty-second of the video: a fifth becomes 22 %,
-for which operations alone say 0.72.
+fewer tokens. Tokens to edit are rounded up to a thirty-second of the video: a fifth becomes
+{share:.0%}, for which rows of tokens alone say {floor:.2f}.
 
 ## Beside the peers
 
@@ -122,6 +125,7 @@ def page(found: dict) -> str:
             verdict = "yes" if mine <= row.memory * theirs else "**no**"
             sizes = f"{mine / 1e9:.2f} / {theirs / 1e9:.2f}"
             memory.append([row.name, f"{mine / theirs:.2f}", f"<= {row.memory}", verdict, sizes])
+    share = bucket(round(0.2 * 1950), grid := Grid.of(GRIDS[1950])) / grid.length
     parts = found.get("parts", {"block": [], "convolutions": [], "best": 0.0})
     names = ("jax", "jaxlib", "torch", "diffusers")
     return PAGE.format(
@@ -129,6 +133,8 @@ def page(found: dict) -> str:
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
         threads=THREADS,
         steps=STEPS,
+        share=share,
+        floor=(1 + 2 * share) / 2,  # a source, and two branches, over two
         peers=table("what | ratio | bar | met | rounds | seconds", peers),
         memory=table("what | ratio | bar | met | ours / peer", memory),
         best=f"{parts['best']:.0f}",

@@ -85,6 +85,7 @@ def _lowered(choice, keys, q, k, v, traced):
     """Asks a kernel for `keys`, a number or `None`, or for those of `traced` if there are."""
 
     def call(kernel: Callable) -> Callable:
+        """The kernel, told of its keys."""
         return lambda q, k, v, *traced: kernel(q, k, v, *(traced or (keys,)))
 
     return jax.lax.platform_dependent(
