@@ -94,6 +94,7 @@ def _sums(published: Published) -> Iterator[dict[str, concurrent.futures.Future[
     left = threading.Event()
 
     def sha256(path: Path) -> str:
+        """Of a file, as far as it is wanted still."""
         digest = hashlib.sha256()
         try:
             with path.open("rb") as file:

@@ -176,11 +176,13 @@ def _parameter(source: Source, tensors: Mapping[str, LazyTensor], kind: np.dtype
     shape, nbytes = source.shape, math.prod(source.shape) * kind.itemsize
 
     def layer(key: str) -> np.ndarray:
+        """One tensor, as the parameter has it."""
         return source.transform(tensors[key].read()).astype(kind, copy=False)
 
     if source.stacked:
 
         def layers(first: int, last: int) -> np.ndarray:
+            """Those of some layers, stacked."""
             if last == first + 1:
                 return layer(source.keys[first])[None]
             array = np.empty((last - first, *shape[1:]), kind)

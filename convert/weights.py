@@ -102,6 +102,7 @@ def _lazy(path: Path, key: str, shape: tuple[int, ...], kind: str) -> LazyTensor
         )
 
     def read(part: Callable[[safe_open], np.ndarray]) -> np.ndarray:
+        """What a part of the tensor is, from the file."""
         # opened anew: pages of a file that stays mapped stay in memory, until it is all there
         try:
             with safe_open(path, framework="numpy") as file:

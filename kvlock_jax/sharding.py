@@ -103,6 +103,7 @@ def constrain(tree: _T, letters: str) -> _T:
         return tree
 
     def lay(x: jax.Array) -> jax.Array:
+        """One array, if it divides."""
         for size, name in zip(x.shape, dimensions(letters), strict=True):
             if size % shards(name):
                 fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
@@ -143,6 +144,7 @@ def dividing(
     """A spec of a parameter without the axes that its sizes do not divide by."""
 
     def ways(axis: str | tuple[str, ...] | None) -> int:
+        """Devices of the axes."""
         names = (axis,) if isinstance(axis, str) else axis or ()
         return math.prod(mesh.shape[name] for name in names)
 

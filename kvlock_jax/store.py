@@ -121,6 +121,8 @@ def _handler(on_bytes: OnBytes) -> Any:
         return await ts.open(ts.Spec(spec), create=True, open=True, context=context)
 
     class Handler(ocp.type_handlers.NumpyHandler):
+        """Writes arrays as they are read, some rows at a time."""
+
         async def serialize(self, values, infos, args=None):
             # all at once: each alone would wait for what is being written
             context = ts.Context(_CONTEXT, parent=infos[0].ts_context)

@@ -51,6 +51,7 @@ def counting(total: int) -> Iterator[Callable[[str], None]]:
     if not console.is_interactive:
 
         def count(text: str) -> None:
+            """A line, with its number."""
             with one_by_one:
                 log(f"{next(numbers)} of {total}: {text}")
 
@@ -60,6 +61,7 @@ def counting(total: int) -> Iterator[Callable[[str], None]]:
         task = bar.add_task("editing", total=total)
 
         def advance(text: str) -> None:
+            """A line over the bar, which moves on."""
             with one_by_one:
                 bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
                 bar.advance(task)
@@ -93,6 +95,7 @@ def interruptibly(work: Callable[[], _T]) -> _T:
     future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
     def target() -> None:
+        """Does the work, and hands on what it came to."""
         try:
             future.set_result(work())
         except BaseException as error:

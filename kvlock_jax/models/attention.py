@@ -133,6 +133,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> Rope:
         parts.append((angle.reshape(shape), (*grid, frequency.size)))
 
     def table(function: np.ufunc) -> Float[Array, "L K2"]:
+        """Cosines or sines of all tokens."""
         # Broadcast on the device: at full size the table is 8 MB, too much for a constant.
         axes = [jnp.broadcast_to(jnp.asarray(function(a), jnp.float32), s) for a, s in parts]
         return jnp.concatenate(axes, axis=-1).reshape(-1, head_dim // 2)

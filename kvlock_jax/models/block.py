@@ -140,6 +140,7 @@ class Block(nnx.Module):
         x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
 
         def fed_forward(x: Tokens) -> Tokens:
+            """Tokens after the feed-forward layer, each by itself."""
             y = self.norm3(x) * (1 + scale2) + shift2
             return x + self.ffn(y) * gate2
 
@@ -155,6 +156,7 @@ def stacked(
     @nnx.split_rngs(splits=layers)
     @nnx.vmap
     def build(rngs: nnx.Rngs) -> Block:
+        """One of them."""
         return kind(config, dtype=dtype, rngs=rngs)
 
     return build(rngs)
@@ -165,6 +167,7 @@ def text_cache(blocks: Block, text: Float[Array, "B S D"]) -> KVCache:
     graph, params = nnx.split(blocks.attn2)
 
     def of_layer(layer: Any) -> KVCache:
+        """Keys and values of one block."""
         attention = nnx.merge(graph, gathered_layer(layer))
         k, v = attention.keys_values(text)
         cache = KVCache(k=k.astype(attention.dtype), v=v.astype(attention.dtype))

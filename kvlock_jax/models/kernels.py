@@ -71,11 +71,13 @@ def chunked(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, block: int
     size = math.ceil(length / blocks)
 
     def one_head(index: Int[Array, ""], done: Part) -> Part:
+        """Adds what one head of a row attends to."""
         row, head = index // heads, index % heads
         own_k, own_v = (jax.lax.dynamic_slice_in_dim(x, row, 1)[0] for x in (k, v))
         own_k, own_v = (x.swapaxes(0, 1)[head] for x in (own_k, own_v))
 
         def queries(number: int | Int[Array, ""], done: Part) -> Part:
+            """Adds what one block of queries attends to."""
             # The last block reaches back into the one before, rather than past the last query.
             at = (row, jnp.minimum(number * size, length - size), head, 0)
             some = jax.lax.dynamic_slice(q, at, (1, size, 1, q.shape[-1]))[0, :, 0]
@@ -100,6 +102,7 @@ def _one_head(
     size = math.ceil(k.shape[0] / blocks)
 
     def attend(number: int | Int[Array, ""]) -> Part:
+        """Attention to one block of keys."""
         start = jnp.minimum(number * size, k.shape[0] - size)
         some_k, some_v = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (k, v))
         logits = jnp.einsum("LK,SK->LS", q, some_k, preferred_element_type=wide)

@@ -84,6 +84,7 @@ def over_tokens(
     x = x.reshape(rows, ways, own, width)
 
     def part(number: int, made: Float[Array, "B ways own D"]) -> Float[Array, "B ways own D"]:
+        """Adds what is made of some tokens."""
         start = number * size  # clamped where too few are left: some are made again
         some = jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
         done = run(some.reshape(rows, ways * size, width)).reshape(some.shape)

@@ -29,6 +29,7 @@ def gathered(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
     frames = sharding.shards("L")
 
     def local(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+        """What a device does."""
         if frames > 1:
             k, v = (jax.lax.all_gather(x, "frames", axis=1, tiled=True) for x in (k, v))
         return attend(q, k, v, keys)
@@ -50,15 +51,18 @@ def ring(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
         return gathered(q, k, v, keys)
 
     def local(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+        """What a device does."""
         size, place = k.shape[1], jax.lax.axis_index("frames")
         onward = [(i, (i + 1) % frames) for i in range(frames)]
 
         def part(block: tuple[KeyHeads, KeyHeads], step: int | Int[Array, ""]):
+            """Attention to the block that is here at a step."""
             # After n steps a device holds the block of the device n places back.
             first = (place - step) % frames * size
             return attend_part(q, *block, keys if keys is None else jnp.clip(keys - first, 0, size))
 
         def turn(carry, step: Int[Array, ""]):
+            """Attends to a block while the next one comes."""
             block, so_far = carry
             coming = jax.lax.ppermute(block, "frames", onward)
             return (coming, merge(so_far, part(block, step))), None

@@ -155,6 +155,7 @@ class UMT5Encoder(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def stacked(rngs: nnx.Rngs) -> Block:
+            """One of them."""
             return Block(config, dtype=dtype, rngs=rngs)
 
         self.block = stacked(rngs)
@@ -179,6 +180,7 @@ class UMT5Encoder(nnx.Module):
         graph, params = nnx.split(self.block)
 
         def block(x: Hidden, layer: Any) -> tuple[Hidden, None]:
+            """A turn of the scan."""
             return nnx.merge(graph, gathered_layer(layer))(x, real, buckets), None
 
         x, _ = jax.lax.scan(block, x, params)

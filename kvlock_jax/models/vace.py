@@ -131,6 +131,7 @@ class WanVACETransformer(WanTransformer):
         given = x.reshape(-1, rows, *x.shape[1:]) + conditioning.control[:, None]
 
         def hinted(x: Tokens, control: Tokens, index: Array) -> tuple[Tokens, Tokens]:
+            """After a layer with a hint."""
             # Indexed inside the branch, so that a layer without a hint moves no weights.
             weights, text = jax.tree.map(lambda p: p[index], (params, conditioning.vace_text))
             block = nnx.merge(graph, gathered_layer(weights))
@@ -138,9 +139,11 @@ class WanVACETransformer(WanTransformer):
             return x + scale * some(hint), control
 
         def plain(x: Tokens, control: Tokens, index: Array) -> tuple[Tokens, Tokens]:
+            """After one without."""
             return x, control
 
         def after(x: Tokens, control: Tokens, layer: Any) -> tuple[Tokens, Tokens]:
+            """After any layer."""
             has_hint, index = layer
             return jax.lax.cond(has_hint, hinted, plain, x, control, index)
 

@@ -237,6 +237,7 @@ class WanTransformer(nnx.Module):
             beside, cache = self._stream(*given, None), None
 
         def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
+            """A turn of the scan: the source's rows, then the edit's."""
             (stream, source, kept), (index, weights, own_layer, source_layer, cache) = carry, layer
             run = nnx.merge(graph, gathered_layer(weights))
             if beside is not None:
@@ -271,6 +272,7 @@ class WanTransformer(nnx.Module):
             positions = dataclasses.replace(positions, rope=tuple(take(t, index) for t in rope))
 
         def some(tokens: Tokens) -> Tokens:
+            """The tokens that are computed."""
             return tokens if index is None else sharding.constrain(take(tokens, index), "BLD")
 
         side = self._side(x, time.modulation, conditioning, some)

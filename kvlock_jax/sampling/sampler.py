@@ -335,8 +335,7 @@ class _Step:
 
     def _source_pass(self, told: Told, into: KVCache) -> KVCache:
         z = self._noised_source(told.solver.sigma)
-        given = (z, _rows(told.time, z), self.texts.sources)
-        return self.model.keys_values(*given, into=into)[1]
+        return self.model.keys_values(z, _rows(told.time, z), self.texts.sources, into=into)[1]
 
     def _branches(
         self, latents: Patches, told: Told, cache: KVCache | None, alpha: PerEdit
@@ -350,14 +349,16 @@ class _Step:
             cache = SourcePass(source, _rows(told.time, source), self.texts.sources)
 
         def plain() -> Patches:
+            """Without the source."""
             return self.model(*given, None)
 
         def full() -> Patches:
+            """All tokens, locked."""
             return self.model(*given, Lock(cache, tokens, alpha))
 
         def foreground() -> Patches:
+            """The edit's own tokens; the background's velocity leads straight to the source."""
             held = Lock(cache, tokens, alpha, self.program.tokens)
-            # the background's is the one that leads from where it is to the source
             whole = edits.noise.astype(jnp.float32) - edits.source.astype(jnp.float32)
             return lock.splice(self.model(*given, held), whole, tokens)
 
@@ -387,9 +388,8 @@ class _Step:
     def _guide(
         self, v_cond: Patches, v_uncond: Patches, omega: PerEdit, scale: PerEdit, momentum: Any
     ) -> tuple[Patches, Any]:
-        knobs = self.knobs
         if self.program.guidance == "apg":
-            bounds = (knobs.apg_eta, knobs.apg_norm, knobs.apg_momentum)
+            bounds = (self.knobs.apg_eta, self.knobs.apg_norm, self.knobs.apg_momentum)
             return lock.apg(v_cond, v_uncond, omega, momentum, *bounds)
         return lock.guide(v_cond, v_uncond, omega, scale), momentum
 
