@@ -218,7 +218,8 @@ def _edit(args: argparse.Namespace, others: list[str]) -> None:
     def compile_ahead(shapes: Model) -> None:
         """Begins to compile, before the weights are read."""
         noise = draw_noise(shapes, inputs, jax.random.key(settings.sample.seed))
-        compiling.append(Ahead(shapes, inputs, settings, noise, by_step=True))
+        given = shapes, inputs, settings, noise
+        compiling.append(Ahead(*given, by_step=True, programs=devices.programs(args, placed)))
 
     model = _load(args, contents, placed, compile_ahead)
     seconds = {"load": time.perf_counter() - start}

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import platformdirs
+from etils import epath
 from jax.sharding import Mesh
 
 from kvlock_jax import sharding
 from kvlock_jax.checkpoint import Contents
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.models.sharded_attention import Attend, gathered, ring
+from kvlock_jax.programs import Kept, Programs
 
 ATTENTION = {"gathered": gathered, "ring": ring}
 
@@ -134,3 +136,10 @@ def place(args: argparse.Namespace, contents: Contents, *, many: bool) -> Placem
         return Placement(None, False, gathered, args.vae_tiles)
     spread = spread and mesh.shape["frames"] > 1
     return Placement(mesh, spread, ATTENTION[args.attention], args.vae_tiles)
+
+
+def programs(args: argparse.Namespace, placed: Placement) -> Programs:
+    """How programs are compiled: where one device runs them, as a run before has traced them."""
+    if placed.mesh or not args.jax_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return Programs()
+    return Kept(epath.Path(args.jax_cache_dir) / "traced")

@@ -29,7 +29,7 @@ from kvlock_jax.errors import CheckpointError, InputError, SamplingError
 from kvlock_jax.inputs import Box, Frames, Inputs, Mask, Path_, Picture, read
 from kvlock_jax.models import layout, vae
 from kvlock_jax.models.sharded_attention import Attend, gathered
-from kvlock_jax.prepare import now
+from kvlock_jax.programs import Programs
 from kvlock_jax.progress import Clock
 from kvlock_jax.sampling.sampler import Trace
 from kvlock_jax.settings import Settings, config, config_name, settle
@@ -219,6 +219,7 @@ def run_batch(
             told = f"{given.prompt!r} has words that the text encoder does not know: {words}"
             warnings.warn(told, stacklevel=2)
     clock, sources = Clock(), len(noise)
+    programs = ahead.programs if ahead is not None else Programs()
 
     def compiled(stage: str) -> None:
         """Waits for what compiles it ahead, if anything does."""
@@ -229,17 +230,17 @@ def run_batch(
     with model.on_mesh():
         compiled("texts")
         with clock.stage("encode text"):
-            context = stages.contexts(model, inputs, settings, sources, now)
+            context = stages.contexts(model, inputs, settings, sources, programs.now)
         compiled("videos")
         with clock.stage("encode video"):
-            given = stages.prepared(model, inputs, noise, context, first, now)
+            given = stages.prepared(model, inputs, noise, context, first, programs.now)
             edits, tokens = jax.block_until_ready(given)
         compiled("loop")
-        loop = Loop.of(networks.transformer, first, edits, tokens, on_step is not None, now)
-        edited, trace = loop.run(clock, on_step)
+        given = networks.transformer, first, edits, tokens, on_step is not None, programs.now
+        edited, trace = Loop.of(*given).run(programs, clock, on_step)
         compiled("decoder")
         with clock.stage("decode video"):
-            decoded = stages.decoded(model, edited, edits)
+            decoded = stages.decoded(model, edited, edits, programs.now)
     trace = jax.tree.map(np.asarray, trace)
     results = []
     for n, (given, own) in enumerate(zip(inputs, settings, strict=True)):

@@ -14,7 +14,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,6 +173,8 @@ def _pairs(
 def _ssim_map(
     a: UInt8[Array, "height width 3"], b: UInt8[Array, "height width 3"]
 ) -> Float[Array, "height width 3"]:
+    import dm_pix  # when it is used: an edit starts without it
+
     unit = (image.astype(jnp.float32) / 255.0 for image in (a, b))
     return dm_pix.ssim(*unit, return_map=True, filter_fn=_window)
 

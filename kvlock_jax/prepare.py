@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +17,9 @@ from kvlock_jax.models import vae
 from kvlock_jax.models.conditioning import control
 from kvlock_jax.models.vace import VACEContext
 from kvlock_jax.patches import Grid
+from kvlock_jax.programs import Run, now
 from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.shapes import Latents
-
-Run = Callable[..., Any]
-"""Calls a jitted function with arguments that follow it; or says what would come of it."""
-
-
-def now(program: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
-    """The `Run` that calls it."""
-    return program(*args, **static)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """The stages of an edit: texts, videos, the loop, and frames again.
 
-Each runs its programs through a `Run`: `now` calls them, `ahead` only compiles them. So what an
-edit will need can be compiled from its inputs before the weights are there (`Ahead`), by the same
-code that will use it.
+Each runs its programs through a `Run` of `Programs`: `now` calls them, `ahead` only compiles them.
+So what an edit will need can be compiled from its inputs before the weights are there (`Ahead`), by
+the same code that will use it.
 """
 
 import contextlib
@@ -26,11 +26,12 @@ from kvlock_jax.inputs import Frames, Inputs
 from kvlock_jax.models import vae
 from kvlock_jax.models.conditioning import on_canvas
 from kvlock_jax.patches import Grid, Patches
-from kvlock_jax.prepare import Run, now, prepare
+from kvlock_jax.prepare import prepare
+from kvlock_jax.programs import Programs, Run, now
 from kvlock_jax.progress import Clock
 from kvlock_jax.sampling import sampler, solvers
-from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.sampler import Program, Trace, bucket
+from kvlock_jax.sampling.edits import Edits, bucket
+from kvlock_jax.sampling.sampler import Program, Trace
 from kvlock_jax.settings import Settings
 from kvlock_jax.shapes import Latents
 from kvlock_jax.text import Tokenizer, encode_prompts
@@ -56,17 +57,6 @@ class Model:
     def on_mesh(self) -> AbstractContextManager:
         """The mesh as the ambient one, in which its programs must be compiled and run."""
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
-
-
-def ahead(program: Any, /, *args: Any, **static: Any) -> Any:
-    """Compiles a program; gives shapes, dtypes and shardings of what it would return."""
-    lowered = program.lower(*args, **static)
-    places = lowered.compile().output_shardings
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        lowered.out_info,
-        places,
-    )
 
 
 def contexts(
@@ -150,23 +140,27 @@ class Loop:
         network, _, edits, _, knobs = self.args
         return (network, edits, knobs, *run(sampler.begin, *self.args, program=self.program))
 
-    def ahead(self, begun: tuple | None = None) -> Patches:
-        """Compiles it; gives the shape of the edited latents."""
+    def ahead(self, run: Run, begun: tuple | None = None) -> Patches:
+        """Compiles it by a `Run` that does; gives the shape of the edited latents."""
         if not self.by_step:
-            return ahead(sampler.sample, *self.args, program=self.program)[0]
-        *given, texts, steps, state = begun or self.begun(ahead)
-        first = ahead(sampler.step_of, steps, np.int32(0))
-        return ahead(sampler.advance, *given, texts, first, state, program=self.program)[0].latents
+            return run(sampler.sample, *self.args, program=self.program)[0]
+        *given, texts, steps, state = begun or self.begun(run)
+        first = run(sampler.step_of, steps, np.int32(0))
+        return run(sampler.advance, *given, texts, first, state, program=self.program)[0].latents
 
-    def run(self, clock: Clock, on_step: Callable[[int], None] | None) -> tuple[Patches, Trace]:
+    def run(
+        self, programs: Programs, clock: Clock, on_step: Callable[[int], None] | None
+    ) -> tuple[Patches, Trace]:
         """Compiles it where that was not done, and runs it."""
         with clock.stage("compile"):
-            begun = self.begun(now) if self.by_step else None
-            self.ahead(begun)
+            begun = self.begun(programs.now) if self.by_step else None
+            self.ahead(programs.ahead, begun)
         with clock.stage("sample"):
             if begun is None:
-                return jax.block_until_ready(sampler.sample(*self.args, program=self.program))
-            return sampler.stepwise(*begun, program=self.program, on_step=on_step)
+                done = programs.now(sampler.sample, *self.args, program=self.program)
+                return jax.block_until_ready(done)
+            given = {"program": self.program, "on_step": on_step, "run": programs.now}
+            return sampler.stepwise(*begun, **given)
 
 
 @jax.jit
@@ -182,14 +176,15 @@ def _video_latents(patches: Patches, grid: Grid, references: int) -> list[Latent
     return jnp.split(latents, len(latents) // sharding.shards("B"))
 
 
-def decoded(model: Model, edited: Patches, edits: Edits) -> list[Frames | None]:
+def decoded(model: Model, edited: Patches, edits: Edits, run: Run) -> list[Frames | None]:
     """The videos, as the model made them; `None` of one that is not finite."""
-    return frames(model, _video_latents(edited, edits.grid, edits.references))
+    grid = {"grid": edits.grid, "references": edits.references}
+    return frames(model, run(_video_latents, edited, **grid), run)
 
 
-def frames(model: Model, parts: Sequence[Latents]) -> list[Frames | None]:
+def frames(model: Model, parts: Sequence[Latents], run: Run = now) -> list[Frames | None]:
     """`decoded` of latents as they are."""
-    found = [vae.decode(model.checkpoint.vae, latents) for latents in parts]
+    found = [run(vae.decode, model.checkpoint.vae, latents) for latents in parts]
     rows = (zip(*map(np.asarray, part), strict=True) for part in found)
     return [video if finite else None for video, finite in itertools.chain(*rows)]
 
@@ -198,6 +193,9 @@ class Ahead:
     """Compiles in a thread what one edit will run, stage by stage, in the order of a run.
 
     What goes wrong with it does so again where the edit runs, and is told there.
+
+    Attributes:
+      programs: which the edit has to run by, to find what was compiled.
     """
 
     def __init__(
@@ -207,7 +205,9 @@ class Ahead:
         settings: Settings,
         noise: Float[np.ndarray, "one T H W C"],
         by_step: bool,
+        programs: Programs | None = None,
     ):
+        self.programs = programs or Programs()
         self._model, self._by_step = model, by_step
         self._inputs, self._settings, self._noise = [inputs], [settings], noise
         stages = {"texts": self._texts, "videos": self._videos}
@@ -228,19 +228,21 @@ class Ahead:
             return make()
 
     def _texts(self) -> Array:
-        return contexts(self._model, self._inputs, self._settings, 1, ahead)
+        return contexts(self._model, self._inputs, self._settings, 1, self.programs.ahead)
 
     def _videos(self) -> tuple[Edits, int]:
         given = self._inputs, self._noise, self._made["texts"].result(), self._settings[0]
-        return prepared(self._model, *given, ahead)
+        return prepared(self._model, *given, self.programs.ahead)
 
     def _loop(self) -> Patches:
         network, settings = self._model.checkpoint.transformer, self._settings[0]
         edits, tokens = self._made["videos"].result()
-        return Loop.of(network, settings, edits, tokens, self._by_step, ahead).ahead()
+        run = self.programs.ahead
+        return Loop.of(network, settings, edits, tokens, self._by_step, run).ahead(run)
 
     def _decoder(self) -> None:
         edits, _ = self._made["videos"].result()
         edited = self._made["loop"].result()
-        for latents in ahead(_video_latents, edited, edits.grid, edits.references)[:1]:
-            ahead(vae.decode, self._model.checkpoint.vae, latents)
+        run, grid = self.programs.ahead, {"grid": edits.grid, "references": edits.references}
+        for latents in run(_video_latents, edited, **grid)[:1]:
+            run(vae.decode, self._model.checkpoint.vae, latents)

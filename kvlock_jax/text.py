@@ -3,8 +3,7 @@
 import html
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import ftfy
 import jax
@@ -16,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kvlock_jax.errors import CheckpointError, InputError
+from kvlock_jax.programs import Run, now
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 """T5's special tokens, with ids 0, 1 and 2 in a vocabulary of `write_word_tokenizer`."""
@@ -103,7 +103,7 @@ def encode_prompts(
     encoder: nnx.Module,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    run: Callable[..., Any] = lambda program, *args: program(*args),
+    run: Run = now,
 ) -> Float[Array, "B S D"]:
     """The text context of prompts: hidden states, and zeros after each end token, float32.
 

@@ -24,7 +24,7 @@ import bench_parts
 from bench_rows import GRIDS, ROWS, STEPS, THREADS, Row, Run
 
 from kvlock_jax.patches import Grid
-from kvlock_jax.sampling.sampler import bucket
+from kvlock_jax.sampling.edits import bucket
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIDES = ("ours", "peer")
@@ -77,7 +77,7 @@ medians, and drift from row to row with the machine's clock: they tell the size 
 The lock is measured at 1.3B's width with two blocks, and VACE's with one context block. The
 source's pass is whole in both; in a model of 30 the last one's is as good as free. A block's
 weights are read once for the source's rows and once for the edit's, which counts for more with
-fewer tokens. Tokens to edit are rounded up to a thirty-second of the video: a fifth becomes
+fewer tokens. Tokens to edit are rounded up to a sixty-fourth of the video: a fifth becomes
 {share:.0%}, for which rows of tokens alone say {floor:.2f}.
 
 ## Beside the peers

@@ -29,8 +29,8 @@ from kvlock_jax.models import vae
 from kvlock_jax.models.vace import VACEContext, wan_transformer
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.sampler import Program, bucket, sample
+from kvlock_jax.sampling.edits import Edits, bucket
+from kvlock_jax.sampling.sampler import Program, sample
 
 DEMO = pathlib.Path(kvl.__file__).parent / "demo"
 WIDE = WanConfig(12, 128, 2, 8960)  # the widths of 1.3B, of its 30 layers two

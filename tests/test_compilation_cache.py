@@ -36,8 +36,11 @@ def test_a_second_process_compiles_nothing(tiny_checkpoint, tmp_path):
         assert any(program.startswith(f"jit_{name}-") for program in found), name
     edit(tiny_checkpoint, tmp_path, "--sample_steps", "3", "--jax_cache_dir", str(kept))
     assert {p for p in programs(kept) - found if "advance" in p or "encode" in p} == set()
+    traced = {path: path.stat().st_mtime_ns for path in (kept / "traced").iterdir()}
+    assert len([path for path in traced if path.name.startswith("advance-")]) == 1
     edit(tiny_checkpoint, tmp_path)
     assert programs(kept) >= found
+    assert {path: path.stat().st_mtime_ns for path in (kept / "traced").iterdir()} == traced
     np.testing.assert_array_equal(video.read_video(tmp_path / "out.mkv").frames, first)
     edit(tiny_checkpoint, tmp_path, "--jax_cache_dir", "")
     np.testing.assert_array_equal(video.read_video(tmp_path / "out.mkv").frames, first)

@@ -25,6 +25,7 @@ ROWS = (
     "configs",
     "patches",
     "sharding",
+    "programs",
     "lock",
     "models",
     "text",
@@ -148,7 +149,10 @@ def test_imports_only_rows_above(module):
     ("importer", "allowed"),
     [
         ("lock", {"errors", "shapes", "config", "lock"}),
-        ("sampling", {"errors", "shapes", "config", "patches", "sharding", "lock", "sampling"}),
+        (
+            "sampling",
+            {"errors", "shapes", "config", "patches", "sharding", "programs", "lock", "sampling"},
+        ),
     ],
 )
 def test_method_and_loop_know_no_model(importer, allowed):

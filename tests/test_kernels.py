@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from kvlock_jax.models import kernels
 
@@ -150,13 +151,13 @@ def test_blocks_of_splash(length, size, covered):
 
 @pytest.mark.parametrize("width, queries", [(128, 1024), (256, 1024), (384, 512)])
 def test_blocks_of_wide_heads_are_smaller(width, queries, monkeypatch):
-    sizes, make = [], kernels.splash_attention.BlockSizes
+    sizes, make = [], splash_attention.BlockSizes
 
     def found(**size):
         sizes.append(size)
         return make(**size)
 
-    monkeypatch.setattr(kernels.splash_attention, "BlockSizes", found)
+    monkeypatch.setattr(splash_attention, "BlockSizes", found)
     padded([(1, 4096, 1, width)] * 3)
     assert sizes[0] == {"block_q": queries, "block_kv": queries}
 

@@ -14,8 +14,8 @@ from kvlock_jax.config import LockConfig, WanConfig
 from kvlock_jax.models.vace import VACEContext, wan_transformer
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.sampler import Program, bucket, sample
+from kvlock_jax.sampling.edits import Edits, bucket
+from kvlock_jax.sampling.sampler import Program, sample
 
 T2V = WanConfig(2, 12, 3, 40, 4, 4, text_dim=16, freq_dim=8)
 VACE = dataclasses.replace(T2V, vace_layers=(0, 2), vace_in_channels=6)

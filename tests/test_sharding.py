@@ -21,8 +21,8 @@ from kvlock_jax.models.sharded_attention import gathered, ring
 from kvlock_jax.models.vace import VACEContext, wan_transformer
 from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.sampler import Program, bucket, sample
+from kvlock_jax.sampling.edits import Edits, bucket
+from kvlock_jax.sampling.sampler import Program, sample
 
 MESHES = ((1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1))
 EDITS, STEPS, HEADS, SIZE, LAYERS, TEXT = 8, 4, 4, 12, 3, 6

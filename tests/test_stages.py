@@ -15,7 +15,7 @@ import kvlock_jax as kvl
 from kvlock_jax import stages, video
 from kvlock_jax.config import run_config
 from kvlock_jax.inputs import read
-from kvlock_jax.prepare import now
+from kvlock_jax.programs import Kept, Programs, now
 from kvlock_jax.settings import settle
 from kvlock_jax.stages import Ahead
 
@@ -46,14 +46,22 @@ PROGRAMS = {"encode", "_edits", "sample", "begin", "advance", "step_of", "decode
 
 @pytest.mark.parametrize(
     ("kind", "by_step"),
-    [("text-to-video", True), ("VACE", False), ("converted", True), ("a mesh", True)],
+    [
+        ("text-to-video", True),
+        ("VACE", False),
+        ("converted", True),
+        ("a mesh", True),
+        ("kept", True),
+        ("kept", False),
+    ],
 )
 def test_nothing_is_compiled_again(
     kind, by_step, tiny_checkpoint, tiny_vace_checkpoint, tmp_path, compiled
 ):
     jax.clear_caches()
     folder, mesh = tiny_checkpoint, None
-    if kind == "VACE":
+    programs = Kept(tmp_path / "traced") if kind == "kept" else None
+    if kind in ("VACE", "kept"):
         folder = tiny_vace_checkpoint
     if kind == "converted":
         importlib.import_module("kvlock_jax.convert.command").convert(folder, tmp_path / "own")
@@ -64,7 +72,7 @@ def test_nothing_is_compiled_again(
 
     def on_shapes(model):
         noise = editing.draw_noise(model, inputs, jax.random.key(0))
-        ahead.append(Ahead(model, inputs, settings, noise, by_step))
+        ahead.append(Ahead(model, inputs, settings, noise, by_step, programs))
         ahead[0].wait("decoder")
 
     model = kvl.load(folder, mesh=mesh, on_shapes=on_shapes)
@@ -76,6 +84,35 @@ def test_nothing_is_compiled_again(
     result = editing.run(model, inputs, settings, on_step=on_step, ahead=ahead[0])
     assert not set(compiled) & PROGRAMS
     assert result.video.shape == inputs.source.shape and len(steps) == 3 * by_step
+
+
+def test_what_another_process_traced_makes_the_same_video(tiny_vace_checkpoint, tmp_path):
+    inputs, settings = given(3)
+    names: list[str] = []
+
+    def listener(event, seconds, **about):
+        if event == "/jax/core/compile/jaxpr_trace_duration":
+            names.append(about.get("fun_name", ""))
+
+    def made(programs):
+        names.clear()
+        jax.clear_caches()
+        model = kvl.load(tiny_vace_checkpoint)
+        noise = editing.draw_noise(model, inputs, jax.random.key(0))
+        ahead = Ahead(model, inputs, settings, noise, True, programs)
+        how = {"on_step": lambda step: None, "ahead": ahead}
+        return editing.run(model, inputs, settings, **how).video
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        wanted = made(Programs())
+        assert "flat" not in names
+        np.testing.assert_array_equal(made(Kept(tmp_path)), wanted)
+        assert names.count("flat") == 9
+        np.testing.assert_array_equal(made(Kept(tmp_path)), wanted)
+        assert "flat" not in names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_what_fails_ahead_stops_nothing(tiny_checkpoint):
@@ -123,7 +160,7 @@ def test_the_video_is_encoded_while_the_loop_is_compiled(monkeypatch, tiny_check
 
     def prepared(*args):
         made = prepare(*args)
-        if args[-1] is now:
+        if args[-1].__name__ == "now":
             encoded.set()
         return made
 

@@ -18,7 +18,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Float, Int
 
 from kvlock_jax.shapes import Heads
@@ -161,6 +160,8 @@ def splash_output(
 
 def _splash(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys, **options: bool) -> Array:
     """The kernel's own answer, `B N L K`, to queries, keys and heads padded to whole blocks."""
+    from jax.experimental.pallas.ops.tpu import splash_attention  # when a trace needs it
+
     heads, present = q.shape[2], k.shape[1]
     largest = _MAX_BLOCK if q.shape[-1] <= _WIDE else _MAX_BLOCK // 2
     block_q, length = _blocks(q.shape[1], largest)

@@ -59,3 +59,16 @@ class Edits:
             per_source[:, None], (len(per_source), edits, *per_source.shape[1:])
         )
         return sharding.constrain(wide.reshape(-1, *per_source.shape[1:]), "B L cells C")
+
+
+def bucket(tokens: int, grid: Grid) -> int | None:
+    """Tokens to compute in a pass of the foreground alone, so that one program serves many masks.
+
+    The unit is a sixty-fourth of the video, in equal parts for the devices that share it. `None`
+    where most would have to be computed.
+    """
+    ways = sharding.shards("L")
+    unit = -(-grid.length // 64)
+    unit = -(-unit // ways) * ways
+    found = max(1, -(-tokens // unit)) * unit
+    return found if found <= 3 * grid.length // 4 else None

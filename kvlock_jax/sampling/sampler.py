@@ -22,6 +22,7 @@ from kvlock_jax import lock, sharding
 from kvlock_jax.config import LockConfig
 from kvlock_jax.lock import Knobs, KVCache, Lock, SourcePass, X0Window
 from kvlock_jax.patches import Grid, Patches
+from kvlock_jax.programs import Run, now
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.sampling.solvers import SolverState, SolverTable
@@ -133,19 +134,6 @@ class Program:
     def locked(self) -> bool:
         """Whether there is a source branch at all."""
         return self.passes != ("plain",)
-
-
-def bucket(tokens: int, grid: Grid) -> int | None:
-    """Tokens to compute in a pass of the foreground alone, so that one program serves many masks.
-
-    The unit is a thirty-second of the video, in equal parts for the devices that share it. `None`
-    where most would have to be computed.
-    """
-    ways = sharding.shards("L")
-    unit = -(-grid.length // 32)
-    unit = -(-unit // ways) * ways
-    found = max(1, -(-tokens // unit)) * unit
-    return found if found <= 3 * grid.length // 4 else None
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="latents")
@@ -267,15 +255,16 @@ def stepwise(
     *,
     program: Program,
     on_step: Callable[[int], None],
+    run: Run = now,
 ) -> tuple[Patches, Trace]:
     """What `sample` does after `begin`, by steps; `on_step` is told the number of each, from 0.
 
-    The state is donated.
+    The state is donated. `run` is how each step's programs are called.
     """
     parts = []
     for number in range(len(steps.number)):
-        told = step_of(steps, np.int32(number))
-        state, part = advance(model, edits, knobs, texts, told, state, program=program)
+        told = run(step_of, steps, np.int32(number))
+        state, part = run(advance, model, edits, knobs, texts, told, state, program=program)
         parts.append(jax.tree.map(np.asarray, part))  # waits for it
         on_step(number)
     return state.latents, jax.tree.map(lambda *rows: np.stack(rows), *parts)
