@@ -103,7 +103,11 @@ class Kept(Programs):
 
 def _flat(program: Any, tree: Any, static: dict[str, Any]) -> Callable[..., list[Any]]:
     """A program from leaves to leaves: files know nothing of our classes."""
-    return lambda *leaves: jax.tree.leaves(program(*jax.tree.unflatten(tree, leaves), **static))
+
+    def flat(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(program(*jax.tree.unflatten(tree, leaves), **static))
+
+    return flat
 
 
 def _named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
