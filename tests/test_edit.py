@@ -164,7 +164,7 @@ def test_noise_handed_in(model, plain, kind):
 def test_background_latents_are_those_of_the_source(model, preset, monkeypatch):
     seen, frames = [], stages.frames
     monkeypatch.setattr(
-        stages, "frames", lambda model, made, run: seen.append(made) or frames(model, made, run)
+        stages, "frames", lambda model, made, *run: seen.append(made) or frames(model, made, *run)
     )
     result = edit(model, config=config_of(preset))
     (source,) = np.asarray(vae_module.encode(model.checkpoint.vae, jnp.asarray(CLIP)[None]))
