@@ -1,6 +1,7 @@
 """Eight CPU devices and strict dtype promotion, set before JAX starts."""
 
 import os
+import re
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -36,3 +37,72 @@ def tiny_vace_checkpoint(tmp_path_factory):
     import tiny
 
     return tiny.write_vace_folder(tmp_path_factory.mktemp("tiny_vace"))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    """The tiny Wan 2.1, loaded; modules may have another."""
+    from kvlock_jax import load
+
+    return load(tiny_checkpoint)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with a clip and its mask."""
+    import tiny
+
+    from kvlock_jax import video
+
+    monkeypatch.chdir(tmp_path)
+    video.write_video("in.mkv", tiny.clip(), 12, lossless=True)
+    video.write_video("mask.mkv", tiny.mask(), 12, lossless=True)
+    return tmp_path
+
+
+@pytest.fixture
+def loads(monkeypatch, model):
+    """Puts `model` in place of loading, so that its loop compiles once; lists what was loaded."""
+    from kvlock_jax import cli
+
+    calls = []
+    monkeypatch.setattr(cli, "load", lambda *args, **where: calls.append(args) or model)
+    return calls
+
+
+@pytest.fixture
+def kvlock(folder, loads, tiny_checkpoint, capsys):
+    """Runs `kvlock edit`; flags of the defaults are set by keyword, and left out by None."""
+    from kvlock_jax import cli
+
+    def run(*flags: str, **changes: str | None) -> tuple[int, str, str]:
+        defaults = {
+            "ckpt_dir": str(tiny_checkpoint),
+            "src_video": "in.mkv",
+            "src_mask": "mask.mkv",
+            "prompt": "a red star",
+            "save_file": "out.mkv",
+            "sample_steps": "2",
+        }
+        named = [f"--{k}={v}" for k, v in (defaults | changes).items() if v is not None]
+        status = cli.main(["edit", *named, *flags])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(kvlock, folder, loads):
+    """Runs what must fail before a model is loaded; returns the one line of its error."""
+    from clips import only
+
+    def run(*flags: str, **changes: str | None) -> str:
+        before = only(folder)
+        status, _, errors = kvlock(*flags, **changes)
+        assert status == 2
+        assert re.fullmatch(r"error: [^\n]+\n", errors), errors
+        assert loads == []
+        assert only(folder) == before
+        return errors
+
+    return run

@@ -18,6 +18,7 @@ import originals
 import pytest
 import whole
 from flax import nnx
+from peers import relative_l2
 from rich.console import Console
 
 from kvlock_jax import checkpoint, cli
@@ -67,12 +68,6 @@ def test_a_diffusers_folder(tiny_checkpoint, tmp_path, pieces):
 
 
 # -- what the publisher's own code gave ----------------------------------------------------------
-
-
-def relative_l2(got, want) -> float:
-    got, want = (np.asarray(x, np.float64) for x in (got, want))
-    assert got.shape == want.shape
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

@@ -1,51 +1,31 @@
-"""Edits from end to end on a tiny Diffusers folder: forms of input, sizes, settings, failures."""
+"""Edits from end to end on a tiny Diffusers folder: forms of input, sizes, settings."""
 
 import dataclasses
 from fractions import Fraction
 
+import edits
 import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from edits import BOX, CLIP, FRAMES, MASK, STEPS, config_of, edit
 from etils import epath
 from flax import nnx
 
 import kvlock_jax as kvl
 from kvlock_jax import checkpoint, inputs, metrics, stages, video
-from kvlock_jax.config import run_config
 from kvlock_jax.convert.command import convert
-from kvlock_jax.errors import CheckpointError, ConfigError, InputError, SamplingError
-from kvlock_jax.lock import PRESETS
+from kvlock_jax.errors import CheckpointError
 from kvlock_jax.models import vae as vae_module
 from kvlock_jax.sampling.sampler import sample
-
-STEPS, PROMPT = 3, "a blue star"
-FRAMES, HEIGHT, WIDTH = tiny.SHAPE
-BOX = (8, 8, 16, 16)
-CLIP, MASK = tiny.clip(), tiny.mask()[..., 0] > 127
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint):
-    return kvl.load(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
 def plain(model):
     """The edit that others are compared with."""
     return edit(model)
-
-
-def config_of(preset="kvlock_anchor", steps=STEPS, **edit_settings):
-    config = run_config(preset, steps=steps, shift=3.0, guidance_scale=4.0)
-    config.edit.update(edit_settings)
-    return config
-
-
-def edit(model, clip=CLIP, mask=MASK, prompt=PROMPT, *, config=None, **rest):
-    return kvl.edit(model, clip, mask, prompt, config=config or config_of(), **rest)
 
 
 # -- what goes in and what comes out -------------------------------------------------------------
@@ -180,18 +160,6 @@ def test_background_latents_are_those_of_the_source(model, preset, monkeypatch):
     assert kept > lost + 6
 
 
-def test_without_a_lock_no_source_is_encoded(model, vace, monkeypatch):
-    seen, encode = [], vae_module.encode
-    monkeypatch.setattr("kvlock_jax.prepare.vae.encode", lambda *a: seen.append(a) or encode(*a))
-    config = config_of("cfg")
-    assert np.isfinite(edit(model, config=config).trace.sigma2).all() and not seen
-    config.kvlock.background = "source"
-    edit(model, config=config)
-    assert len(seen) == 1
-    edit(vace, config=config_of("cfg"))
-    assert len(seen) > 1
-
-
 def test_each_step_is_heard_once(model, plain):
     steps: list[int] = []
     heard = edit(model, on_step=steps.append)
@@ -256,13 +224,6 @@ def test_a_converted_checkpoint_loads(model, tiny_checkpoint, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_nothing_to_load(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no/where: no such folder; give 'demo' or"):
-        kvl.load(tmp_path / "no" / "where")
-    with pytest.raises(CheckpointError, match=r"kvlock\.json"):
-        kvl.load(tmp_path)
-
-
 def test_default_settings(model):
     assert kvl.default_config(model).sample.shift == 8.0
     demo = dataclasses.replace(model, name="demo")
@@ -298,181 +259,9 @@ def test_folders_in_a_bucket(monkeypatch):
         kvl.load("gs://bucket/none")
 
 
-def test_no_such_config():
-    with pytest.raises(ConfigError, match=r"no config 'none'; there are demo, t2v_14b_480p"):
-        kvl.config("none")
-
-
-# -- what cannot be used -------------------------------------------------------------------------
-
-
-def spoiled(**kvlock):
-    config = config_of()
-    config.kvlock.update(kvlock)
-    return config
-
-
-BAD = {
-    "empty prompt": (dict(prompt=" \n"), InputError, "the prompt is empty"),
-    "noise of another shape": (
-        dict(noise=np.zeros((2, 4, 6, 4))),
-        InputError,
-        r"noise must have the shape \(1, 2, 4, 6, 4\), found \(2, 4, 6, 4\)",
-    ),
-    "unknown key of the lock": (
-        dict(config=spoiled(taw=0.1)),
-        ConfigError,
-        "unknown key 'taw' of LockConfig; it has enabled, .*tau",
-    ),
-    "value out of range": (
-        dict(config=spoiled(tau=-1.0)),
-        ConfigError,
-        r"LockConfig\.tau must be over 0, found -1\.0",
-    ),
-    "unknown part": (
-        dict(config=type(config_of())({"preset": "cfg", "lock": {}})),
-        ConfigError,
-        "unknown key 'lock' of the config; it has preset, sample, edit, kvlock",
-    ),
-    "unknown preset": (dict(config=config_of("kvlok")), ConfigError, "no preset 'kvlok'"),
-    "empty mask": (dict(mask=np.zeros_like(MASK)), InputError, "the mask is empty"),
-    "nothing left to edit": (
-        dict(mask=np.ones_like(MASK), config=config_of(invert_mask=True)),
-        InputError,
-        "the mask is empty",
-    ),
-    "mask of another length": (
-        dict(mask=MASK[:3]),
-        InputError,
-        "mask: 3 frames, but the video has 5",
-    ),
-    "box outside": (dict(mask=(0, 0, 49, 8)), InputError, "not a box inside 48x32 pixels"),
-    "floats": (
-        dict(clip=CLIP / 255),
-        InputError,
-        r"must be uint8 frames height width 3, found float64 of shape \(5, 32, 48, 3\)",
-    ),
-    "one image": (dict(clip=CLIP[0]), InputError, r"found uint8 of shape \(32, 48, 3\)"),
-    "no such file": (dict(clip="missing.mp4"), InputError, "missing.mp4: no such file"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_used_is_named(model, case):
-    given, kind, message = BAD[case]
-    with pytest.raises(kind, match=message):
-        edit(model, **given)
-
-
 def test_more_frames_than_the_model_was_trained_on(model, plain, monkeypatch):
     monkeypatch.setattr(inputs, "TRAINED_FRAMES", FRAMES - 1)
     with pytest.warns(UserWarning, match="5 frames: the model was trained on 4") as warned:
         result = edit(model)
-    assert warned[0].filename == __file__
+    assert warned[0].filename == edits.__file__
     np.testing.assert_array_equal(result.video, plain.video)
-
-
-def broken(model, part, path, value):
-    """The model with one number of one parameter replaced."""
-    network = nnx.clone(getattr(model.checkpoint, part))
-    parameter = next(v for p, v in nnx.to_flat_state(nnx.state(network)) if p == path)
-    array = parameter.get_value()
-    spoilt = nnx.from_flat_state(
-        [(path, parameter.replace(array.at[(0,) * array.ndim].set(value)))]
-    )
-    nnx.update(network, spoilt)
-    whole = dataclasses.replace(model.checkpoint, **{part: network})
-    return dataclasses.replace(model, checkpoint=whole)
-
-
-def test_latents_that_are_not_finite(model):
-    bad = broken(model, "transformer", ("patch_embedding", "kernel"), jnp.inf)
-    with pytest.raises(SamplingError, match="not finite after step 1 of 3: lower the guidance"):
-        edit(bad)
-
-
-def test_pixels_that_are_not_finite(model):
-    bad = broken(model, "vae", ("decoder", "conv_out", "bias"), jnp.nan)
-    with pytest.raises(SamplingError, match="the VAE's pixels are not finite"):
-        edit(bad)
-
-
-# -- VACE ----------------------------------------------------------------------------------------
-
-PICTURE = np.random.default_rng(5).integers(0, 256, (20, 30, 3), np.uint8)
-
-
-@pytest.fixture(scope="module")
-def vace(tiny_vace_checkpoint):
-    return kvl.load(tiny_vace_checkpoint)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_runs_on_vace_weights(vace, preset):
-    result = edit(vace, config=config_of(preset))
-    assert result.video.shape == CLIP.shape and result.trace.finite.all()
-    assert not np.array_equal(
-        result.video, edit(vace, prompt="a red circle", config=config_of(preset)).video
-    )
-
-
-def test_references_change_the_edit_and_not_its_length(vace):
-    config = config_of("kvlock")
-    plain, shown = edit(vace, config=config), edit(vace, config=config, references=[PICTURE])
-    assert shown.video.shape == CLIP.shape
-    assert not np.array_equal(plain.video, shown.video)
-    turned = edit(vace, config=config, references=[PICTURE[::-1]])
-    assert not np.array_equal(turned.video, shown.video)
-
-
-def test_a_pinned_background_is_the_sources_under_references(vace, monkeypatch):
-    seen = {}
-    plain = sample
-
-    def spy(model, latents, edits, *rest, **program):
-        seen["edits"], (out, trace) = edits, plain(model, latents, edits, *rest, **program)
-        seen["out"] = np.asarray(out)
-        return out, trace
-
-    spy.lower = plain.lower
-    monkeypatch.setattr(stages.sampler, "sample", spy)
-    edit(vace, config=config_of("kvlock_anchor"), references=[PICTURE, PICTURE])
-    edits = seen["edits"]
-    whole = (edits.grid.join(x) for x in (seen["out"], edits.source, edits.foreground[..., None]))
-    out, source, foreground = map(np.asarray, whole)
-    assert edits.references == 2 and out.shape[1] == 2 + (FRAMES + 3) // 4
-    kept = ~foreground
-    kept[:, :2] = False
-    np.testing.assert_array_equal(np.where(kept, out, 0), np.where(kept, source, 0))
-    assert not np.array_equal(out[:, :2], source[:, :2])
-
-
-def test_what_is_masked_is_hidden_unless_it_is_to_be_shown(vace):
-    other = CLIP.copy()
-    other[MASK] = 255 - other[MASK]
-    noise = np.random.default_rng(0).normal(size=(1, 2, 4, 6, 4)).astype(np.float32)
-
-    def videos(**settings):
-        config = config_of("cfg", **settings)
-        return [edit(vace, clip, config=config, noise=noise).video for clip in (CLIP, other)]
-
-    np.testing.assert_array_equal(*videos())
-    assert not np.array_equal(*videos(show_masked=True))
-
-
-def test_without_its_context_a_vace_model_is_blind_to_the_source(vace):
-    config = config_of("cfg", context_scale=0.0)
-    np.testing.assert_array_equal(
-        edit(vace, config=config).video, edit(vace, CLIP[:, ::-1].copy(), config=config).video
-    )
-
-
-def test_references_need_vace(model):
-    with pytest.raises(InputError, match="reference pictures need a VACE model"):
-        edit(model, references=[PICTURE])
-
-
-@pytest.mark.parametrize("picture", [PICTURE[..., 0], PICTURE / 255, "no such.png"])
-def test_references_that_are_no_pictures(vace, picture):
-    with pytest.raises(InputError, match=r"reference picture must be|no such file"):
-        edit(vace, references=[picture])

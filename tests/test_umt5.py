@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from peers import relative_l2
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from kvlock_jax.config import UMT5Config
@@ -34,11 +35,6 @@ CONFIGS = {
         layer_norm_epsilon=1e-4,
     ),
 }
-
-
-def relative_l2(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def peer(config: UMT5Config) -> transformers.UMT5EncoderModel:

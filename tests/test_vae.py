@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from flax import nnx
+from peers import relative_l2
 
 from kvlock_jax.config import VAEConfig
 from kvlock_jax.convert import diffusers, original, table, weights
@@ -58,12 +59,6 @@ CASES = {
     ),
 }
 SMALL = next(iter(CASES))
-
-
-def relative_l2(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def channels_last(x: torch.Tensor) -> np.ndarray:

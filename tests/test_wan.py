@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -18,6 +16,7 @@ import whole
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers import transformer_wan
 from flax import nnx
+from peers import ours_of, relative_l2, scrambled
 
 from kvlock_jax.config import WanConfig
 from kvlock_jax.convert import diffusers, original, table, weights
@@ -65,36 +64,21 @@ CASES = {
 LOCKED = next(iter(CASES))
 
 
-def relative_l2(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
-
-
 # -- the peer and ours, from the same files ------------------------------------------------------
 
 
 def peer_of(config: WanConfig) -> WanTransformer3DModel:
     """Diffusers' transformer with every parameter far from its initial value."""
-    torch.manual_seed(0)
     sizes = {k: v for k, v in dataclasses.asdict(config).items() if not k.startswith("vace")}
-    model = WanTransformer3DModel(**sizes).eval()
-    for name, parameter in model.named_parameters():
-        scale = math.prod(parameter.shape[1:]) ** -0.5 if "weight" in name else 0.4
-        norm = "norm" in name and name.endswith("weight")
-        torch.nn.init.normal_(parameter, float(norm), 0.4 if norm else scale)
-    return model
+    return scrambled(WanTransformer3DModel(**sizes))
 
 
 @functools.cache
 def built(name, dtype=jnp.float32):
     """The peer of a case and our model, loaded from what the peer saved."""
-    peer = peer_of(CASES[name].config)
-    with tempfile.TemporaryDirectory() as folder:
-        peer.save_pretrained(folder)
-        ours = diffusers.load_model(folder, diffusers.TRANSFORMER, compute_dtype=dtype)
-    assert ours.config == CASES[name].config
-    return peer, ours
+    config = CASES[name].config
+    peer = peer_of(config)
+    return peer, ours_of(peer, diffusers.TRANSFORMER, config, dtype)
 
 
 def inputs(name, seed=0):

@@ -1,0 +1,35 @@
+"""Models of Diffusers as peers of ours."""
+
+import math
+import tempfile
+
+import numpy as np
+import torch
+
+from kvlock_jax.convert import diffusers
+
+
+def scrambled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with every parameter far from its initial value."""
+    torch.manual_seed(0)
+    for name, parameter in model.eval().named_parameters():
+        scale = math.prod(parameter.shape[1:]) ** -0.5 if "weight" in name else 0.4
+        norm = "norm" in name and name.endswith("weight")
+        torch.nn.init.normal_(parameter, float(norm), 0.4 if norm else scale)
+    return model
+
+
+def ours_of(peer, kind, config, dtype):
+    """Our model, loaded from what the peer saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        peer.save_pretrained(folder)
+        ours = diffusers.load_model(folder, kind, compute_dtype=dtype)
+    assert ours.config == config
+    return ours
+
+
+def relative_l2(got, want):
+    """The distance of two arrays of one shape, in lengths of the second."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
