@@ -105,6 +105,7 @@ def _flat(program: Any, tree: Any, static: dict[str, Any]) -> Callable[..., list
     """A program from leaves to leaves: files know nothing of our classes."""
 
     def flat(*leaves: Any) -> list[Any]:
+        """Its trees are made while it is traced."""
         return jax.tree.leaves(program(*jax.tree.unflatten(tree, leaves), **static))
 
     return flat
@@ -114,6 +115,7 @@ def _named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     """A function under another name, in profiles and in JAX's cache."""
 
     def named(*leaves: Any) -> Any:
+        """What is called is a function of its own: an exported program takes no name."""
         return call(*leaves)
 
     named.__name__ = name

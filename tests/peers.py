@@ -1,11 +1,16 @@
 """Models of Diffusers as peers of ours."""
 
+import dataclasses
+import functools
 import math
 import tempfile
 
+import jax.numpy as jnp
 import numpy as np
 import torch
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
+from kvlock_jax.config import WanConfig
 from kvlock_jax.convert import diffusers
 
 
@@ -19,13 +24,20 @@ def scrambled(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def ours_of(peer, kind, config, dtype):
-    """Our model, loaded from what the peer saved."""
+@functools.cache
+def pair(config: WanConfig, dtype: jnp.dtype):
+    """Diffusers' transformer of a size, scrambled, and ours, loaded from what it saved."""
+    sizes = dataclasses.asdict(config)
+    peer, layout = WanVACETransformer3DModel, diffusers.VACE_TRANSFORMER
+    if not config.vace_layers:
+        sizes = {name: size for name, size in sizes.items() if not name.startswith("vace")}
+        peer, layout = WanTransformer3DModel, diffusers.TRANSFORMER
+    peer = scrambled(peer(**sizes))
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
-        ours = diffusers.load_model(folder, kind, compute_dtype=dtype)
+        ours = diffusers.load_model(folder, layout, compute_dtype=dtype)
     assert ours.config == config
-    return ours
+    return peer, ours
 
 
 def relative_l2(got, want):

@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from kvlock_jax import devices, video
 from kvlock_jax.config import WanConfig
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.models.sharded_attention import gathered, ring
+from kvlock_jax.programs import Kept, Programs
 
 CONFIG = WanConfig(4, 12, 2, 40)
 CONTENTS = types.SimpleNamespace(
@@ -51,6 +53,26 @@ def test_what_is_asked_for_is_had():
     placed = devices.place(args, CONTENTS, many=False)
     assert (placed.spread, placed.attend) == (True, ring)
     assert str(placed) == "8 devices: data 2, frames 2, model 2, weights spread"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "folder", "enabled", "kind"),
+    [
+        ("frames=1", "cache", True, Kept),
+        ("frames=8", "cache", True, Programs),
+        ("frames=1", "", True, Programs),
+        ("frames=1", "cache", False, Programs),
+    ],
+)
+def test_what_is_traced_is_kept_of_one_device_beside_a_cache(mesh, folder, enabled, kind):
+    args = parsed("--mesh", mesh, "--jax_cache_dir", folder)
+    placed = devices.place(args, CONTENTS, many=False)
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    try:
+        assert type(devices.programs(args, placed)) is kind
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 @pytest.mark.parametrize("mesh", ["frames=1", "frames=8"])

@@ -93,6 +93,25 @@ def test_what_is_another_program_is_traced(other, times, kept):
     np.testing.assert_array_equal(np.asarray(found.second, np.float32), wanted)
 
 
+def test_a_namesake_is_another_program(kept):
+    @functools.partial(jax.jit, static_argnames="times")
+    def scaled_(pair, by, *, times=1):
+        return pair.second, times
+
+    scaled_.__wrapped__.__name__ = scaled_.__name__ = "scaled"
+    programs = kept()
+    programs.now(scaled, pair(), np.float32(2), times=7)
+    for start in (programs, kept()):
+        _, times = start.now(scaled_, pair(), np.float32(2), times=7)
+        assert times == 7  # and not the sum
+
+
+def test_a_number_without_a_type_of_its_own_makes_another_program(kept):
+    kept().now(scaled, pair(), jnp.float32(2))
+    kept().now(scaled, pair(), jnp.asarray(2.0))
+    assert traces == ["a"]
+
+
 @pytest.mark.parametrize("setting", ["jax_default_matmul_precision", "jax_numpy_rank_promotion"])
 def test_jaxs_settings_make_another_program(setting, kept):
     kept().now(scaled, pair(), np.float32(2))

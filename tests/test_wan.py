@@ -1,7 +1,5 @@
 """The transformer against Diffusers and the publisher's outputs; its lock, dtypes, full sizes."""
 
-import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 import whole
-from diffusers import WanTransformer3DModel
 from diffusers.models.transformers import transformer_wan
 from flax import nnx
-from peers import ours_of, relative_l2, scrambled
+from peers import pair, relative_l2
 
 from kvlock_jax.config import WanConfig
 from kvlock_jax.convert import diffusers, original, table, weights
@@ -67,18 +64,9 @@ LOCKED = next(iter(CASES))
 # -- the peer and ours, from the same files ------------------------------------------------------
 
 
-def peer_of(config: WanConfig) -> WanTransformer3DModel:
-    """Diffusers' transformer with every parameter far from its initial value."""
-    sizes = {k: v for k, v in dataclasses.asdict(config).items() if not k.startswith("vace")}
-    return scrambled(WanTransformer3DModel(**sizes))
-
-
-@functools.cache
 def built(name, dtype=jnp.float32):
-    """The peer of a case and our model, loaded from what the peer saved."""
-    config = CASES[name].config
-    peer = peer_of(config)
-    return peer, ours_of(peer, diffusers.TRANSFORMER, config, dtype)
+    """The peer of a case and our model."""
+    return pair(CASES[name].config, dtype)
 
 
 def inputs(name, seed=0):

@@ -1,7 +1,5 @@
 """VACE's transformer by Diffusers, of the same weights, case by case."""
 
-import dataclasses
-import functools
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -11,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import whole
-from diffusers import WanVACETransformer3DModel
 from diffusers.models.transformers import transformer_wan
 from flax import nnx
-from peers import ours_of, scrambled
+from peers import pair
 
 from kvlock_jax.config import WanConfig
-from kvlock_jax.convert import diffusers
 from kvlock_jax.models.vace import VACEContext
 
 ORIGINAL = Path(__file__).parent / "data" / "original"
@@ -86,17 +82,9 @@ CASES = {
 LOCKED, SMALL, *_ = CASES
 
 
-def peer_of(config: WanConfig) -> WanVACETransformer3DModel:
-    """Diffusers' transformer with every parameter far from its initial value."""
-    return scrambled(WanVACETransformer3DModel(**dataclasses.asdict(config)))
-
-
-@functools.cache
 def built(name, dtype=jnp.float32):
-    """The peer of a case and our model, loaded from what the peer saved."""
-    config = CASES[name].config
-    peer = peer_of(config)
-    return peer, ours_of(peer, diffusers.VACE_TRANSFORMER, config, dtype)
+    """The peer of a case and our model."""
+    return pair(CASES[name].config, dtype)
 
 
 def inputs(name, seed=0):
