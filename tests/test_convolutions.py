@@ -1,33 +1,86 @@
-"""A causal convolution frame by frame, as on CPU, is the convolution over frames at once."""
+"""Each form of the VAE's convolutions on CPU is the convolution that other backends run."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from kvlock_jax.models.convolutions import CausalConv3d
+from kvlock_jax.models import convolutions
+from kvlock_jax.models.convolutions import CausalConv3d, DoublingConv2d, HalvingConv2d
 
 
-def made(c_in, size, time_stride):
-    layer = CausalConv3d(c_in, 5, size, time_stride, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (2, 7, 6, 9, c_in))
-    return layer, x
+def features(*shape):
+    return jax.random.normal(jax.random.key(1), shape)
+
+
+def same(found, want):
+    assert found.shape == want.shape
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("c_in", [3, 32, 33])  # three frames' channels at once, and one's
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("time_stride", [1, 2])
-def test_frame_by_frame_is_all_at_once(c_in, size, time_stride):
-    layer, x = made(c_in, size, time_stride)
-    kernel = layer.kernel[...]
-    want = layer._whole(x, kernel)
-    assert want.shape == (2, 5 if time_stride == 1 else 3, 6, 9, 5)
-    np.testing.assert_allclose(layer._by_frames(x, kernel), want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_frames_on_cpu_are_the_whole_convolution(c_in, size, time_stride, frames):
+    layer = CausalConv3d(c_in, 5, size, time_stride, rngs=nnx.Rngs(0))
+    x, kernel = features(2, frames + 2, 6, 9, c_in), layer.kernel[...]
+    same(jax.jit(layer._by_frames)(x, kernel), layer._whole(x, kernel))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_wide_channels_of_large_frames_are_filtered_and_the_same(frames):
+    layer = CausalConv3d(104, 96, rngs=nnx.Rngs(0))
+    x, kernel = features(1, frames + 2, 23, 25, 104), layer.kernel[...]  # not whole tiles
+    assert convolutions._filtered(x, kernel)
+    same(jax.jit(layer._by_frames)(x, kernel), layer._whole(x, kernel))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 22, 25, 95), (1, 3, 22, 23, 96)])
+def test_narrow_channels_and_small_frames_are_not(shape):
+    assert not convolutions._filtered(features(*shape), jnp.zeros((3, 3, 3, shape[-1], 96)))
+    assert not convolutions._filtered(features(1, 3, 32, 32, 96), jnp.zeros((3, 1, 1, 96, 96)))
+
+
+@pytest.mark.parametrize("channels", [6, 96])
+@pytest.mark.parametrize("sides", [(22, 25), (1, 2)])
+def test_a_doubled_frame_is_convolved_without_being_made(channels, sides):
+    layer = DoublingConv2d(channels, 96, rngs=nnx.Rngs(0))
+    x, kernel = features(2, 3, *sides, channels), layer.kernel[...]
+    found = jax.jit(layer._filtered)(x, kernel)
+    assert found.shape == (2, 3, 2 * sides[0], 2 * sides[1], 96)
+    same(found, layer._whole(x, kernel))
+
+
+def test_a_frame_is_doubled_cell_by_cell():
+    x = features(1, 1, 2, 3, 4)
+    want = np.repeat(np.repeat(np.asarray(x), 2, axis=2), 2, axis=3)
+    np.testing.assert_array_equal(convolutions._doubled(x), want)
+
+
+@pytest.mark.parametrize("module", [CausalConv3d, DoublingConv2d])
+def test_other_dtypes_are_not_filtered(module):
+    layer = module(96, 96, rngs=nnx.Rngs(0))
+    x = features(1, 6, 24, 24, 96).astype(jnp.bfloat16)
+    form = layer._by_frames if module is CausalConv3d else layer._filtered
+    found = form(x, layer.kernel[...].astype(x.dtype))
+    want = layer._whole(x, layer.kernel[...].astype(x.dtype))
+    error = np.linalg.norm(np.float32(found - want)) / np.linalg.norm(np.float32(want))
+    assert found.dtype == jnp.bfloat16 and error < 6e-3
+
+
+def test_halving_takes_a_row_and_column_after_the_frame():
+    layer = HalvingConv2d(1, 1, rngs=nnx.Rngs(0))
+    layer.kernel[...] = jnp.zeros((3, 3, 1, 1)).at[2, 2].set(1.0)
+    x = jnp.arange(16.0).reshape(1, 1, 4, 4, 1)
+    np.testing.assert_array_equal(layer(x)[0, 0, ..., 0], [[10.0, 0.0], [0.0, 0.0]])
 
 
 @pytest.mark.parametrize("c_in", [32, 33])
 def test_a_cpu_convolves_no_more_than_a_frame(c_in):
-    layer, x = made(c_in, 3, 1)
+    layer = CausalConv3d(c_in, 5, rngs=nnx.Rngs(0))
+    x = features(2, 7, 6, 9, c_in)
     by_platform = {
         platform: jax.jit(layer.valid).trace(x).lower(lowering_platforms=(platform,)).as_text()
         for platform in ("cpu", "tpu")

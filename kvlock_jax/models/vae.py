@@ -21,7 +21,14 @@ from kvlock_jax import sharding
 from kvlock_jax.config import VAEConfig
 from kvlock_jax.errors import InputError
 from kvlock_jax.models.attention import attend
-from kvlock_jax.models.convolutions import Cache, CausalConv3d, Conv2d, Feature, past
+from kvlock_jax.models.convolutions import (
+    Cache,
+    CausalConv3d,
+    DoublingConv2d,
+    Feature,
+    HalvingConv2d,
+    past,
+)
 from kvlock_jax.models.pieces import Coder, in_tiles, over_chunks
 from kvlock_jax.shapes import VAE_STRIDES, Latents
 
@@ -102,7 +109,7 @@ class Downsample(nnx.Module):
     """Halves rows and columns; where `temporal`, frames too, but the first frame stands alone."""
 
     def __init__(self, channels: int, temporal: bool, *, rngs):
-        self.resample = Conv2d(channels, channels, 2, (0, 1), rngs=rngs)
+        self.resample = HalvingConv2d(channels, channels, rngs=rngs)
         make = CausalConv3d(channels, channels, 1, 2, rngs=rngs) if temporal else None
         self.time_conv = make
 
@@ -120,7 +127,7 @@ class Upsample(nnx.Module):
     """Doubles rows and columns, halves channels; where `temporal`, doubles frames but the first."""
 
     def __init__(self, channels: int, temporal: bool, *, rngs):
-        self.resample = Conv2d(channels, channels // 2, 1, (1, 1), rngs=rngs)
+        self.resample = DoublingConv2d(channels, channels // 2, rngs=rngs)
         self.time_conv = CausalConv3d(channels, 2 * channels, 1, rngs=rngs) if temporal else None
 
     def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
@@ -134,16 +141,7 @@ class Upsample(nnx.Module):
             batch, frames, *space, channels = x.shape
             y = jnp.moveaxis(y.reshape(batch, frames, *space, 2, channels), -2, 2)
             x = y.reshape(batch, 2 * frames, *space, channels)
-        return self.resample(_double(x)), cache
-
-
-def _double(x: Feature) -> Feature:
-    """Every cell four times; a broadcast, since the gradient of `jnp.repeat` is a slow scatter."""
-    batch, frames, height, width, channels = x.shape
-    wide = jnp.broadcast_to(
-        x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, channels)
-    )
-    return wide.reshape(batch, frames, 2 * height, 2 * width, channels)
+        return self.resample(x), cache
 
 
 class Encoder(nnx.Module):

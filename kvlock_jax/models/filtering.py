@@ -1,0 +1,154 @@
+"""Convolutions of three taps with fewer products: Winograd's minimal filtering.
+
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308): some
+outputs of three taps `g` come from a window of inputs `d` by a few products,
+
+    y = A^T [(G g) (B^T d)]
+
+Axes nest: where the product is a convolution along another axis, that one is filtered as well.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float64, Int
+
+Product = Callable[[Array, Array], Array]
+"""Bilinear, of an input and a tap; it keeps the axes of the input but for the last."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Filter:
+    """How outputs are made of a window of inputs.
+
+    Attributes:
+      of_products: `A^T`.
+      of_taps: `G`.
+      of_inputs: `B^T`.
+      stride: inputs from one window to the next.
+    """
+
+    of_products: Float64[np.ndarray, "outputs products"]
+    of_taps: Float64[np.ndarray, "products 3"]
+    of_inputs: Float64[np.ndarray, "products window"]
+    stride: int
+
+
+def _toom_cook(*points: float) -> Filter:
+    """`F(n, 3)`: n outputs of n + 2 inputs and products, by polynomials' values at n + 1 points."""
+    outputs, at = len(points) - 1, np.array(points)
+    others = [np.delete(at, i) for i in range(len(at))]
+    last = np.arange(outputs) == outputs - 1  # what the point at infinity tells
+    of_products = np.concatenate([at ** np.arange(outputs)[:, None], last[:, None]], axis=1)
+    scale = np.array([np.prod(p - rest) for p, rest in zip(at, others, strict=True)])
+    of_taps = np.concatenate([at[:, None] ** np.arange(3) / scale[:, None], [[0.0, 0.0, 1.0]]])
+    rows = [*(np.append(np.poly(rest)[::-1], 0.0) for rest in others), np.poly(at)[::-1]]
+    return Filter(of_products, of_taps, np.stack(rows), outputs)
+
+
+TWO = _toom_cook(0.0, 1.0, -1.0)
+"""Two outputs of four inputs by four products instead of six."""
+
+FOUR = _toom_cook(0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
+"""Four outputs of six inputs by six products instead of twelve. The usual points, 0, 1, -1, 2 and
+-2, round twice as much as these (`tests/test_filtering.py`)."""
+
+DOUBLED = Filter(
+    of_products=np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]),
+    of_taps=np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]),
+    of_inputs=np.array([[1.0, -1.0, 0.0], [0.0, 1.0, 0.0], [0.0, -1.0, 1.0]]),
+    stride=1,
+)
+"""Two outputs of three inputs, each standing for two alike, by three products instead of six: `TWO`
+of `a b b c`, of whose products one is 0."""
+
+
+Inputs = Sequence[Array]
+"""The inputs of all windows, by their place in the window."""
+
+Each = Callable[[Product, Filter, Inputs, Array], Sequence[Array]]
+"""All products of a filter, `(G g) (B^T d)`, of inputs and taps."""
+
+
+def unrolled(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
+    """The products one by one."""
+    taps = jnp.tensordot(jnp.asarray(form.of_taps, taps.dtype), taps, axes=1)
+    return [product(_sum(b, inputs), g) for b, g in zip(form.of_inputs, taps, strict=True)]
+
+
+def stacked(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
+    """The products in one batch: small ones compile sooner, and run as fast."""
+    sums = [(_sum(b, inputs), _sum(g, taps)) for b, g in _rows(form)]
+    return jax.vmap(product)(*(jnp.stack(each) for each in zip(*sums, strict=True)))
+
+
+def looped(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
+    """The products in a loop, for the memory and the time to compile of one."""
+    of_inputs, of_taps = (jnp.asarray(m, taps.dtype) for m in (form.of_inputs, form.of_taps))
+
+    def of_row(row: int | Int[Array, ""]) -> Array:
+        """A product; factors of 0 are no special ones here."""
+        x = sum(of_inputs[row, place] * each for place, each in enumerate(inputs))
+        return product(x, jnp.tensordot(of_taps[row], taps, axes=1))
+
+    one, rows = jax.eval_shape(of_row, 0), len(form.of_inputs)
+    # Not the zeros that `lax.map` starts with: XLA would make those once for all loops of a program
+    # and copy them for each before any runs, 1.4 GB of copies at 240x416. A number of the inputs
+    # ties them to their own loop; it is of the middle, since edges may be padding.
+    middle = inputs[len(inputs) // 2]
+    number = middle[tuple(n // 2 for n in middle.shape)]
+    start = jnp.broadcast_to(number, (rows, *one.shape))
+    update = jax.lax.dynamic_update_index_in_dim
+    return jax.lax.fori_loop(0, rows, lambda row, made: update(made, of_row(row), row, 0), start)
+
+
+def convolve(
+    x: Array,
+    taps: Array,
+    product: Product,
+    form: Filter,
+    *,
+    axis: int,
+    each: Each = unrolled,
+) -> Array:
+    """`y_i = sum_t product(x_{i + t}, taps_t)` along an axis, which loses two of its length first.
+
+    Args:
+      x: inputs, float32: in fewer bits the sums would lose too many.
+      taps: three, along the first axis.
+      product: of the inputs of one place along the axis, and a tap.
+      form: the filter.
+      axis: of `x`.
+      each: how products are made: `unrolled`, `looped` or `stacked`.
+    """
+    outputs, window = len(form.of_products), form.of_inputs.shape[1]
+    count = x.shape[axis] - 2
+    tiles = -(-count // form.stride)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, tiles * form.stride - count)
+    x = jnp.pad(x, padding)
+    last = form.stride * (tiles - 1) + 1
+    places = [
+        jax.lax.slice_in_dim(x, place, place + last, stride=form.stride, axis=axis)
+        for place in range(window)
+    ]
+    made = each(product, form, places, taps)
+    y = jnp.stack([_sum(row, made) for row in form.of_products], axis=axis + 1)
+    y = y.reshape(*y.shape[:axis], tiles * outputs, *y.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(y, 0, count * outputs // form.stride, axis=axis)
+
+
+def _rows(form: Filter) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What inputs and taps are multiplied with, product by product."""
+    return zip(form.of_inputs, form.of_taps, strict=True)
+
+
+def _sum(factors: np.ndarray, terms: Sequence[Array]) -> Array:
+    """A weighted sum, without terms whose factor is 0."""
+    kept = [(f, x) for f, x in zip(factors, terms, strict=True) if f]
+    return functools.reduce(operator.add, (x if f == 1 else x * x.dtype.type(f) for f, x in kept))
