@@ -5,7 +5,8 @@
 Every row (`bench_rows.py`) runs two programs in turn, round by round, on this machine's CPU in
 float32 and two threads: its clock drifts, the ratio of a round does not. What is kept is the median
 of the rounds' ratios, and their spread. Memory is the peak of a process that makes and runs one of
-the two once. What is measured is kept in `--runs`, and the page made of all there is.
+the two once. What is measured is kept in `--runs`, and this machine's section of the page made of
+all there is; the sections of other machines stay as they are.
 """
 
 import argparse
@@ -66,11 +67,11 @@ def alone(name: str, side: str) -> None:
 
 # --- the page -----------------------------------------------------------------------------------
 
-PAGE = """# Benchmarks
+HEAD = """# Benchmarks
 
-Written by `python scripts/bench.py`; do not edit. {machine}; {versions}.
-Float32, {threads} threads on both sides, no accelerator; random weights but for the demo model; a
-loop has {steps} steps.
+Written by `python scripts/bench.py`; do not edit. A section is of one machine and of the commits
+that it names. Float32, {threads} threads on both sides, no accelerator; random weights but for the
+demo model; a loop has {steps} steps.
 
 Ratios of two programs that ran in turn: `median (least to most)` over so many rounds. Seconds are
 medians, and drift from row to row with the machine's clock: they tell the size of a case, no more.
@@ -80,37 +81,55 @@ weights are read once for the source's rows and once for the edit's, which count
 fewer tokens. Tokens to edit are rounded up to a sixty-fourth of the video: a fifth becomes
 {share:.0%}, for which rows of tokens alone say {floor:.2f}.
 
-## Beside the peers
+Memory is the peak resident size of a process that makes one of the two and runs it once, GB.
+
+Where the time goes: operations by hand (`kvlock_jax/costs.py`) over seconds measured, part by part,
+each compiled by itself; `rate` is billions of operations a second, and the last column what part
+that is of the fastest bare product that the machine showed. Convolutions are of the VAE's decoder,
+and make such features (frames, rows, columns, channels); rates count the products that a
+convolution without filters has, so ours may be over what the machine multiplies.
+"""
+
+SECTION = """
+## {machine}
+
+{versions}; {commits}.
+
+### Beside the peers
 
 {peers}
 
-## Memory
-
-Peak resident size of a process that makes one of the two and runs it once, GB.
+### Memory
 
 {memory}
+"""
 
-## Where the time goes
+PARTS = """
+### Where the time goes
 
-Operations by hand (`kvlock_jax/costs.py`) over seconds measured, part by part, each compiled by
-itself; `rate` is billions of operations a second, and the last column what part that is of the
-fastest bare product that this machine showed, {best}.
+The fastest bare product: {best}.
 
 {parts}
-
-Convolutions of the VAE's decoder that make such features (frames, rows, columns, channels), rates
-as XLA runs them and as PyTorch does:
 
 {convolutions}
 """
 
 
-def page(found: dict) -> str:
-    """The report."""
+def page(found: dict, before: str) -> str:
+    """The report, with what the page of before says of other machines."""
+    share = bucket(round(0.2 * 1950), grid := Grid.of(GRIDS[1950])) / grid.length
+    floor = (1 + 2 * share) / 2  # a source, and two branches, over two
+    head = HEAD.format(threads=THREADS, steps=STEPS, share=share, floor=floor)
+    sections = {machine(): section(found)}
+    for kept in re.split(r"(?=\n## )", before)[1:]:
+        sections.setdefault(kept.splitlines()[1].removeprefix("## "), kept)
+    return head + "".join(sections[name] for name in sorted(sections))
+
+
+def section(found: dict) -> str:
+    """What is said of this machine."""
     peers, memory = [], []
-    for row in ROWS:
-        if row.name not in found:
-            continue
+    for row in (row for row in ROWS if row.name in found):
         told = found[row.name]
         ratio, low, high = told["ratio"], told["ratios"][0], told["ratios"][-1]
         met = row.bar is None or (ratio >= row.bar if row.least else ratio <= row.bar)
@@ -119,30 +138,33 @@ def page(found: dict) -> str:
         ours, peer = (f"{s:.3g}" for s in told["seconds"])
         spread = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
         peers.append([row.name, spread, bar, verdict, f"{len(told['ratios'])}", f"{ours} / {peer}"])
-    for row in ROWS:
-        if f"memory, {row.name}" in found:
-            mine, theirs = found[f"memory, {row.name}"]["bytes"]
-            verdict = "yes" if mine <= row.memory * theirs else "**no**"
-            sizes = f"{mine / 1e9:.2f} / {theirs / 1e9:.2f}"
-            memory.append([row.name, f"{mine / theirs:.2f}", f"<= {row.memory}", verdict, sizes])
-    share = bucket(round(0.2 * 1950), grid := Grid.of(GRIDS[1950])) / grid.length
-    parts = found.get("parts", {"block": [], "convolutions": [], "best": 0.0})
+    for row in (row for row in ROWS if f"memory, {row.name}" in found):
+        mine, theirs = found[f"memory, {row.name}"]["bytes"]
+        verdict = "yes" if mine <= row.memory * theirs else "**no**"
+        sizes = f"{mine / 1e9:.2f} / {theirs / 1e9:.2f}"
+        memory.append([row.name, f"{mine / theirs:.2f}", f"<= {row.memory}", verdict, sizes])
     names = ("jax", "jaxlib", "torch", "diffusers")
-    return PAGE.format(
+    text = SECTION.format(
         machine=machine(),
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
-        threads=THREADS,
-        steps=STEPS,
-        share=share,
-        floor=(1 + 2 * share) / 2,  # a source, and two branches, over two
+        commits=", ".join(sorted({told["commit"] for told in found.values()})),
         peers=table("what | ratio | bar | met | rounds | seconds", peers),
         memory=table("what | ratio | bar | met | ours / peer", memory),
-        best=f"{parts['best']:.0f}",
-        parts=table("part | seconds | share | rate | of the best", parts["block"]),
-        convolutions=table(
-            "frames, rows, columns, channels | XLA | PyTorch", parts["convolutions"]
-        ),
     )
+    if parts := found.get("parts"):
+        shapes = "frames, rows, columns, channels"
+        text += PARTS.format(
+            best=f"{parts['best']:.0f}",
+            parts=table("part | seconds | share | rate | of the best", parts["block"]),
+            convolutions=table(f"{shapes} | ours | PyTorch", parts["convolutions"]),
+        )
+    return text
+
+
+def commit() -> str:
+    """Of the tree that is measured; with a plus sign where it was changed since."""
+    argv = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def machine() -> str:
@@ -187,10 +209,11 @@ def main() -> None:
     for name, run in todo.items():
         if not re.search(flags.only, name):
             continue
-        told = found[name] = run()
+        told = found[name] = run() | {"commit": commit()}
         print(f"{name}: {json.dumps(told)}", flush=True)
         flags.runs.write_text(json.dumps(found, indent=1))
-    flags.page.write_text(page(found))
+    before = flags.page.read_text() if flags.page.exists() else ""
+    flags.page.write_text(page(found, before))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Axes nest: where the product is a convolution along another axis, that one is fi
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,6 @@ DOUBLED = Filter(
 """Two outputs of three inputs, each standing for two alike, by three products instead of six: `TWO`
 of `a b b c`, of whose products one is 0."""
 
-
 Inputs = Sequence[Array]
 """The inputs of all windows, by their place in the window."""
 
@@ -83,8 +82,8 @@ def unrolled(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Seq
 
 def stacked(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
     """The products in one batch: small ones compile sooner, and run as fast."""
-    sums = [(_sum(b, inputs), _sum(g, taps)) for b, g in _rows(form)]
-    return jax.vmap(product)(*(jnp.stack(each) for each in zip(*sums, strict=True)))
+    inputs = jnp.stack([_sum(row, inputs) for row in form.of_inputs])
+    return jax.vmap(product)(inputs, jnp.stack([_sum(row, taps) for row in form.of_taps]))
 
 
 def looped(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
@@ -116,7 +115,9 @@ def convolve(
     axis: int,
     each: Each = unrolled,
 ) -> Array:
-    """`y_i = sum_t product(x_{i + t}, taps_t)` along an axis, which loses two of its length first.
+    """`y_i = sum_t product(x_{i + t}, taps_t)` along an axis: two shorter than `x`.
+
+    By `DOUBLED` each input but the first and last stands for two alike, and `y` is twice as long.
 
     Args:
       x: inputs, float32: in fewer bits the sums would lose too many.
@@ -141,11 +142,6 @@ def convolve(
     y = jnp.stack([_sum(row, made) for row in form.of_products], axis=axis + 1)
     y = y.reshape(*y.shape[:axis], tiles * outputs, *y.shape[axis + 2 :])
     return jax.lax.slice_in_dim(y, 0, count * outputs // form.stride, axis=axis)
-
-
-def _rows(form: Filter) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What inputs and taps are multiplied with, product by product."""
-    return zip(form.of_inputs, form.of_taps, strict=True)
 
 
 def _sum(factors: np.ndarray, terms: Sequence[Array]) -> Array:
