@@ -162,9 +162,11 @@ def section(found: dict) -> str:
 
 
 def commit() -> str:
-    """Of the tree that is measured; with a plus sign where it was changed since."""
-    argv = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    """Of the sources that are measured; with a plus sign where they were changed since."""
+    git = ["git", "-C", str(ROOT)]
+    name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+    changed = subprocess.check_output([*git, "status", "--porcelain", "kvlock_jax", "scripts"])
+    return name + "+" * bool(changed)
 
 
 def machine() -> str:
