@@ -98,7 +98,9 @@ SECTION = """
 ### Beside the peers
 
 {peers}
+"""
 
+MEMORY = """
 ### Memory
 
 {memory}
@@ -149,8 +151,9 @@ def section(found: dict) -> str:
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
         commits=", ".join(sorted({told["commit"] for told in found.values()})),
         peers=table("what | ratio | bar | met | rounds | seconds", peers),
-        memory=table("what | ratio | bar | met | ours / peer", memory),
     )
+    if memory:
+        text += MEMORY.format(memory=table("what | ratio | bar | met | ours / peer", memory))
     if parts := found.get("parts"):
         shapes = "frames, rows, columns, channels"
         text += PARTS.format(
