@@ -109,7 +109,7 @@ class HalvingConv2d(_Conv2d):
 class DoublingConv2d(_Conv2d):
     """A 3x3 convolution of every frame whose rows and columns were doubled before.
 
-    On CPU the doubled frame is never made: most of its products would be the same.
+    On CPU a large one of wide channels is never made: most of its products would be the same.
     """
 
     def _convolve(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
@@ -130,9 +130,9 @@ class DoublingConv2d(_Conv2d):
 class CausalConv3d(nnx.Module):
     """A 3-D convolution that sees no later frame.
 
-    On CPU its steps in time are filtered, so that products are 2-D convolutions of frames; a single
-    frame's are one of the channels of three. Elsewhere it is one convolution: several would each
-    fetch the edges of neighbouring chips for themselves.
+    On CPU its steps in time are filtered, so that products are 2-D convolutions of frames. A single
+    frame is the sum of three such, or of few channels one of three frames' at once. Elsewhere it is
+    one convolution: several would each fetch the edges of neighbouring chips for themselves.
     """
 
     def __init__(self, c_in: int, c_out: int, size: int = 3, time_stride: int = 1, *, rngs):

@@ -56,7 +56,7 @@ TWO = _toom_cook(0.0, 1.0, -1.0)
 
 FOUR = _toom_cook(0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 """Four outputs of six inputs by six products instead of twelve. The usual points, 0, 1, -1, 2 and
--2, round twice as much as these (`tests/test_filtering.py`)."""
+-2, round more than a third more than these (`tests/test_filtering.py`)."""
 
 DOUBLED = Filter(
     of_products=np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]),
