@@ -17,5 +17,6 @@ environment test install
 folders=(kvlock_jax convert configs scripts tests)
 ruff check "${folders[@]}"
 ruff format --check "${folders[@]}"
-# loadfile: fixtures that take long belong to a module, and are made once
-python -m pytest --numprocesses auto --dist loadfile "$@"
+# loadfile: fixtures that take long belong to a module, and are made once. Not reordered: files of
+# few tests are not the short ones here, and would come last, on one core.
+python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

@@ -1,10 +1,13 @@
-"""Eight CPU devices and strict dtype promotion, set before JAX starts."""
+"""Eight CPU devices, quick compilation and strict dtype promotion, set before JAX starts."""
 
 import os
 import re
 
+# Small programs that run a few times: most of the suite's time would be LLVM's optimisations. They
+# come after XLA's own, which stay; the demo, which CI runs too, has both. A caller's flags win.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -15,7 +15,8 @@ from kvlock_jax import devices, video
 
 def edit(checkpoint: Path, folder: Path, *flags: str) -> None:
     own = {"JAX_ENABLE_COMPILATION_CACHE": "1", "XDG_CACHE_HOME": str(folder / "user")}
-    env = os.environ | own | {"XLA_FLAGS": ""}
+    one_device = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    env = os.environ | own | {"XLA_FLAGS": one_device}
     argv = [sys.executable, "-m", "kvlock_jax.cli", "edit", "--ckpt_dir", str(checkpoint)]
     argv += ["--src_video", str(folder / "in.mkv"), "--bbox", "8,8,16,16", "--prompt", "a star"]
     argv += ["--save_file", str(folder / "out.mkv"), "--lossless", "--sample_steps", "2", *flags]

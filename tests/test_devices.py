@@ -123,7 +123,7 @@ COMMAND = "import sys; from kvlock_jax.cli import run; run()"
 
 def started(folder: Path, count: int, argv: list[str]) -> subprocess.Popen:
     """`kvlock` in a process with some devices of its own."""
-    flags = f"--xla_force_host_platform_device_count={count}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-c", COMMAND, *argv], env=env, cwd=folder, **pipe)

@@ -24,22 +24,21 @@ report.MODELS = {"T2V": WAN, "VACE": dataclasses.replace(WAN, num_layers=3, vace
 report.TEXT_ENCODER = UMT5Config(1024, 256, 64, 512, 2, 4)
 report.VAE = VAEConfig(base_dim=8, num_res_blocks=1)
 report.STEPS = 4
-for name in ("v5e-8", "v6e-8"):
-    for row, programs in (
-        (report.Row("T2V", 256, 512, 81, name, ring=True, cache="carried"), ["loop"]),
-        (report.Row("VACE", 256, 512, 81, name, batch=2, mesh=(2, 2, 2)), ["loop"]),
-        (report.Row("T2V", 128, 256, 9, name), ["text", "decode"]),
-    ):
-        mesh = report.mesh_of(row)
-        ways, group = mesh.shape["frames"], row.batch // mesh.shape["data"]
-        plan = costs.Layout.of(ways, False, row.workload.tokens)
-        workload = dataclasses.replace(row.workload, batch=group)
-        cache = costs.cache_bytes(workload, plan, report.settings_of(row))
-        for program in programs:
-            with report.jax.set_mesh(mesh):
-                told = report.measure(report.PROGRAMS[program](mesh, row))
-            told["cache"] = cache // mesh.shape["model"]
-            print("FOUND", json.dumps([name, row.model, row.ring, program, told]), flush=True)
+for row, programs in (
+    (report.Row("T2V", 256, 512, 81, "v5e-8", ring=True, cache="carried"), ["loop"]),
+    (report.Row("VACE", 256, 512, 81, "v6e-8", batch=2, mesh=(2, 2, 2)), ["loop"]),
+    (report.Row("T2V", 128, 256, 9, "v5e-8"), ["text", "decode"]),
+):
+    mesh = report.mesh_of(row)
+    ways, group = mesh.shape["frames"], row.batch // mesh.shape["data"]
+    plan = costs.Layout.of(ways, False, row.workload.tokens)
+    workload = dataclasses.replace(row.workload, batch=group)
+    cache = costs.cache_bytes(workload, plan, report.settings_of(row))
+    for program in programs:
+        with report.jax.set_mesh(mesh):
+            told = report.measure(report.PROGRAMS[program](mesh, row))
+        told["cache"] = cache // mesh.shape["model"]
+        print("FOUND", json.dumps([row.model, row.ring, program, told]), flush=True)
 """
 
 
@@ -51,8 +50,8 @@ def test_the_tpu_compiler_takes_what_is_run():
     assert ran.returncode == 0, ran.stderr
     lines = [line.split(" ", 1)[1] for line in ran.stdout.splitlines() if line[:5] == "FOUND"]
     found = [json.loads(line) for line in lines]
-    assert len(found) == 2 * 4
-    for _, model, ring, program, told in found:
+    assert len(found) == 4
+    for model, ring, program, told in found:
         assert not told["refused"] and told["temporaries"] > 0, (model, program)
         if program != "loop":
             continue
