@@ -19,6 +19,7 @@ from peers import relative_l2
 from kvlock_jax.config import VAEConfig
 from kvlock_jax.convert import diffusers, original, table, weights
 from kvlock_jax.errors import InputError
+from kvlock_jax.models import vae
 from kvlock_jax.models.vae import RMSNorm, WanVAE
 
 DATA = Path(__file__).parent / "data"
@@ -193,6 +194,36 @@ def test_larger_chunks_give_the_same():
         two = jitted(functools.partial(function, chunk=2), ours)(x)
         for got, want in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
             assert relative_l2(got, want) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("frames", "cells", "size"),
+    [
+        (0, 4, 1),  # the first alone
+        (2, 144, 2),
+        (20, 144, 5),  # 7 would fit, and do not divide
+        (7, 300, 1),
+        (2, 512, 2),
+        (2, 513, 1),
+        (20, 6240, 1),
+    ],
+)
+def test_small_frames_are_coded_together(frames, cells, size):
+    assert vae._chunk(frames, cells) == size
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_run_codes_as_many_as_are_chosen(chunk, monkeypatch):
+    _, ours = built(SMALL)
+    _, (_, height, width) = CASES[SMALL]
+    monkeypatch.setattr(vae, "_CELLS", chunk * height * width // 64)
+    sizes = []
+    over = vae.over_chunks
+    monkeypatch.setattr(vae, "over_chunks", lambda *args: sizes.append(args[-1]) or over(*args))
+    jax.clear_caches()
+    latents = jax.eval_shape(vae.encode, ours, video_of(SMALL, 9))
+    jax.eval_shape(vae.decode, ours, latents)
+    assert sizes == [4 * chunk, chunk]
 
 
 def test_memory_does_not_grow_with_length():

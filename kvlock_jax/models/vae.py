@@ -34,6 +34,10 @@ from kvlock_jax.shapes import VAE_STRIDES, Latents
 
 Video = Float[Array, "B frames height width 3"]
 
+_CELLS = 1024
+"""Latent cells up to which frames are coded at once: convolutions of a few run slower, and weights
+are read for each chunk anew."""
+
 
 class RMSNorm(nnx.Module):
     """Divides by the root mean square over channels, in float32."""
@@ -322,7 +326,12 @@ def encode(
     """
     if jnp.issubdtype(video.dtype, jnp.integer):
         video = video.astype(jnp.float32) / 127.5 - 1.0
-    return vae.encode(video if shown is None else jnp.where(shown[..., None], video, 0.0))
+    if shown is not None:
+        video = jnp.where(shown[..., None], video, 0.0)
+    time, *space = VAE_STRIDES
+    rest, sides = (video.shape[1] - 1) // time, video.shape[2:4]
+    cells = math.prod(side // stride for side, stride in zip(sides, space, strict=True))
+    return vae.encode(video, _chunk(rest, cells))
 
 
 @jax.jit
@@ -330,7 +339,14 @@ def decode(
     vae: WanVAE, latents: Latents
 ) -> tuple[UInt8[Array, "B frames height width 3"], Bool[Array, "B"]]:
     """Videos in levels of 255, and whether all was finite before: integers have no NaN."""
-    pixels = vae.decode(latents)
+    rest, cells = latents.shape[1] - 1, math.prod(latents.shape[2:4])
+    pixels = vae.decode(latents, _chunk(rest, cells))
     levels = jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
     finite = jnp.isfinite(pixels).all(axis=(1, 2, 3, 4))
     return sharding.everywhere((levels.astype(jnp.uint8), finite))
+
+
+def _chunk(frames: int, cells: int) -> int:
+    """How many of the latent frames after the first to code at once: a divisor of them."""
+    most = min(frames, _CELLS // max(cells, 1))
+    return next((size for size in range(most, 1, -1) if frames % size == 0), 1)
