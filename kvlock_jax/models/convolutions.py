@@ -63,8 +63,13 @@ def _planes(x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
 
 def _filtered(x: Feature, kernel: Float[Array, "*t h w I O"]) -> bool:
     """Whether `_planes` filters rows and columns."""
-    wide, large = min(kernel.shape[-2:]) >= _WIDE, x.shape[2] * x.shape[3] >= _LARGE
-    return kernel.shape[-3] > 1 and wide and large and x.dtype == jnp.float32
+    large = x.shape[2] * x.shape[3] >= _LARGE
+    return kernel.shape[-3] > 1 and large and _wide(x, kernel)
+
+
+def _wide(x: Feature, kernel: Float[Array, "*t h w I O"]) -> bool:
+    """Whether products of channels take most of a convolution's time, in a dtype that can sum."""
+    return min(kernel.shape[-2:]) >= _WIDE and x.dtype == jnp.float32
 
 
 def _each(x: Feature, kernel: Float[Array, "*t h w I O"]) -> filtering.Each:
@@ -109,7 +114,7 @@ class HalvingConv2d(_Conv2d):
 class DoublingConv2d(_Conv2d):
     """A 3x3 convolution of every frame whose rows and columns were doubled before.
 
-    On CPU a large one of wide channels is never made: most of its products would be the same.
+    On CPU one of wide channels is never made: most of its products would be the same.
     """
 
     def _convolve(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
@@ -117,7 +122,7 @@ class DoublingConv2d(_Conv2d):
         return jax.lax.platform_dependent(x, kernel, **forms)
 
     def _filtered(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
-        if not _filtered(x, kernel):
+        if not _wide(x, kernel):
             return self._whole(x, kernel)
         form, each = filtering.DOUBLED, filtering.looped
         rows = functools.partial(_product_of_rows, form=form)
