@@ -67,8 +67,9 @@ DOUBLED = Filter(
 """Two outputs of three inputs, each standing for two alike, by three products instead of six: `TWO`
 of `a b b c`, of whose products one is 0."""
 
-Inputs = Sequence[Array]
-"""The inputs of all windows, by their place in the window."""
+Inputs = Callable[[int], Array]
+"""The inputs of all windows at a place in the window. They are taken where they are summed: a loop
+that were given them would hold a copy of each."""
 
 Each = Callable[[Product, Filter, Inputs, Array], Sequence[Array]]
 """All products of a filter, `(G g) (B^T d)`, of inputs and taps."""
@@ -77,13 +78,15 @@ Each = Callable[[Product, Filter, Inputs, Array], Sequence[Array]]
 def unrolled(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
     """The products one by one."""
     taps = jnp.tensordot(jnp.asarray(form.of_taps, taps.dtype), taps, axes=1)
-    return [product(_sum(b, inputs), g) for b, g in zip(form.of_inputs, taps, strict=True)]
+    windows = _windows(form, inputs)
+    return [product(_sum(b, windows), g) for b, g in zip(form.of_inputs, taps, strict=True)]
 
 
 def stacked(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
     """The products in one batch: small ones compile sooner, and run as fast."""
-    inputs = jnp.stack([_sum(row, inputs) for row in form.of_inputs])
-    return jax.vmap(product)(inputs, jnp.stack([_sum(row, taps) for row in form.of_taps]))
+    windows = _windows(form, inputs)
+    sums = jnp.stack([_sum(row, windows) for row in form.of_inputs])
+    return jax.vmap(product)(sums, jnp.stack([_sum(row, taps) for row in form.of_taps]))
 
 
 def looped(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
@@ -92,14 +95,15 @@ def looped(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Seque
 
     def of_row(row: int | Int[Array, ""]) -> Array:
         """A product; factors of 0 are no special ones here."""
-        x = sum(of_inputs[row, place] * each for place, each in enumerate(inputs))
+        windows = enumerate(_windows(form, inputs))
+        x = sum(of_inputs[row, place] * each for place, each in windows)
         return product(x, jnp.tensordot(of_taps[row], taps, axes=1))
 
     one, rows = jax.eval_shape(of_row, 0), len(form.of_inputs)
     # Not the zeros that `lax.map` starts with: XLA would make those once for all loops of a program
     # and copy them for each before any runs, 1.4 GB of copies at 240x416. A number of the inputs
     # ties them to their own loop; it is of the middle, since edges may be padding.
-    middle = inputs[len(inputs) // 2]
+    middle = inputs(form.of_inputs.shape[1] // 2)
     number = middle[tuple(n // 2 for n in middle.shape)]
     start = jnp.broadcast_to(number, (rows, *one.shape))
     update = jax.lax.dynamic_update_index_in_dim
@@ -127,21 +131,27 @@ def convolve(
       axis: of `x`.
       each: how products are made: `unrolled`, `looped` or `stacked`.
     """
-    outputs, window = len(form.of_products), form.of_inputs.shape[1]
+    outputs = len(form.of_products)
     count = x.shape[axis] - 2
     tiles = -(-count // form.stride)
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, tiles * form.stride - count)
     x = jnp.pad(x, padding)
     last = form.stride * (tiles - 1) + 1
-    places = [
-        jax.lax.slice_in_dim(x, place, place + last, stride=form.stride, axis=axis)
-        for place in range(window)
-    ]
-    made = each(product, form, places, taps)
+
+    def inputs(place: int) -> Array:
+        """Those of all windows."""
+        return jax.lax.slice_in_dim(x, place, place + last, stride=form.stride, axis=axis)
+
+    made = each(product, form, inputs, taps)
     y = jnp.stack([_sum(row, made) for row in form.of_products], axis=axis + 1)
     y = y.reshape(*y.shape[:axis], tiles * outputs, *y.shape[axis + 2 :])
     return jax.lax.slice_in_dim(y, 0, count * outputs // form.stride, axis=axis)
+
+
+def _windows(form: Filter, inputs: Inputs) -> list[Array]:
+    """Inputs at all places."""
+    return [inputs(place) for place in range(form.of_inputs.shape[1])]
 
 
 def _sum(factors: np.ndarray, terms: Sequence[Array]) -> Array:
