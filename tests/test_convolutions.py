@@ -37,6 +37,14 @@ def test_wide_channels_of_large_frames_are_filtered_and_the_same(frames):
     same(jax.jit(layer._by_frames)(x, kernel), layer._whole(x, kernel))
 
 
+def test_a_filter_holds_no_copies_of_its_inputs():
+    layer = CausalConv3d(96, 96, rngs=nnx.Rngs(0))
+    x = jax.ShapeDtypeStruct((1, 6, 120, 208, 96), jnp.float32)
+    memory = jax.jit(layer.valid).lower(x).compile().memory_analysis()
+    # its six products, and what one of them is made of; six windows would be another input
+    assert memory.temp_size_in_bytes < 2 * memory.argument_size_in_bytes
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 22, 25, 95), (1, 3, 22, 23, 96)])
 def test_narrow_channels_and_small_frames_are_not(shape):
     assert not convolutions._filtered(features(*shape), jnp.zeros((3, 3, 3, shape[-1], 96)))

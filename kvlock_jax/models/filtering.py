@@ -68,8 +68,8 @@ DOUBLED = Filter(
 of `a b b c`, of whose products one is 0."""
 
 Inputs = Callable[[int], Array]
-"""The inputs of all windows at a place in the window. They are taken where they are summed: a loop
-that were given them would hold a copy of each."""
+"""The inputs of all windows at a place in the window. They are taken where they are summed: cut
+before a loop, each would be a copy that it holds."""
 
 Each = Callable[[Product, Filter, Inputs, Array], Sequence[Array]]
 """All products of a filter, `(G g) (B^T d)`, of inputs and taps."""
@@ -101,8 +101,8 @@ def looped(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Seque
 
     one, rows = jax.eval_shape(of_row, 0), len(form.of_inputs)
     # Not the zeros that `lax.map` starts with: XLA would make those once for all loops of a program
-    # and copy them for each before any runs, 1.4 GB of copies at 240x416. A number of the inputs
-    # ties them to their own loop; it is of the middle, since edges may be padding.
+    # and copy them for each before any runs. A number of the inputs ties them to their own loop; it
+    # is of the middle, since edges may be padding.
     middle = inputs(form.of_inputs.shape[1] // 2)
     number = middle[tuple(n // 2 for n in middle.shape)]
     start = jnp.broadcast_to(number, (rows, *one.shape))
