@@ -1,5 +1,7 @@
 """Each form of the VAE's convolutions on CPU is the convolution that other backends run."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from kvlock_jax.models import convolutions
 from kvlock_jax.models.convolutions import CausalConv3d, DoublingConv2d, HalvingConv2d
+from kvlock_jax.models.pieces import over_chunks
 
 
 def features(*shape):
@@ -43,6 +46,16 @@ def test_a_filter_holds_no_copies_of_its_inputs():
     memory = jax.jit(layer.valid).lower(x).compile().memory_analysis()
     # its six products, and what one of them is made of; six windows would be another input
     assert memory.temp_size_in_bytes < 2 * memory.argument_size_in_bytes
+
+
+def test_a_scan_over_chunks_holds_no_filtered_kernels():
+    layer = nnx.eval_shape(lambda: CausalConv3d(96, 96, rngs=nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((1, 4, 16, 32, 96), jnp.float32)
+    run = jax.jit(lambda layer, x: over_chunks(layer, x, 1))
+    program = run.lower(layer, x).compile().as_text()
+    (carry,) = re.findall(r"= (\(.*\)) while\(", program)
+    assert "f32[3,3,3,96,96]" in carry  # as it is
+    assert "f32[4,96,96]" in program and "f32[4,96,96]" not in carry  # rows' products
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 22, 25, 95), (1, 3, 22, 23, 96)])

@@ -153,6 +153,8 @@ class CausalConv3d(nnx.Module):
         return jax.lax.platform_dependent(x, kernel, **forms) + bias
 
     def _by_frames(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
+        # else XLA would filter the kernels of all layers before a scan over chunks, and hold them
+        x, kernel = jax.lax.optimization_barrier((x, kernel))
         made, (c_in, c_out) = range(0, x.shape[1] - 2, self.time_stride), kernel.shape[3:]
         plain = len(made) == 1 or self.time_stride > 1 or c_in * c_out <= _THIN
         if not plain and x.dtype == jnp.float32:
