@@ -177,7 +177,7 @@ def text_to_video() -> str:
 
 
 def pipeline() -> Run:
-    """Ours: it encodes a (blank) source as well."""
+    """Ours, with a mask that is everything."""
     model = kvl.load(text_to_video())
     config = run_config("cfg", steps=STEPS, shift=3.0, guidance_scale=5.0, solver="unipc")
     blank, mask = np.zeros((9, 96, 96, 3), np.uint8), np.ones((96, 96), bool)

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from kvlock_jax.models.linear import Linear
+from kvlock_jax import sharding
+from kvlock_jax.models.linear import Linear, together
 
 
 def layer(kernel, bias, dtype):
@@ -94,3 +96,39 @@ def test_bfloat16_gradient_multiplies_nothing_in_float32():
     for line in products:
         operands, result = line.split(" : ")[-1].split("->")
         assert operands.count("bf16") == 2 and result.endswith("xf32>")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layers_together_make_what_each_makes(dtype):
+    layers = [layer(kernel, bias, dtype) for _, kernel, bias, _ in (problem(), problem())]
+    layers[1].kernel[...] *= 3.0
+    x = jax.random.normal(jax.random.key(0), (2, 5, 7))
+    found = jax.jit(together)(layers, x)
+    for mine, each in zip(found, layers, strict=True):
+        np.testing.assert_allclose(mine, each(x), rtol=1e-5, atol=1e-6)
+        assert mine.dtype == jnp.float32
+
+    def gradients_of(run):
+        graph, params = nnx.split(layers)
+        return jax.grad(
+            lambda params, x: sum(jnp.sin(y).sum() for y in run(nnx.merge(graph, params), x)),
+            argnums=(0, 1),
+        )(params, x)
+
+    both = map(gradients_of, (together, lambda layers, x: [each(x) for each in layers]))
+    mine, theirs = map(jax.tree.leaves, both)
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-2 if dtype == jnp.bfloat16 else 1e-5)
+
+
+def products(rows, c_out, platform="cpu"):
+    layers = [Linear(8, c_out, dtype=jnp.float32, rngs=nnx.Rngs(0)) for _ in range(3)]
+    traced = jax.jit(lambda x: together(layers, x)).trace(jnp.zeros((rows, 8)))
+    return traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general")
+
+
+def test_small_layers_are_one_product_on_one_cpu():
+    assert products(256, 192) == 1
+    assert products(257, 192) == products(256, 193) == products(256, 192, "tpu") == 3
+    with jax.set_mesh(sharding.make_mesh(frames=2)):
+        assert products(256, 192) == 3

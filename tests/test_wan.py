@@ -295,7 +295,9 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-MOVES = set("convert_element_type reshape transpose broadcast_in_dim squeeze scan".split())
+MOVES = set(
+    "concatenate convert_element_type reshape transpose broadcast_in_dim squeeze scan".split()
+)
 
 
 def test_bfloat16_is_only_multiplied(monkeypatch):

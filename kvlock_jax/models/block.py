@@ -14,7 +14,7 @@ from kvlock_jax.costs import FEED_FORWARD_TOKENS
 from kvlock_jax.lock import KVCache, Lock
 from kvlock_jax.models.attention import Rope, rotate
 from kvlock_jax.models.layout import gathered_layer
-from kvlock_jax.models.linear import Linear
+from kvlock_jax.models.linear import Linear, together
 from kvlock_jax.models.pieces import over_tokens
 from kvlock_jax.models.sharded_attention import Attend, replicated_keys
 
@@ -68,6 +68,11 @@ class Attention(nnx.Module):
     def queries(self, x: Tokens) -> Float[Array, "B L N K"]:
         """Normalised queries, float32."""
         return self._split(self.norm_q(self.to_q(x)))
+
+    def queries_keys_values(self, x: Tokens) -> tuple[Array, Array, Array]:
+        """What `queries` and `keys_values` make of the same tokens."""
+        q, k, v = together((self.to_q, self.to_k, self.to_v), x)
+        return self._split(self.norm_q(q)), self._split(self.norm_k(k)), self._split(v)
 
     def keys_values(self, x: Tokens) -> tuple[Array, Array]:
         """Normalised keys, float32, and values, each `B S N K`."""
@@ -126,7 +131,7 @@ class Block(nnx.Module):
         )
 
         y = self.norm1(x) * (1 + scale1) + shift1
-        q, (k, v) = self.attn1.queries(y), self.attn1.keys_values(y)
+        q, k, v = self.attn1.queries_keys_values(y)
         q, k = rotate(q, positions.rope), rotate(k, positions.rope)
         k, v = k.astype(self.attn1.dtype), v.astype(self.attn1.dtype)
         if lock is not None:
