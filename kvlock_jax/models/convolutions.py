@@ -182,7 +182,7 @@ class CausalConv3d(nnx.Module):
 
     def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
         """Convolves a chunk after the two frames in `cache`, zeros before the first chunk."""
-        whole = _made(jnp.concatenate([past(x) if cache is None else cache, x], axis=1))
+        whole = jnp.concatenate([past(x) if cache is None else cache, x], axis=1)
         if cache is None and x.shape[1] == 1:  # of the three steps in time two see zeros
             kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
             forms = {"cpu": _planes, "default": _same}
@@ -190,12 +190,6 @@ class CausalConv3d(nnx.Module):
         else:
             y = self.valid(whole)
         return sharding.spread_space(y), whole[:, -2:]
-
-
-def _made(x: Feature) -> Feature:
-    """The same; XLA on CPU would else hold what it is made of too, until the next cache is cut."""
-    forms = {"cpu": jax.lax.optimization_barrier, "default": lambda x: x}
-    return jax.lax.platform_dependent(x, **forms)
 
 
 def past(x: Feature) -> Feature:
