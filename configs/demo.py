@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from kvlock_jax.config import run_config
+from kvlock_jax.settings.schema import run_config
 
 
 def get_config() -> ConfigDict:

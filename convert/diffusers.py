@@ -14,9 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import Configs
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig, from_config_dict
+from kvlock_jax.checkpoints import registry
+from kvlock_jax.checkpoints.registry import Configs
 from kvlock_jax.convert.published import Published, Weights, files_in
 from kvlock_jax.convert.table import (
     Row,
@@ -31,9 +30,13 @@ from kvlock_jax.convert.table import (
 from kvlock_jax.convert.weights import files as weight_files
 from kvlock_jax.convert.weights import open_folder, read_json
 from kvlock_jax.errors import CheckpointError, ConfigError
-from kvlock_jax.models.umt5 import UMT5Encoder
-from kvlock_jax.models.vace import wan_transformer
-from kvlock_jax.models.vae import WanVAE
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.text.umt5 import UMT5Encoder
+from kvlock_jax.models.vae.autoencoder import WanVAE
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import wan_transformer
+from kvlock_jax.settings.fields import from_config_dict
 
 WAN: Table = (
     Row(r"(\w*patch_embedding)\.kernel", r"\1.weight", patches),
@@ -255,4 +258,4 @@ def load_model(
 
 def abstract(component: Component, config: Any, compute_dtype: Any = jnp.float32) -> nnx.Module:
     """The model of a component with shapes in place of parameters."""
-    return checkpoint.abstract(component.model, config, compute_dtype)
+    return registry.abstract(component.model, config, compute_dtype)

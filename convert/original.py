@@ -1,6 +1,5 @@
 """The publisher's own layouts (Wan-Video/Wan2.1)."""
 
-from kvlock_jax.config import VAEConfig
 from kvlock_jax.convert.table import (
     Row,
     Table,
@@ -11,6 +10,7 @@ from kvlock_jax.convert.table import (
     pointwise,
     unbatched,
 )
+from kvlock_jax.models.vae.config import VAEConfig
 
 
 def _biased(path: str, key: str, transform: Transform = kernel) -> Table:

@@ -9,19 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import (
-    Checkpoint,
-    Configs,
-    Contents,
-    OnShapes,
-    Place,
-    on_first_device,
-)
+from kvlock_jax.checkpoints import format, registry
+from kvlock_jax.checkpoints.format import Contents
+from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, Place, on_first_device
+from kvlock_jax.checkpoints.store import Parameter
 from kvlock_jax.convert.table import LazyTensor, Table, parameters, plan, read
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.models.layout import dtype_of
-from kvlock_jax.store import Parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Published:
     def describe(self) -> Contents:
         """What it holds."""
         arrays = {name: weights.tensors.values() for name, weights in self.weights.items()}
-        return checkpoint.contents(self.configs, arrays)
+        return format.contents(self.configs, arrays)
 
     def load(
         self,
@@ -110,7 +104,7 @@ class Published:
             }
             for name, values in found.items()
         }
-        told = {n: checkpoint.fill(self._abstract(n, compute_dtype), s) for n, s in shapes.items()}
+        told = {n: registry.fill(self._abstract(n, compute_dtype), s) for n, s in shapes.items()}
         on_shapes(Checkpoint(self.configs, **told, tokenizer=self.tokenizer))
         for name, values in found.items():
             graph, state = nnx.split(self._abstract(name, compute_dtype))
@@ -118,8 +112,8 @@ class Published:
         return Checkpoint(self.configs, **models, tokenizer=self.tokenizer)
 
     def _abstract(self, name: str, compute_dtype: Any = jnp.float32) -> nnx.Module:
-        _, kind = checkpoint.MODELS[name]
-        return checkpoint.abstract(kind, getattr(self.configs, name), compute_dtype)
+        _, kind = registry.MODELS[name]
+        return registry.abstract(kind, getattr(self.configs, name), compute_dtype)
 
 
 def _under(name: str, function: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:

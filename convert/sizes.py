@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig, from_config_dict
 from kvlock_jax.convert.table import LazyTensor
 from kvlock_jax.errors import CheckpointError, ConfigError
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.settings.fields import from_config_dict
 
 Tensors = Mapping[str, LazyTensor]
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
-from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import Checkpoint, Configs, Contents, OnShapes, Place
+from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints.format import Contents
+from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, Place
 from kvlock_jax.convert import diffusers, original, sizes
 from kvlock_jax.convert.published import Published, Weights, files_in
 from kvlock_jax.convert.weights import files, open_folder, open_pickle, read_json, refuse
@@ -65,7 +66,7 @@ def open_source(source: str | os.PathLike) -> Published:
         raise CheckpointError(f"{folder}: no such folder")
     if _is_diffusers(folder):
         return diffusers.open_published(folder)
-    if checkpoint.is_checkpoint(folder):
+    if format.is_checkpoint(folder):
         raise CheckpointError(f"{folder} is a converted checkpoint already")
     if _is_original(folder):
         return open_original(folder)

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from kvlock_jax.checkpoint import Place, on_first_device
+from kvlock_jax.checkpoints.registry import Place, on_first_device
+from kvlock_jax.checkpoints.store import Parameter
 from kvlock_jax.errors import CheckpointError
-from kvlock_jax.store import Parameter
 
 TOGETHER = 1 << 23
 """Bytes up to which all layers of a parameter are read, and stored, at once."""

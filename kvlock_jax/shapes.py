@@ -15,7 +15,8 @@
 Pixel space writes its sizes out: `frames height width`. Shapes are channels-last throughout.
 """
 
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
 
 Latents = Float[Array, "B T H W C"]
 LatentMask = Bool[Array, "B T H W"]
@@ -25,6 +26,12 @@ Cells = Float[Array, "B *space C"]
 CellMask = Bool[Array, "B *space"]
 Heads = Float[Array, "B L N K"]
 PerEdit = Float[Array, "B"]
+
+Frames = UInt8[np.ndarray, "frames height width 3"]
+"""A video's pixels, RGB."""
+Mask = Bool[np.ndarray, "frames height width"]
+"""True where the video is edited."""
+Image = UInt8[np.ndarray, "height width 3"]
 
 VAE_STRIDES = (4, 8, 8)
 """Pixels per latent cell along time, height and width (Wan 2.1's VAE, METHOD.md section 2)."""

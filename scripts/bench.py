@@ -24,7 +24,7 @@ from collections.abc import Callable
 import bench_parts
 from bench_rows import GRIDS, ROWS, STEPS, THREADS, Row, Run
 
-from kvlock_jax.patches import Grid
+from kvlock_jax.grid import Grid
 from kvlock_jax.sampling.edits import bucket
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from kvlock_jax import text
+from kvlock_jax.models.text import tokenizer
 
 LAYOUT = Path(__file__).parents[1] / "tests/data/layouts/wan2.1-t2v-1.3b.diffusers.json"
 SIZES = dict(num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960)
@@ -84,7 +84,7 @@ def write_folder(folder: Path) -> None:
     sizes = dict(vocab_size=16, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)
     encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes))
     encoder.save_pretrained(folder / "text_encoder")
-    text.write_word_tokenizer(folder / "tokenizer", ["a", "red", "star"], 12)
+    tokenizer.write_word_tokenizer(folder / "tokenizer", ["a", "red", "star"], 12)
     UniPCMultistepScheduler(flow_shift=3.0).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
 

@@ -8,9 +8,9 @@ import jax
 from bench_rows import TEXT, WIDE, Run, normal, passes, products, torch_with_threads
 from flax import nnx
 
-from kvlock_jax import costs
-from kvlock_jax.models.attention import attend
-from kvlock_jax.models.convolutions import CausalConv3d
+from kvlock_jax.estimate import costs
+from kvlock_jax.models.attention.dispatch import attend
+from kvlock_jax.models.vae.convolutions import CausalConv3d
 
 TOKENS, ROWS = 1950, 2
 CHUNK = ((1, 30, 52, 384), (2, 60, 104, 384), (4, 120, 208, 192), (4, 240, 416, 96))

@@ -14,23 +14,27 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import kvlock_jax as kvl
-from kvlock_jax import costs, lock
-from kvlock_jax.config import VAEConfig, WanConfig, run_config
-from kvlock_jax.models import vae
-from kvlock_jax.models.vace import VACEContext, wan_transformer
-from kvlock_jax.patches import Grid
+from kvlock_jax import lock
+from kvlock_jax.estimate import costs
+from kvlock_jax.grid import Grid
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import VACEContext, wan_transformer
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits, bucket
-from kvlock_jax.sampling.sampler import Program, sample
+from kvlock_jax.sampling.loop import Program, sample
+from kvlock_jax.settings.schema import run_config
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
 
 DEMO = pathlib.Path(kvl.__file__).parent / "demo"
 WIDE = WanConfig(12, 128, 2, 8960)  # the widths of 1.3B, of its 30 layers two
@@ -135,8 +139,12 @@ def products(library: str) -> Run:
 def decode(frames: int, height: int, width: int, demo: bool) -> Run:
     """Our decoder, the demo model's or at the published widths."""
     z = normal(1, (frames - 1) // 4 + 1, height // 8, width // 8, 16)
-    network = kvl.load("demo").checkpoint.vae if demo else vae.WanVAE(VAEConfig(), rngs=nnx.Rngs(0))
-    return lambda: jax.block_until_ready(vae.decode(network, z))
+    network = (
+        kvl.load("demo").checkpoint.vae
+        if demo
+        else autoencoder.WanVAE(VAEConfig(), rngs=nnx.Rngs(0))
+    )
+    return lambda: jax.block_until_ready(autoencoder.decode(network, z))
 
 
 def peers_decode(frames: int, height: int, width: int, demo: bool) -> Run:
@@ -239,7 +247,7 @@ def first_step(warm: bool) -> Run:
 
     def run(until: str = "step 1 ") -> None:
         programs = f"{folder}/{0 if warm else next(numbers)}"
-        argv = [sys.executable, "-m", "kvlock_jax.cli", "edit", "--prompt", "a blue square"]
+        argv = [sys.executable, "-m", "kvlock_jax.cli.main", "edit", "--prompt", "a blue square"]
         argv += ["--src_video", str(DEMO / "clip.mp4"), "--src_mask", str(DEMO / "mask.mp4")]
         argv += ["--save_file", f"{folder}/out.mp4", "--jax_cache_dir", programs]
         argv += ["--sample_steps", "10"]

@@ -6,9 +6,11 @@ import pathlib
 import numpy as np
 from flax import nnx
 
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
 from kvlock_jax.demo.world import COLOURS, SHAPES
-from kvlock_jax.models.umt5 import UMT5Encoder
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.text.umt5 import UMT5Encoder
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
 
 VAE = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1)
 TRANSFORMER = WanConfig(

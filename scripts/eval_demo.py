@@ -18,23 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvlock_jax as kvl
-from kvlock_jax import lock, metrics
+from kvlock_jax import lock
 from kvlock_jax.demo.judge import judge
-from kvlock_jax.demo.world import (
-    COLOURS,
-    SHAPES,
-    Scene,
-    random_scene,
-    render,
-    render_background,
-)
-from kvlock_jax.models import vae
-from kvlock_jax.prepare import prepare
+from kvlock_jax.demo.world import COLOURS, SHAPES, Scene, random_scene, render, render_background
+from kvlock_jax.evaluate import metrics
+from kvlock_jax.media.encode import write_png
+from kvlock_jax.models.text.prompts import encode_prompts
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.pipeline.encode import encode_edits
+from kvlock_jax.pipeline.settings import resolve_settings
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.sampler import Program, sample
-from kvlock_jax.settings import settle
-from kvlock_jax.text import encode_prompts
-from kvlock_jax.video import write_png
+from kvlock_jax.sampling.loop import Program, sample
 
 FIRST_SEED = 910_000_000  # training never comes near
 BATCH = 16
@@ -57,7 +51,7 @@ def another(scene: Scene, rng: np.random.Generator) -> Scene:
 
 def generate(model, config, scenes, seeds, clips, masks):
     """Edits of clips to what scenes say, batch by batch, and the traces' means in the window."""
-    settings = settle(config)
+    settings = resolve_settings(config)
     networks = model.checkpoint
     table = solvers.table(settings.sample.solver, settings.sample.steps, settings.sample.shift)
     knobs = lock.knobs(settings.lock, settings.sample.guidance_scale)
@@ -69,10 +63,10 @@ def generate(model, config, scenes, seeds, clips, masks):
         context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
         draw = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (3, 12, 12, 16)))
         noise = draw(jnp.asarray(seeds[part], jnp.uint32))
-        edits = prepare(networks, clips[part], masks[part], context, settings.edit, noise)
+        edits = encode_edits(networks, clips[part], masks[part], context, settings.edit, noise)
         start = jnp.array(edits.noise, copy=True)
         latents, trace = sample(networks.transformer, start, edits, table, knobs, program=program)
-        videos.append(np.asarray(vae.decode(networks.vae, edits.grid.join(latents))[0]))
+        videos.append(np.asarray(autoencoder.decode(networks.vae, edits.grid.join(latents))[0]))
         window = np.asarray(trace.scheduled)
         fields = (trace.sigma2, trace.fusion_ratio, trace.guidance_scale)
         traces.append([np.asarray(f)[window].mean() for f in fields])
@@ -82,7 +76,7 @@ def generate(model, config, scenes, seeds, clips, masks):
 def round_trip(model, clips) -> np.ndarray:
     """The clips through the VAE and back."""
     networks = model.checkpoint
-    return np.asarray(vae.decode(networks.vae, vae.encode(networks.vae, clips))[0])
+    return np.asarray(autoencoder.decode(networks.vae, autoencoder.encode(networks.vae, clips))[0])
 
 
 def score(videos, scenes) -> tuple[float, float]:

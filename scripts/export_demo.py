@@ -27,9 +27,9 @@ from flax import nnx
 
 from kvlock_jax.convert import diffusers as layout
 from kvlock_jax.convert.table import LazyTensor, Table, plan
-from kvlock_jax.models.vace import wan_transformer
-from kvlock_jax.models.vae import WanVAE
-from kvlock_jax.text import write_word_tokenizer
+from kvlock_jax.models.text.tokenizer import write_word_tokenizer
+from kvlock_jax.models.vae.autoencoder import WanVAE
+from kvlock_jax.models.wan.vace import wan_transformer
 
 
 def publish(module: torch.nn.Module, state: nnx.State, table: Table) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from eval_demo import box_mask
 
 from kvlock_jax.demo.world import random_scene, render
-from kvlock_jax.video import write_video
+from kvlock_jax.media.encode import write_video
 
 FOLDER = pathlib.Path(__file__).parent.parent / "kvlock_jax" / "demo"
 SEED = 920_000_007  # neither trained nor evaluated on

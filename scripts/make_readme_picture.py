@@ -7,7 +7,8 @@ import pathlib
 
 import numpy as np
 
-from kvlock_jax.video import read_image, read_video, write_png
+from kvlock_jax.media.decode import read_image, read_video
+from kvlock_jax.media.encode import write_png
 
 ROOT = pathlib.Path(__file__).parent.parent
 

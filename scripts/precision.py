@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvlock_jax as kvl
-from kvlock_jax import metrics
-from kvlock_jax.edit import draw_noise
-from kvlock_jax.inputs import read
-from kvlock_jax.prepare import prepare
-from kvlock_jax.settings import settle
-from kvlock_jax.text import encode_prompts
+from kvlock_jax.evaluate import metrics
+from kvlock_jax.models.text.prompts import encode_prompts
+from kvlock_jax.pipeline.encode import draw_noise, encode_edits
+from kvlock_jax.pipeline.inputs import read_inputs
+from kvlock_jax.pipeline.settings import resolve_settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEMO = ROOT / "kvlock_jax" / "demo"
@@ -63,8 +62,8 @@ def main() -> None:
     wide, low = kvl.load(args.model), kvl.load(args.model, jnp.bfloat16)
     config = kvl.default_config(wide)
     config.sample.steps = args.steps
-    settings = settle(config)
-    inputs = read(str(DEMO / "clip.mp4"), str(DEMO / "mask.mp4"), PROMPT, settings.edit)
+    settings = resolve_settings(config)
+    inputs = read_inputs(str(DEMO / "clip.mp4"), str(DEMO / "mask.mp4"), PROMPT, settings.edit)
 
     rows = []
     for what, figure in (
@@ -87,7 +86,7 @@ def passes(wide, low, inputs, settings):
 
     noise = draw_noise(wide, inputs, jax.random.key(0))
     video, mask = inputs.source[None], inputs.mask[None]
-    told = prepare(wide.checkpoint, video, mask, contexts[0], settings.edit, noise)
+    told = encode_edits(wide.checkpoint, video, mask, contexts[0], settings.edit, noise)
 
     @jax.jit
     def velocity(transformer, sigma):

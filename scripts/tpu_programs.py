@@ -11,9 +11,6 @@ import os
 import re
 import time
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,17 +18,29 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvlock_jax import checkpoint, costs, lock, roofline, sharding
-from kvlock_jax.config import LockConfig, UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.models import layout, vae
-from kvlock_jax.models.sharded_attention import gathered, ring
-from kvlock_jax.models.umt5 import UMT5Encoder
-from kvlock_jax.models.vace import VACEContext, wan_transformer
-from kvlock_jax.patches import Grid
+from kvlock_jax import lock
+from kvlock_jax.checkpoints import registry
+from kvlock_jax.estimate import costs, roofline
+from kvlock_jax.grid import Grid
+from kvlock_jax.models import layout
+from kvlock_jax.models.attention.sharded import gathered, ring
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.text.prompts import encode_ids
+from kvlock_jax.models.text.umt5 import UMT5Encoder
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import VACEContext, wan_transformer
+from kvlock_jax.parallel import padding, sharding
+from kvlock_jax.parallel.mesh import make_mesh
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.sampler import Program, sample
-from kvlock_jax.text import encode
+from kvlock_jax.sampling.loop import Program, sample
+from kvlock_jax.settings.schema import LockConfig
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
 
 T2V = {
     "1.3B": WanConfig(12, 128, 30, 8960),
@@ -113,7 +122,7 @@ def mesh_of(row: Row) -> Mesh:
     """The mesh of a row, of devices that only the compiler knows."""
     os.environ["TPU_ACCELERATOR_TYPE"] = row.slice.replace("v5e", "v5litepod")
     devices = topologies.get_topology_desc(TOPOLOGIES[row.slice], platform="tpu").devices
-    return sharding.make_mesh(*(row.mesh or (1, len(devices), 1)), devices=devices)
+    return make_mesh(*(row.mesh or (1, len(devices), 1)), devices=devices)
 
 
 def abstract(mesh: Mesh, name: str, model: nnx.Module, dtype, spread: bool) -> nnx.Module:
@@ -138,10 +147,10 @@ def loop(mesh: Mesh, row: Row, spread: bool):
     """The whole sampling loop, lowered."""
     config, latent = MODELS[row.model], row.workload.latent_shape
     attend = ring if row.ring else gathered
-    model = checkpoint.abstract(wan_transformer, config, jnp.bfloat16)
+    model = registry.abstract(wan_transformer, config, jnp.bfloat16)
     model.attend = attend
     model = abstract(mesh, "transformer", model, jnp.bfloat16, spread)
-    grid = Grid(latent, sharding.padded(Grid.of(latent).tokens, sharding.shards("L")))
+    grid = Grid(latent, padding.padded(Grid.of(latent).tokens, sharding.shards("L")))
     batch = row.batch
 
     def patches(channels: int):
@@ -168,23 +177,23 @@ def loop(mesh: Mesh, row: Row, spread: bool):
 
 def text_encoder(mesh: Mesh, row: Row):
     """The text encoder over the three texts of every edit, lowered."""
-    model = checkpoint.abstract(UMT5Encoder, TEXT_ENCODER, jnp.bfloat16)
+    model = registry.abstract(UMT5Encoder, TEXT_ENCODER, jnp.bfloat16)
     model = abstract(mesh, "text_encoder", model, jnp.bfloat16, True)
     shape = (3 * row.batch, costs.TEXT_TOKENS)
     tokens = (array(mesh, shape, "R S", kind) for kind in (jnp.int32, jnp.bool_))
-    return encode.lower(model, *tokens)
+    return encode_ids.lower(model, *tokens)
 
 
 def networks(mesh: Mesh):
     """The VAE, abstract."""
-    model = checkpoint.abstract(vae.WanVAE, VAE, jnp.float32)
+    model = registry.abstract(autoencoder.WanVAE, VAE, jnp.float32)
     return abstract(mesh, "vae", model, jnp.float32, False)
 
 
 def decoder(mesh: Mesh, row: Row):
     """The VAE's decoder, lowered."""
     latents = array(mesh, (row.batch, *row.workload.latent_shape, VAE.z_dim), "b T H W C")
-    return vae.decode.lower(networks(mesh), latents)
+    return autoencoder.decode.lower(networks(mesh), latents)
 
 
 def collectives(text: str) -> dict[str, list[int]]:
@@ -239,11 +248,11 @@ def held(mesh: Mesh, spread: bool, config: WanConfig) -> dict[str, int]:
     kinds = {
         "transformer": (wan_transformer, config, jnp.bfloat16),
         "text_encoder": (UMT5Encoder, TEXT_ENCODER, jnp.bfloat16),
-        "vae": (vae.WanVAE, VAE, jnp.float32),
+        "vae": (autoencoder.WanVAE, VAE, jnp.float32),
     }
     found = {}
     for name, (kind, sizes, dtype) in kinds.items():
-        model = abstract(mesh, name, checkpoint.abstract(kind, sizes, dtype), dtype, spread)
+        model = abstract(mesh, name, registry.abstract(kind, sizes, dtype), dtype, spread)
         leaves = jax.tree.leaves(nnx.state(model))
         found[name] = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves

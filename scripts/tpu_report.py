@@ -17,7 +17,7 @@ import jax
 import tpu_programs
 from tpu_programs import MODELS, PROGRAMS, STEPS, TOPOLOGIES, Row
 
-from kvlock_jax import costs, roofline
+from kvlock_jax.estimate import costs, roofline
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -22,11 +22,12 @@ import optax
 from flax import nnx
 
 from kvlock_jax.demo.world import COLOURS, SHAPES, caption, random_scene, render
+from kvlock_jax.grid import Grid
 from kvlock_jax.lock import to_latent_mask
-from kvlock_jax.models.vae import WanVAE
-from kvlock_jax.models.wan import WanTransformer
-from kvlock_jax.patches import Grid
-from kvlock_jax.text import Tokenizer, encode_prompts, write_word_tokenizer
+from kvlock_jax.models.text.prompts import encode_prompts
+from kvlock_jax.models.text.tokenizer import Tokenizer, write_word_tokenizer
+from kvlock_jax.models.vae.autoencoder import WanVAE
+from kvlock_jax.models.wan.transformer import WanTransformer
 
 BATCH, SHARD = 16, 500
 GRID = Grid.of((3, 12, 12))

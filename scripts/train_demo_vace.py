@@ -33,9 +33,9 @@ from train_demo_dit import (
 
 from kvlock_jax.demo.world import COLOURS, FRAMES, SIZE, random_scene, render, shape_cover
 from kvlock_jax.lock import to_latent_mask
-from kvlock_jax.models.conditioning import fold_mask
-from kvlock_jax.models.vace import VACEContext, WanVACETransformer
-from kvlock_jax.models.vae import WanVAE
+from kvlock_jax.models.vae.autoencoder import WanVAE
+from kvlock_jax.models.wan.conditioning import fold_mask
+from kvlock_jax.models.wan.vace import VACEContext, WanVACETransformer
 
 KINDS = {"exact": 0.15, "grown": 0.2, "box": 0.4, "frames": 0.08, "all": 0.12, "none": 0.05}
 """Kinds of masks and their shares; with `all` it is text-to-video, with `none` it keeps."""

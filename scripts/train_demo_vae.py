@@ -21,8 +21,8 @@ import optax
 from flax import nnx
 
 from kvlock_jax.demo.world import random_scene, render
-from kvlock_jax.models.convolutions import CausalConv3d
-from kvlock_jax.models.vae import Downsample, ResidualBlock, Upsample, WanVAE
+from kvlock_jax.models.vae.autoencoder import Downsample, ResidualBlock, Upsample, WanVAE
+from kvlock_jax.models.vae.convolutions import CausalConv3d
 
 BATCH, CROP = 4, 48
 HELD_OUT = range(900_000_000, 900_000_008)  # seeds that no training step reaches

@@ -13,14 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kvlock_jax import batch, remote, video
-from kvlock_jax.config import run_config
-from kvlock_jax.edit import Result
-from kvlock_jax.inputs import Inputs
-from kvlock_jax.job import Job, Work, prepare
-from kvlock_jax.manifest import Common
-from kvlock_jax.metrics import EditMetrics
-from kvlock_jax.sampling.sampler import Trace
+from kvlock_jax.batch import runner as batch
+from kvlock_jax.batch.manifest import Common
+from kvlock_jax.batch.resume import Job, Work, find_work
+from kvlock_jax.batch.runner import Summary
+from kvlock_jax.evaluate.metrics import EditMetrics
+from kvlock_jax.media import encode, storage
+from kvlock_jax.pipeline.api import Result
+from kvlock_jax.pipeline.inputs import EditInputs
+from kvlock_jax.sampling.loop import Trace
+from kvlock_jax.settings.schema import run_config
 
 SHAPE = (5, 32, 48)
 NO_TRACE = Trace(**{field.name: np.zeros(2) for field in dataclasses.fields(Trace)})
@@ -31,7 +33,7 @@ def clip(seed: int, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
 
 
-def frames(inputs: Inputs, key: jax.Array) -> np.ndarray:
+def frames(inputs: EditInputs, key: jax.Array) -> np.ndarray:
     """What `runner` makes: noise of the key under the mask, of a shade of the prompt."""
     seed = [*np.asarray(jax.random.key_data(key)).tolist(), len(inputs.prompt)]
     noise = np.random.default_rng(seed).integers(0, 256, inputs.source.shape, np.uint8)
@@ -58,7 +60,7 @@ def runner(model, inputs, settings, keys) -> list[Result]:
 def write_inputs(folder: Path) -> None:
     """Four clips (`0.mkv` to `3.mkv`), a mask, and what is wrong with others."""
     for n in range(4):
-        video.write_video(folder / f"{n}.mkv", clip(n), 12, lossless=True)
+        encode.write_video(folder / f"{n}.mkv", clip(n), 12, lossless=True)
     region = np.zeros(SHAPE, np.uint8)
     np.save(folder / "empty.npy", region)
     region[:, 8:16, 8:24] = 255
@@ -98,16 +100,16 @@ def forty(folder: Path) -> tuple[Path, list[str]]:
 
 def job(manifest: Path | str, save_dir: Path | str, **changes) -> Job:
     common = changes.pop("common", Common(run_config("kvlock", steps=2)))
-    paths = (remote.resolve(str(path)) for path in (manifest, save_dir))
+    paths = (storage.resolve(str(path)) for path in (manifest, save_dir))
     return Job(*paths, common, {"name": "none"}, **changes)
 
 
-def do(manifest: Path | str, save_dir: Path | str, runner=runner, **changes) -> batch.Summary:
+def do(manifest: Path | str, save_dir: Path | str, runner=runner, **changes) -> Summary:
     """Runs a manifest, with `runner` in place of a model."""
-    return run(prepare(job(manifest, save_dir, **changes)), runner)
+    return run(find_work(job(manifest, save_dir, **changes)), runner)
 
 
-def run(work: Work, runner=runner, on_end=lambda request, failure: None) -> batch.Summary:
+def run(work: Work, runner=runner, on_end=lambda request, failure: None) -> Summary:
     return batch.run(work, lambda: None, runner, on_end)
 
 
@@ -121,7 +123,7 @@ def main() -> None:
 
     manifest, save_dir = (sys.stdin.readline().rstrip("\n") for _ in range(2))
     if save_dir:
-        run(prepare(job(manifest, save_dir, batch_size=2)), slow, on_end)
+        run(find_work(job(manifest, save_dir, batch_size=2)), slow, on_end)
 
 
 if __name__ == "__main__":

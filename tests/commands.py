@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlock_jax import video
+from kvlock_jax.media import decode
 
 FILES = ["in.mkv", "mask.mkv"]
 
 
 def edited(path: str = "out.mkv") -> np.ndarray:
-    return video.read_video(path).frames
+    return decode.read_video(path).frames
 
 
 def settings_of(path: str = "t.json") -> dict:

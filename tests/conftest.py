@@ -3,6 +3,9 @@
 import os
 import re
 
+import jax
+import pytest
+
 # Small programs that run a few times: most of the suite's time would be LLVM's optimisations. They
 # come after XLA's own, which stay; the demo, which CI runs too, has both. A caller's flags win.
 os.environ["XLA_FLAGS"] = (
@@ -13,8 +16,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # it is the user's
 
-import jax
-import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -55,28 +56,28 @@ def folder(tmp_path, monkeypatch):
     """The working folder, with a clip and its mask."""
     import tiny
 
-    from kvlock_jax import video
+    from kvlock_jax.media import encode
 
     monkeypatch.chdir(tmp_path)
-    video.write_video("in.mkv", tiny.clip(), 12, lossless=True)
-    video.write_video("mask.mkv", tiny.mask(), 12, lossless=True)
+    encode.write_video("in.mkv", tiny.clip(), 12, lossless=True)
+    encode.write_video("mask.mkv", tiny.mask(), 12, lossless=True)
     return tmp_path
 
 
 @pytest.fixture
 def loads(monkeypatch, model):
     """Puts `model` in place of loading, so that its loop compiles once; lists what was loaded."""
-    from kvlock_jax import cli
+    from kvlock_jax.cli import loading
 
     calls = []
-    monkeypatch.setattr(cli, "load", lambda *args, **where: calls.append(args) or model)
+    monkeypatch.setattr(loading, "load", lambda *args, **where: calls.append(args) or model)
     return calls
 
 
 @pytest.fixture
 def kvlock(folder, loads, tiny_checkpoint, capsys):
     """Runs `kvlock edit`; flags of the defaults are set by keyword, and left out by None."""
-    from kvlock_jax import cli
+    from kvlock_jax.cli import main
 
     def run(*flags: str, **changes: str | None) -> tuple[int, str, str]:
         defaults = {
@@ -88,7 +89,7 @@ def kvlock(folder, loads, tiny_checkpoint, capsys):
             "sample_steps": "2",
         }
         named = [f"--{k}={v}" for k, v in (defaults | changes).items() if v is not None]
-        status = cli.main(["edit", *named, *flags])
+        status = main.main(["edit", *named, *flags])
         return status, *capsys.readouterr()
 
     return run

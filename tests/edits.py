@@ -3,7 +3,7 @@
 import tiny
 
 import kvlock_jax as kvl
-from kvlock_jax.config import run_config
+from kvlock_jax.settings.schema import run_config
 
 STEPS, PROMPT = 3, "a blue star"
 FRAMES, HEIGHT, WIDTH = tiny.SHAPE

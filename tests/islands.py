@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvlock_jax import lock
-from kvlock_jax.config import WanConfig
+from kvlock_jax.grid import Grid
 from kvlock_jax.lock import cache
-from kvlock_jax.models import attention, block, kernels, linear
-from kvlock_jax.models.vace import VACEContext, wan_transformer
-from kvlock_jax.patches import Grid
+from kvlock_jax.models import linear
+from kvlock_jax.models.attention import kernels, rope
+from kvlock_jax.models.wan import block
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import VACEContext, wan_transformer
 from kvlock_jax.sampling import solvers
 
 LOW, WIDE = jnp.dtype("bfloat16"), jnp.dtype("float32")
@@ -102,7 +104,7 @@ LAYERS = (
 ).split()
 FUNCTIONS = {
     "softmax": (kernels, "plain", lambda q, k, v, keys: (low_attend(q, k, v), None)),
-    "rotary positions": (block, "rotate", rounding(attention.rotate)),
+    "rotary positions": (block, "rotate", rounding(rope.rotate)),
     "sums of products": (linear, "_matmul", low_sums),
     "residual stream": (block.Block, "__call__", rounding(block.Block.__call__)),
     "what is added to it": (block.FeedForward, "__call__", rounding(block.FeedForward.__call__)),

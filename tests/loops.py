@@ -8,17 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvlock_jax import lock
+from kvlock_jax.grid import Grid
 from kvlock_jax.lock import KVCache
-from kvlock_jax.patches import Grid
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.sampler import (
-    Program,
-    Trace,
-    begin,
-    sample,
-    stepwise,
-)
+from kvlock_jax.sampling.loop import Program, Trace, begin, sample, stepwise
 
 EDITS, T, H, W, C = SHAPE = (2, 3, 4, 6, 2)
 LAYERS, HEADS, SIZE = 2, 2, 4  # a patch of 1 x 2 x 2 cells of 2 channels is 2 heads of 4

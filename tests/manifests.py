@@ -5,8 +5,8 @@ from pathlib import Path
 
 import batches
 
-from kvlock_jax import video
 from kvlock_jax.errors import SamplingError
+from kvlock_jax.media import decode
 
 BOX = {"src_video": "0.mkv", "bbox": "0,0,8,8", "prompt": "a star"}
 
@@ -30,7 +30,7 @@ def names(save_dir: Path) -> list[str]:
 
 
 def all_frames(save_dir: Path) -> dict[str, bytes]:
-    return {p.name: video.read_video(p).frames.tobytes() for p in save_dir.glob("*.mkv")}
+    return {p.name: decode.read_video(p).frames.tobytes() for p in save_dir.glob("*.mkv")}
 
 
 def poor(model, inputs, *rest):

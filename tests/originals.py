@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from kvlock_jax import text
+from kvlock_jax.models.text import tokenizer
 
 DATA = Path(__file__).parent / "data" / "original"
 SIZES = json.loads((DATA / "config.json").read_text())
@@ -18,7 +18,7 @@ def write_folder(folder: Path, family: str = "t2v") -> Path:
     write_config(folder, family)
     write_pickle(DATA / "vae.safetensors", folder / "Wan2.1_VAE.pth")
     write_pickle(DATA / "umt5.safetensors", folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    text.write_word_tokenizer(folder / "google" / "umt5-xxl", ["a", "red", "star"], 24)
+    tokenizer.write_word_tokenizer(folder / "google" / "umt5-xxl", ["a", "red", "star"], 24)
     return folder
 
 

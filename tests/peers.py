@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
-from kvlock_jax.config import WanConfig
 from kvlock_jax.convert import diffusers
+from kvlock_jax.models.wan.config import WanConfig
 
 
 def scrambled(model: torch.nn.Module) -> torch.nn.Module:

@@ -15,7 +15,8 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kvlock_jax.models.attention import attend, attend_part, rope_axes, rope_table, rotate
+from kvlock_jax.models.attention.dispatch import attend, attend_part
+from kvlock_jax.models.attention.rope import rope_axes, rope_table, rotate
 
 GRID = (3, 4, 5)
 

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 from manifests import all_frames, failures, names, poor, write
 
-from kvlock_jax import batch, remote, report, video
-from kvlock_jax.config import run_config
+from kvlock_jax.batch import runner as batch_runner
+from kvlock_jax.batch.manifest import Common
+from kvlock_jax.batch.resume import find_work
+from kvlock_jax.batch.runner import Summary, _publish, _Reader, edit_key, run, video
 from kvlock_jax.errors import CheckpointError, InputError
-from kvlock_jax.job import prepare
-from kvlock_jax.manifest import Common
+from kvlock_jax.media import decode, encode, storage
+from kvlock_jax.pipeline import report
+from kvlock_jax.settings.schema import run_config
 
 
 @pytest.fixture
@@ -34,14 +37,12 @@ def folder(tmp_path):
 def test_a_video_and_a_json_beside_it(folder):
     manifest = write(folder, {"base_seed": 3, "config.kvlock.tau": 0.5})
     summary = batches.do(manifest, folder / "out")
-    assert summary == batch.Summary(done=1, skipped=0, failed=0, failures=None)
+    assert summary == Summary(done=1, skipped=0, failed=0, failures=None)
     assert names(folder / "out") == ["0.json", "0.mkv"]
-    found = video.read_video(folder / "out" / "0.mkv")
+    found = decode.read_video(folder / "out" / "0.mkv")
     # the key by its definition, and the fake edit's frames of it
     key = jax.random.fold_in(jax.random.key(3), zlib.crc32(b"0"))
-    inputs = (
-        batch._Reader().read(prepare(batches.job(manifest, folder / "out")).groups[0])[0].inputs
-    )
+    inputs = _Reader().read(find_work(batches.job(manifest, folder / "out")).groups[0])[0].inputs
     np.testing.assert_array_equal(found.frames, batches.frames(inputs, key))
     assert found.fps == 12
     told = json.loads((folder / "out" / "0.json").read_text())
@@ -86,9 +87,9 @@ def test_a_default_name_and_a_suffix_of_ones_choice(folder):
 
 def test_edits_of_one_source_share_its_frames(folder, monkeypatch):
     shared, decoded = [], []
-    read_video = video.read_video
+    read_video = decode.read_video
     monkeypatch.setattr(
-        batch.video,
+        video,
         "read_video",
         lambda path, *more: decoded.append(path) or read_video(path, *more),
     )
@@ -104,7 +105,7 @@ def test_edits_of_one_source_share_its_frames(folder, monkeypatch):
     assert first is third and fourth is fifth and first.shape == second.shape
     assert fourth.shape == (5, 64, 96, 3)
     assert [Path(path).name for path in decoded] == ["0.mkv", "1.mkv", "0.mkv"]
-    assert video.read_video(folder / "out" / "2.mkv").fps == 12
+    assert decode.read_video(folder / "out" / "2.mkv").fps == 12
 
 
 def test_what_shards_do_is_the_whole(folder):
@@ -123,10 +124,10 @@ def test_a_mended_line_leaves_the_list(folder):
     assert batches.do(manifest, folder / "out").failed == 2
     (folder / "1.mkv").rename(folder / "absent.mkv")
     again = batches.do(manifest, folder / "out")
-    assert again == batch.Summary(1, 1, 1, str(folder / "out" / "failed.jsonl"))
+    assert again == Summary(1, 1, 1, str(folder / "out" / "failed.jsonl"))
     assert [row["line"] for row in failures(folder / "out")] == [3]
     write(folder, {}, {"src_video": "absent.mkv"}, {})
-    assert batches.do(manifest, folder / "out") == batch.Summary(1, 2, 0, None)
+    assert batches.do(manifest, folder / "out") == Summary(1, 2, 0, None)
     assert names(folder / "out") == ["0.json", "0.mkv", "1.json", "1.mkv", "2.json", "2.mkv"]
 
 
@@ -161,8 +162,8 @@ def test_a_failing_edit_leaves_what_it_was_before(folder):
 
 def test_a_container_need_not_tell_the_truth(folder, monkeypatch):
     """Videos that seem to be of one shape and are not, run apart."""
-    video.write_video(folder / "1.mkv", batches.clip(1, (5, 64, 48)), 12, lossless=True)
-    monkeypatch.setattr("kvlock_jax.job._probe", lambda path: (5, 32, 48))
+    encode.write_video(folder / "1.mkv", batches.clip(1, (5, 64, 48)), 12, lossless=True)
+    monkeypatch.setattr("kvlock_jax.batch.resume._probe", lambda path: (5, 32, 48))
     shapes = []
 
     def runner(model, inputs, *rest):
@@ -178,16 +179,16 @@ def test_a_model_that_does_not_load_ends_it_all(folder):
     def load():
         raise CheckpointError("damaged")
 
-    work = prepare(batches.job(write(folder, {}), folder / "out"))
+    work = find_work(batches.job(write(folder, {}), folder / "out"))
     with pytest.raises(CheckpointError, match="damaged"):
-        batch.run(work, load)
+        run(work, load)
     assert names(folder / "out") == []
 
 
 def test_no_model_is_loaded_for_nothing(folder):
     manifest = write(folder, {}, {"src_video": "story.mkv"})
     batches.do(manifest, folder / "out")
-    summary = batch.run(prepare(batches.job(manifest, folder / "out")), pytest.fail)
+    summary = run(find_work(batches.job(manifest, folder / "out")), pytest.fail)
     assert (summary.skipped, summary.failed) == (1, 1)
 
 
@@ -204,7 +205,7 @@ def test_reading_and_writing_go_on_while_the_device_works(folder, monkeypatch):
     """Edit 1 computes until edit 2 is read and edit 0 is being written; that waits for it too."""
     read, writing = (collections.defaultdict(threading.Event) for _ in range(2))
     computing = threading.Event()
-    inputs_of, publish = batch._Reader._inputs, batch._publish
+    inputs_of, publish = _Reader._inputs, _publish
 
     def reading(self, request):
         found = inputs_of(self, request)
@@ -217,8 +218,8 @@ def test_reading_and_writing_go_on_while_the_device_works(folder, monkeypatch):
             assert computing.wait(30), "edit 1 does not start before edit 0 is written"
         publish(work, stage, request, *rest)
 
-    monkeypatch.setattr(batch._Reader, "_inputs", reading)
-    monkeypatch.setattr(batch, "_publish", publishing)
+    monkeypatch.setattr(_Reader, "_inputs", reading)
+    monkeypatch.setattr(batch_runner, "_publish", publishing)
 
     def runner(model, inputs, *rest):
         n = len(inputs[0].prompt)
@@ -238,7 +239,7 @@ def test_reading_and_writing_go_on_while_the_device_works(folder, monkeypatch):
 def test_the_end_of_each_edit_is_told_once(folder):
     told = []
     manifest = write(folder, {}, {"prompt": "bad"}, {}, {"prompt": ""})
-    work = prepare(batches.job(manifest, folder / "out"))
+    work = find_work(batches.job(manifest, folder / "out"))
     batches.run(work, poor, lambda request, failure: told.append((request.id, failure is None)))
     assert sorted(told) == [("0", True), ("1", False), ("2", True)]
 
@@ -256,7 +257,7 @@ def memory():
 def test_everything_may_be_remote(folder, memory, monkeypatch):
     (folder / "images").mkdir()
     for n, image in enumerate(batches.clip(5)):
-        video.write_png(folder / "images" / f"{n}.png", image)
+        encode.write_png(folder / "images" / f"{n}.png", image)
     rows = [
         {"bbox": None, "src_mask": "mask.npy"},
         {"src_video": "images"},
@@ -273,15 +274,15 @@ def test_everything_may_be_remote(folder, memory, monkeypatch):
     there = ("memory://set/edits.jsonl", "memory://out")
     for batch_size, counts in ((2, (3, 0, 3)), (1, (0, 3, 3))):
         summary = batches.do(*there, batch_size=batch_size)
-        assert summary == batch.Summary(*counts, "memory://out/failed.jsonl")
+        assert summary == Summary(*counts, "memory://out/failed.jsonl")
     want = [name for name in names(folder / "out") if name != "failed.jsonl"]
-    assert remote.sizes("memory://out").keys() == {*want, "failed.jsonl"}
+    assert storage.sizes("memory://out").keys() == {*want, "failed.jsonl"}
     assert not memory.exists("/out/.kvlock-batch")
     for name in want:
         if name.endswith(".mkv"):
-            with remote.local_copy(f"memory://out/{name}", ()) as local:
-                found = video.read_video(local).frames
-            np.testing.assert_array_equal(found, video.read_video(folder / "out" / name).frames)
+            with storage.local_copy(f"memory://out/{name}", ()) as local:
+                found = decode.read_video(local).frames
+            np.testing.assert_array_equal(found, decode.read_video(folder / "out" / name).frames)
     reasons = [json.loads(line)["reason"] for line in memory.cat("/out/failed.jsonl").splitlines()]
     assert reasons[0].startswith("memory://set/story.mkv: not a readable video")
     assert reasons[1].startswith("mask memory://set/short.npy: 3 frames")
@@ -292,7 +293,7 @@ def test_everything_may_be_remote(folder, memory, monkeypatch):
 
 
 def test_keys_of_edits():
-    keys = [batch.edit_key(seed, name) for seed in (0, 2**32 - 1) for name in ("a", "b", "\u00e9")]
+    keys = [edit_key(seed, name) for seed in (0, 2**32 - 1) for name in ("a", "b", "\u00e9")]
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == 6
     want = jax.random.fold_in(jax.random.key(0), 0xE8B7BE43)  # CRC-32 of "a"
     assert jax.random.key_data(keys[0]).tolist() == jax.random.key_data(want).tolist()

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from manifests import all_frames, failures, names, poor, write
 
-from kvlock_jax import batch, remote, video
-from kvlock_jax.job import prepare
+from kvlock_jax.batch.resume import find_work
+from kvlock_jax.batch.runner import Summary, follow
+from kvlock_jax.media import encode, storage
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def folder(tmp_path):
 
 def test_forty_edits_with_six_broken(forty):
     manifest, good, out, summary = forty
-    assert summary == batch.Summary(34, 0, 6, str(out / "failed.jsonl"))
+    assert summary == Summary(34, 0, 6, str(out / "failed.jsonl"))
     assert names(out) == sorted(
         [*(f"{n}.mkv" for n in good), *(f"{n}.json" for n in good), "failed.jsonl"]
     )
@@ -152,7 +153,7 @@ def test_cut_short_at_any_file(folder, monkeypatch, redo):
 
         with monkeypatch.context() as patch:
             for name in ("upload", "remove"):
-                patch.setattr(batch.remote, name, counted(getattr(remote, name)))
+                patch.setattr(storage, name, counted(getattr(storage, name)))
             try:
                 batches.do(manifest, out)
             except Killed:
@@ -183,7 +184,7 @@ def test_an_interruption_keeps_what_is_done(folder):
     assert names(folder / "out") == ["0.json", "0.mkv", "1.json", "1.mkv"]
     threads = {thread.name for thread in threading.enumerate()}
     assert not [name for name in threads if "ThreadPool" in name]
-    assert batches.do(manifest, folder / "out") == batch.Summary(2, 2, 0, None)
+    assert batches.do(manifest, folder / "out") == Summary(2, 2, 0, None)
 
 
 def test_what_a_killed_run_left_is_removed(folder):
@@ -215,9 +216,7 @@ def test_a_group_runs_whole_and_writes_what_is_missing(folder):
         sizes.append(len(inputs))
         return batches.runner(model, inputs, *rest)
 
-    assert batches.do(manifest, folder / "out", runner, batch_size=3) == batch.Summary(
-        1, 2, 0, None
-    )
+    assert batches.do(manifest, folder / "out", runner, batch_size=3) == Summary(1, 2, 0, None)
     after = {p.name: p.stat().st_mtime_ns for p in (folder / "out").iterdir()}
     assert sizes == [3]
     assert {name for name in after if after[name] != before[name]} == {"1.mkv", "1.json"}
@@ -233,8 +232,8 @@ def test_a_host_that_does_not_write_has_a_part_in_all(folder):
             raise ValueError("bad")
         return batches.runner(model, inputs, *rest)
 
-    work = prepare(batches.job(manifest, folder / "out", batch_size=3))
-    summary = batch.follow(work, lambda: None, runner)
+    work = find_work(batches.job(manifest, folder / "out", batch_size=3))
+    summary = follow(work, lambda: None, runner)
     assert (summary.done, summary.skipped, summary.failed) == (2, 0, 2)
     assert not (folder / "out").exists()
     there = list(ran)
@@ -246,7 +245,7 @@ def test_a_host_that_does_not_write_has_a_part_in_all(folder):
 def test_one_image_is_a_mask_of_all_frames(folder):
     region = np.zeros(batches.SHAPE[1:], np.uint8)
     region[8:16, 8:24] = 255
-    video.write_png(folder / "mask.png", np.stack([region] * 3, axis=-1))
+    encode.write_png(folder / "mask.png", np.stack([region] * 3, axis=-1))
     rows = [{"bbox": None, "src_mask": mask} for mask in ("mask.png", "mask.npy")]
     manifest = write(folder, *(row | {"noise_id": "x"} for row in rows))
     assert batches.do(manifest, folder / "out", batch_size=2).done == 2
@@ -256,7 +255,7 @@ def test_one_image_is_a_mask_of_all_frames(folder):
 
 def test_the_list_of_failures_is_written_as_they_come(folder, monkeypatch):
     clock, lists = iter(range(0, 1000, 10)), []
-    monkeypatch.setattr(batch.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     manifest = write(folder, *({"prompt": "bad"} for _ in range(6)))
 
     def runner(*args):

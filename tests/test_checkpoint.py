@@ -17,11 +17,14 @@ import whole
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from kvlock_jax import checkpoint, store, text
-from kvlock_jax.checkpoint import MODELS, Checkpoint, Configs
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
+from kvlock_jax.checkpoints import format, registry, store
+from kvlock_jax.checkpoints.registry import MODELS, Checkpoint, Configs
+from kvlock_jax.checkpoints.store import Parameter
 from kvlock_jax.errors import CheckpointError
-from kvlock_jax.store import Parameter
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.text.tokenizer import Tokenizer, write_word_tokenizer
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
 
 CONFIGS = Configs(
     WanConfig(2, 12, 2, 16, in_channels=4, out_channels=4, text_dim=8, freq_dim=8),
@@ -49,7 +52,7 @@ def random_model(name: str, seed: int) -> nnx.Module:
     """Parameters in float32, kernels in bfloat16, none alike."""
     rng = np.random.default_rng(seed)
     config, kind = getattr(CONFIGS, name), MODELS[name][1]
-    graph, state = nnx.split(checkpoint.abstract(kind, config))
+    graph, state = nnx.split(registry.abstract(kind, config))
     full = [
         (
             path,
@@ -80,13 +83,13 @@ def save(folder, models: Checkpoint, on_bytes=lambda _: None) -> None:
         name: {path: in_memory(array) for path, array in values(getattr(models, name)).items()}
         for name in MODELS
     }
-    checkpoint.save(folder, models.configs, parameters, models.tokenizer, lambda: SOURCE, on_bytes)
+    format.save(folder, models.configs, parameters, models.tokenizer, lambda: SOURCE, on_bytes)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words")
-    text.write_word_tokenizer(folder, ["a", "red", "star"], 12)
+    write_word_tokenizer(folder, ["a", "red", "star"], 12)
     return folder
 
 
@@ -118,24 +121,24 @@ def assert_same(got: Checkpoint, want: Checkpoint) -> None:
 
 
 def data_of(folder):
-    return folder / json.loads((folder / checkpoint.METADATA).read_text())["data"]
+    return folder / json.loads((folder / format.METADATA).read_text())["data"]
 
 
 def test_restored_is_bit_equal(folder, original):
-    got = checkpoint.load(folder)
+    got = format.load(folder)
     assert_same(got, original)
     assert got.configs == CONFIGS
     prompts = ["a red star", "red"]
     for want, have in zip(
-        text.Tokenizer(original.tokenizer)(prompts),
-        text.Tokenizer(got.tokenizer)(prompts),
+        Tokenizer(original.tokenizer)(prompts),
+        Tokenizer(got.tokenizer)(prompts),
         strict=True,
     ):
         np.testing.assert_array_equal(have, want)
 
 
 def test_restored_models_compute_the_same(folder, original):
-    got = checkpoint.load(folder)
+    got = format.load(folder)
     latents = jnp.asarray(np.random.default_rng(1).normal(size=(1, 2, 2, 4, 4)), jnp.float32)
     context = jnp.ones((1, 3, 8), jnp.float32)
 
@@ -147,7 +150,7 @@ def test_restored_models_compute_the_same(folder, original):
 
 
 def test_dtypes(folder, original):
-    got = checkpoint.load(folder, jnp.bfloat16, compute_dtype=jnp.bfloat16)
+    got = format.load(folder, jnp.bfloat16, compute_dtype=jnp.bfloat16)
     for name in MODELS:
         wide = name == "vae"  # as the publisher and Diffusers run it
         assert getattr(got, name).dtype == (jnp.float32 if wide else jnp.bfloat16)
@@ -156,7 +159,7 @@ def test_dtypes(folder, original):
             rounded = path == "shared.embedding" or want[path].dtype == ml_dtypes.bfloat16
             assert array.dtype == (ml_dtypes.bfloat16 if rounded else np.float32), path
             np.testing.assert_array_equal(array, want[path].astype(array.dtype))
-    assert checkpoint.load(folder).transformer.dtype == jnp.float32
+    assert format.load(folder).transformer.dtype == jnp.float32
 
 
 def test_parameters_go_where_they_are_placed(folder, original):
@@ -172,7 +175,7 @@ def test_parameters_go_where_they_are_placed(folder, original):
         asked[name] = NamedSharding(mesh, PartitionSpec(*spec))
         return asked[name]
 
-    got = checkpoint.load(folder, place=place)
+    got = format.load(folder, place=place)
     assert_same(got, original)
     for name in MODELS:
         for path, variable in nnx.to_flat_state(nnx.state(getattr(got, name))):
@@ -187,20 +190,20 @@ def test_parameters_go_where_they_are_placed(folder, original):
         rows = slice(3 * shard.device.id, 3 * shard.device.id + 3)
         np.testing.assert_array_equal(shard.data, expected[:, rows], strict=True)
 
-    by_default = checkpoint.load(folder).transformer.proj_out.kernel
+    by_default = format.load(folder).transformer.proj_out.kernel
     assert by_default.sharding == SingleDeviceSharding(jax.devices()[0])
 
 
 def test_metadata(folder):
-    got = checkpoint.read_metadata(folder)
+    got = format.read_metadata(folder)
     assert (got.family, got.source, got.configs) == ("wan2.1-t2v", SOURCE, CONFIGS)
     on_disk = {p for p in (folder / got.data).rglob("*") if p.is_file()}
     assert {folder / got.data / name for name in got.files} == on_disk
-    assert checkpoint.is_checkpoint(folder) and not checkpoint.is_checkpoint(folder.parent)
+    assert format.is_checkpoint(folder) and not format.is_checkpoint(folder.parent)
 
 
 def test_describe(folder, original):
-    got = checkpoint.describe(folder)
+    got = format.describe(folder)
     assert (got.family, got.configs, got.source) == ("wan2.1-t2v", CONFIGS, SOURCE)
     assert got.version == importlib.metadata.version("kvlock-jax")
     for name in MODELS:
@@ -210,7 +213,7 @@ def test_describe(folder, original):
         assert got.models[name].dtypes == ("bfloat16", "float32")
     (data_of(folder) / "vae" / "manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match=r"missing: vae/manifest\.ocdbt"):
-        checkpoint.describe(folder)
+        format.describe(folder)
 
 
 def test_save_again_replaces(folder, tokenizer):
@@ -218,7 +221,7 @@ def test_save_again_replaces(folder, tokenizer):
     (folder / "notes" / "mine.txt").write_text("kept")
     second = random_checkpoint(tokenizer, 1)
     save(folder, second)
-    assert_same(checkpoint.load(folder), second)
+    assert_same(format.load(folder), second)
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         ["kvlock.json", "notes", data_of(folder).name]
     )
@@ -236,8 +239,8 @@ def test_what_another_version_wrote_stays_until_the_new_is_whole(folder, origina
 
 def test_save_onto_itself(folder, original):
     """Its tokenizer lies in the data that the save replaces."""
-    save(folder, checkpoint.load(folder))
-    assert_same(checkpoint.load(folder), original)
+    save(folder, format.load(folder))
+    assert_same(format.load(folder), original)
 
 
 class Killed(BaseException):
@@ -255,20 +258,20 @@ def test_interrupted_save(folder, original, tokenizer, tmp_path, monkeypatch, at
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "write", until)
-        if at == checkpoint.METADATA:
+        if at == format.METADATA:
             patch.setattr(store, "sums", lambda data: until(folder / at, None, None))
         for target in (folder, tmp_path / "new"):
             with pytest.raises(Killed):
                 save(target, second)
-    assert_same(checkpoint.load(folder), original)
-    assert not checkpoint.is_checkpoint(tmp_path / "new")
+    assert_same(format.load(folder), original)
+    assert not format.is_checkpoint(tmp_path / "new")
     with pytest.raises(
         CheckpointError, match=r"new/kvlock\.json: the conversion .* did not finish"
     ):
-        checkpoint.load(tmp_path / "new")
+        format.load(tmp_path / "new")
     for target in (folder, tmp_path / "new"):
         save(target, second)
-        assert_same(checkpoint.load(target), second)
+        assert_same(format.load(target), second)
         assert len(list(target.iterdir())) == 2  # nothing is left of the first try
 
 
@@ -284,7 +287,7 @@ def test_missing_cut_and_changed_files_are_all_named(folder):
     content[len(content) // 2] ^= 1  # Orbax alone would give back another weight
     flipped.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(folder)
+        format.load(folder)
     _, *lines = str(caught.value).splitlines()
     assert lines[0] == "  missing: tokenizer/tokenizer.json"
     assert sorted(line.split(": ")[1].split()[0] for line in lines[1:]) == sorted(
@@ -295,11 +298,11 @@ def test_missing_cut_and_changed_files_are_all_named(folder):
 def test_missing_data(folder):
     shutil.rmtree(data_of(folder))
     with pytest.raises(CheckpointError, match=r"missing: vae/_METADATA"):
-        checkpoint.load(folder)
+        format.load(folder)
 
 
 def rewrite(folder, **changes) -> None:
-    path = folder / checkpoint.METADATA
+    path = folder / format.METADATA
     found = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in found.items() if v != "drop"}))
 
@@ -310,7 +313,7 @@ def test_parameters_that_do_not_fit_are_all_listed(folder):
     configs["vae"] |= {"num_res_blocks": 2}
     rewrite(folder, configs=configs)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(folder)
+        format.load(folder)
     lines = str(caught.value).splitlines()
     assert (
         "  misshapen: transformer.blocks.ffn.net_0.bias is (2, 16), the model has (2, 20)" in lines
@@ -336,14 +339,14 @@ def test_parameters_that_do_not_fit_are_all_listed(folder):
 def test_metadata_that_does_not_fit(folder, changes, message):
     rewrite(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.load(folder)
+        format.load(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3"])
 def test_metadata_that_is_not_json(folder, content):
-    (folder / checkpoint.METADATA).write_text(content)
+    (folder / format.METADATA).write_text(content)
     with pytest.raises(CheckpointError, match=r"kvlock\.json does not hold a JSON object"):
-        checkpoint.load(folder)
+        format.load(folder)
 
 
 def test_folder_that_cannot_be_made(original, tmp_path):
@@ -372,23 +375,23 @@ def test_files_are_checked_while_they_are_read(folder, monkeypatch):
 
     monkeypatch.setattr(store, "check", slow)
     monkeypatch.setattr(store, "read", noted)
-    checkpoint.load(folder)
+    format.load(folder)
     assert len(order) == len(MODELS)
     (data_of(folder) / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer\.json has CRC-32"):
-        checkpoint.load(folder)
+        format.load(folder)
     assert len(order) == 2 * len(MODELS)
     (data_of(folder) / "vae" / "_METADATA").write_text("{")
     with pytest.raises(CheckpointError, match=r"not as it was written: vae/_METADATA has"):
-        checkpoint.load(folder)
+        format.load(folder)
 
 
 def test_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot read .*nothing/kvlock\.json"):
-        checkpoint.load(tmp_path / "nothing")
+        format.load(tmp_path / "nothing")
 
 
 def test_import_leaves_orbax_alone():
-    program = "import sys, kvlock_jax.checkpoint; print('orbax.checkpoint' in sys.modules)"
+    program = "import sys, kvlock_jax.checkpoints.format; print('orbax.checkpoint' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout.strip() == "False", ran.stderr

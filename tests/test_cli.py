@@ -5,14 +5,16 @@ import json
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from clips import only
 from commands import edited, interrupt, settings_of
 
-from kvlock_jax import cli, video
-from kvlock_jax.inputs import TRAINED_FRAMES
+from kvlock_jax.cli import edit, main
+from kvlock_jax.media import decode, encode
+from kvlock_jax.pipeline.inputs import TRAINED_FRAMES
 
 # --- an edit ----------------------------------------------------------------------------------
 
@@ -22,14 +24,14 @@ def test_an_edit_with_all_it_writes(folder, tiny_checkpoint, capsys):
         f"edit --ckpt {tiny_checkpoint} --video in.mkv --mask mask.mkv --save_file out.mp4 "
         "--trace t.json --plot t.png --compare c.mp4 --preset kvlock --steps 2"
     ).split()
-    status = cli.main([*arguments, "--prompt", "a red star"])
+    status = main.main([*arguments, "--prompt", "a red star"])
     output, errors = capsys.readouterr()
     assert status == 0
     assert only(folder) == ["c.mp4", "in.mkv", "mask.mkv", "out.mp4", "t.json", "t.png"]
-    found = video.read_video("out.mp4")
+    found = decode.read_video("out.mp4")
     assert found.frames.shape == (5, 32, 48, 3) and found.fps == 12
     assert edited("c.mp4").shape == (5, 32, 3 * 48 + 2 * 2, 3)
-    assert video.read_image("t.png").shape == (600, 900, 3)
+    assert decode.read_image("t.png").shape == (600, 900, 3)
     trace = json.loads(Path("t.json").read_text())
     assert trace["prompt"] == "a red star" and trace["src_video"] == "in.mkv"
     assert len(trace["steps"]["sigma"]) == 2
@@ -58,15 +60,15 @@ def test_an_edit_with_all_it_writes(folder, tiny_checkpoint, capsys):
 
 @pytest.mark.parametrize("shape", [(4, 32, 48), (5, 31, 45)])
 def test_any_length_and_size_is_kept(kvlock, shape):
-    video.write_video("in.mkv", tiny.clip(*shape), 12, lossless=True)
-    video.write_video("mask.mkv", tiny.mask(*shape), 12, lossless=True)
+    encode.write_video("in.mkv", tiny.clip(*shape), 12, lossless=True)
+    encode.write_video("mask.mkv", tiny.mask(*shape), 12, lossless=True)
     assert kvlock()[0] == 0
     assert edited().shape == (*shape, 3)
 
 
 def test_size_resizes_video_and_mask(kvlock):
-    video.write_video("in.mkv", tiny.clip(7, 64, 96), 12, lossless=True)
-    video.write_video("mask.mkv", tiny.mask(7, 64, 96), 12, lossless=True)
+    encode.write_video("in.mkv", tiny.clip(7, 64, 96), 12, lossless=True)
+    encode.write_video("mask.mkv", tiny.mask(7, 64, 96), 12, lossless=True)
     status, output, _ = kvlock("--size=48*32", "--frame_num=5")
     assert status == 0
     assert edited().shape == (5, 32, 48, 3)
@@ -89,13 +91,13 @@ def test_a_box_is_the_mask_of_its_pixels(kvlock):
     ],
 )
 def test_mask_flags(kvlock, monkeypatch, flags, coverage):
-    monkeypatch.setattr(cli, "run_edit", interrupt)
+    monkeypatch.setattr(edit, "run_edit", interrupt)
     status, output, _ = kvlock(*flags)
     assert status == 130 and f"mask     {coverage}" in output
 
 
 def test_an_all_white_mask_works(kvlock):
-    video.write_video("mask.mkv", np.full((1, 32, 48, 3), 255, np.uint8), 12, lossless=True)
+    encode.write_video("mask.mkv", np.full((1, 32, 48, 3), 255, np.uint8), 12, lossless=True)
     status, output, _ = kvlock()
     assert status == 0 and "100.0 %" in output
     assert "no background to measure\n" in output
@@ -110,14 +112,14 @@ def test_composite_keeps_every_pixel_outside(kvlock):
 
 
 def test_dtype_is_that_of_the_model(kvlock, loads, monkeypatch, tiny_checkpoint):
-    monkeypatch.setattr(cli, "run_edit", interrupt)
+    monkeypatch.setattr(edit, "run_edit", interrupt)
     assert kvlock("--dtype=bfloat16")[0] == 130
-    assert loads == [(str(tiny_checkpoint), cli.jnp.bfloat16)]
+    assert loads == [(str(tiny_checkpoint), jnp.bfloat16)]
 
 
 def test_many_frames_are_warned_of(kvlock, monkeypatch):
-    monkeypatch.setattr(cli, "run_edit", interrupt)
-    video.write_video("in.mkv", tiny.clip(TRAINED_FRAMES + 1, 16, 16), 12)
+    monkeypatch.setattr(edit, "run_edit", interrupt)
+    encode.write_video("in.mkv", tiny.clip(TRAINED_FRAMES + 1, 16, 16), 12)
     _, _, errors = kvlock(src_mask=None, bbox="0,0,8,8")
     assert re.match(r"warning: 82 frames: .* 81.*\n", errors)
 
@@ -125,7 +127,7 @@ def test_many_frames_are_warned_of(kvlock, monkeypatch):
 # --- settings ---------------------------------------------------------------------------------
 
 CONFIG = """
-from kvlock_jax.config import run_config
+from kvlock_jax.settings.schema import run_config
 def get_config():
     config = run_config("hard_lock", steps=2, shift=3.0, guidance_scale=2.0)
     config.kvlock.tau = 0.5
@@ -136,7 +138,7 @@ def get_config():
 def chosen(kvlock, monkeypatch, *flags: str, **changes: str | None):
     """The settings of a run that stops there."""
     seen = []
-    monkeypatch.setattr(cli, "run_edit", lambda *args, **_: seen.append(args[2]) or interrupt())
+    monkeypatch.setattr(edit, "run_edit", lambda *args, **_: seen.append(args[2]) or interrupt())
     status, _, errors = kvlock(*flags, **changes)
     assert status == 130, errors
     return seen[0]
@@ -240,9 +242,9 @@ def test_settings_that_cannot_be(fails, folder, flags, says):
 
 
 def test_what_must_be_given(capsys):
-    assert cli.main(["edit", "--prompt=a star"]) == 2
+    assert main.main(["edit", "--prompt=a star"]) == 2
     assert re.match(r"error: .*--src_video.*--save_file.*\n", capsys.readouterr().err)
-    assert cli.main([]) == 2
+    assert main.main([]) == 2
     assert "edit|batch|convert|info" in capsys.readouterr().err
-    assert cli.main(["train"]) == 2
+    assert main.main(["train"]) == 2
     assert "'train'" in capsys.readouterr().err

@@ -13,9 +13,12 @@ import tiny
 from clips import only
 from commands import FILES, edited, interrupt
 
-from kvlock_jax import cli, video
-from kvlock_jax.edit import default_config, edit
-from kvlock_jax.inputs import TRAINED_FRAMES
+from kvlock_jax.batch import runner
+from kvlock_jax.cli import main
+from kvlock_jax.media import decode, encode
+from kvlock_jax.pipeline.api import edit
+from kvlock_jax.pipeline.inputs import TRAINED_FRAMES
+from kvlock_jax.pipeline.load import default_config
 
 LINES = [
     {"id": "one", "src_video": "in.mkv", "prompt": "a red star", "lossless": True},
@@ -31,7 +34,7 @@ def many(folder, loads, tiny_checkpoint, capsys):
     def run(*flags: str, rows=LINES) -> tuple[int, dict[str, str], str]:
         (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
         named = "--manifest=edits.jsonl --save_dir=out --mask=mask.mkv --steps=2".split()
-        status = cli.main(["batch", f"--ckpt={tiny_checkpoint}", *named, *flags])
+        status = main.main(["batch", f"--ckpt={tiny_checkpoint}", *named, *flags])
         output, errors = capsys.readouterr()
         found = (line.split("  ", 1) for line in output.splitlines())
         return status, {what.strip(): text.strip() for what, text in found}, errors
@@ -61,7 +64,7 @@ def test_a_batch_and_again(many, folder, model, loads, tiny_checkpoint):
     config = default_config(model)
     config.sample.steps = 2
     want = edit(model, "in.mkv", "mask.mkv", "a red star", config=config, noise=noise)
-    found = video.read_video("out/one.mp4")
+    found = decode.read_video("out/one.mp4")
     np.testing.assert_array_equal(found.frames, want.video)
     assert found.fps == 12 and edited("out/b.mkv").shape == (5, 32, 48, 3)
     told = json.loads(Path("out/one.json").read_text())
@@ -108,15 +111,15 @@ def test_a_batch_that_cannot_start(many, folder, flags, says):
 
 
 def test_an_interrupted_batch(many, folder, monkeypatch):
-    monkeypatch.setattr(cli.batch, "run_batch", interrupt)
+    monkeypatch.setattr(runner, "run_batch", interrupt)
     status, _, errors = many()
     assert status == 130 and errors == "interrupted\n"
     assert only(folder / "out") == ["failed.jsonl"]
 
 
 def test_many_frames_are_warned_of_once(many, monkeypatch):
-    video.write_video("in.mkv", tiny.clip(TRAINED_FRAMES + 1, 16, 16), 12)
-    monkeypatch.setattr(cli.batch, "run_batch", lambda *_, **__: 1 / 0)
+    encode.write_video("in.mkv", tiny.clip(TRAINED_FRAMES + 1, 16, 16), 12)
+    monkeypatch.setattr(runner, "run_batch", lambda *_, **__: 1 / 0)
     row = {"src_video": "in.mkv", "bbox": "0,0,8,8", "prompt": "a star"}
     status, _, errors = many(rows=[row, row | {"id": "2"}])
     assert status == 1 and errors.count("warning: 82 frames") == 1

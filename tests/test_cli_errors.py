@@ -13,8 +13,10 @@ import tiny
 from clips import only
 from commands import FILES
 
-from kvlock_jax import cli, video
+from kvlock_jax.cli import edit, loading
 from kvlock_jax.errors import CheckpointError, SamplingError
+from kvlock_jax.media import encode
+from kvlock_jax.media.encode import write_video
 
 # --- bad input --------------------------------------------------------------------------------
 
@@ -49,17 +51,17 @@ def test_empty_file(fails, flag):
 
 
 def test_mask_of_another_length(fails):
-    video.write_video("mask.mkv", tiny.mask(3), 12, lossless=True)
+    write_video("mask.mkv", tiny.mask(3), 12, lossless=True)
     assert "mask mask.mkv: 3 frames, but the video has 5" in fails()
 
 
 def test_mask_of_another_size(fails):
-    video.write_video("mask.mkv", tiny.mask(5, 32, 64), 12, lossless=True)
+    write_video("mask.mkv", tiny.mask(5, 32, 64), 12, lossless=True)
     assert "mask mask.mkv: 64x32 pixels, but the video has 48x32" in fails()
 
 
 def test_empty_mask(fails):
-    video.write_video("mask.mkv", np.zeros((5, 32, 48, 3), np.uint8), 12, lossless=True)
+    write_video("mask.mkv", np.zeros((5, 32, 48, 3), np.uint8), 12, lossless=True)
     assert "the mask is empty, nothing to edit" in fails()
 
 
@@ -108,7 +110,7 @@ def test_further_lines_are_indented(kvlock, monkeypatch):
     def broken(*_, **__):
         raise CheckpointError("wan does not fit:\n  missing: a.weight\nunexpected: b.weight")
 
-    monkeypatch.setattr(cli, "load", broken)
+    monkeypatch.setattr(loading, "load", broken)
     status, _, errors = kvlock()
     assert status == 2
     assert errors == "error: wan does not fit:\n  missing: a.weight\n  unexpected: b.weight\n"
@@ -139,27 +141,27 @@ def test_diverged_sampling_writes_nothing(kvlock, folder, monkeypatch):
     def diverges(*_, **__):
         raise SamplingError("latents are not finite after step 1 of 2")
 
-    monkeypatch.setattr(cli, "run_edit", diverges)
+    monkeypatch.setattr(edit, "run_edit", diverges)
     status, _, errors = kvlock("--trace=t.json")
     assert (status, errors) == (2, "error: latents are not finite after step 1 of 2\n")
     assert only(folder) == FILES
 
 
 def test_a_bug_keeps_its_traceback(kvlock, monkeypatch):
-    monkeypatch.setattr(cli, "run_edit", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(edit, "run_edit", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         kvlock()
     assert caught.traceback[-1].name == "<lambda>"
 
 
 def test_interruption_while_writing_leaves_nothing(kvlock, folder, monkeypatch):
-    encode = video._encode
+    finish = encode._encode
 
     def half(*args):
-        encode(*args)
+        finish(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video, "_encode", half)
+    monkeypatch.setattr(encode, "_encode", half)
     status, _, errors = kvlock()
     assert status == 130 and errors.endswith("interrupted\n")
     assert only(folder) == FILES
@@ -170,7 +172,7 @@ def test_killed_while_sampling(folder, tiny_checkpoint):
     (folder / "out.mp4").write_text("the film before")
     # a shell's background jobs ignore Ctrl-C, and so would their children
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = f"{heed}; from kvlock_jax import cli; cli.run()"
+    program = f"{heed}; from kvlock_jax.cli import main; main.run()"
     command = [sys.executable, "-c", program, "edit", f"--ckpt={tiny_checkpoint}"]
     command += "--video=in.mkv --mask=mask.mkv --output=out.mp4 --trace=t.json".split()
     command += "--frame_num=1 --steps=4000 --preset=cfg --prompt=star".split()

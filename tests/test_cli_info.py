@@ -5,20 +5,19 @@ import hashlib
 import importlib.metadata
 import re
 import shutil
-import sys
 
 import pytest
 from safetensors.numpy import load_file
 
-from kvlock_jax import cli, store
-from kvlock_jax.convert import command, weights
-
-MODULE = sys.modules["kvlock_jax.edit"]  # `kvlock_jax.edit` as an attribute is the function
+from kvlock_jax.checkpoints import store
+from kvlock_jax.cli import main
+from kvlock_jax.convert import converter, weights
+from kvlock_jax.pipeline import load
 
 
 def info(capsys, *arguments: str) -> dict[str, str]:
     """Lines by their first word, with two spaces before it where the line is indented."""
-    assert cli.main(["info", *arguments]) == 0, capsys.readouterr().err
+    assert main.main(["info", *arguments]) == 0, capsys.readouterr().err
     found = re.findall(r"(?m)^((?:  )?\S+) +(.+)$", capsys.readouterr().out)
     assert len(dict(found)) == len(found)
     return dict(found)
@@ -49,12 +48,12 @@ def test_info_of_a_diffusers_folder(capsys, monkeypatch, tiny_checkpoint):
 
 
 def test_info_of_demo_is_that_of_its_folder(capsys, monkeypatch, tiny_checkpoint):
-    monkeypatch.setattr(MODULE, "_DEMO", tiny_checkpoint)
+    monkeypatch.setattr(load, "_DEMO", tiny_checkpoint)
     assert info(capsys, "demo") == info(capsys, str(tiny_checkpoint))
 
 
 def test_info_of_a_converted_checkpoint(capsys, monkeypatch, tmp_path, tiny_checkpoint):
-    command.convert(tiny_checkpoint, tmp_path / "own")
+    converter.convert(tiny_checkpoint, tmp_path / "own")
     monkeypatch.setattr(store, "read", pytest.fail)
     lines, published = (info(capsys, str(f)) for f in (tmp_path / "own", tiny_checkpoint))
     assert published.items() <= lines.items()
@@ -65,7 +64,7 @@ def test_info_of_a_converted_checkpoint(capsys, monkeypatch, tmp_path, tiny_chec
         assert lines[f"  {digest}"] == file.relative_to(tiny_checkpoint).as_posix()
     data = next(p for p in (tmp_path / "own").iterdir() if p.is_dir())
     shutil.rmtree(data / "vae")
-    assert cli.main(["info", str(tmp_path / "own")]) == 2
+    assert main.main(["info", str(tmp_path / "own")]) == 2
     assert re.match(r"error: .* is damaged:\n(  missing: vae/.*\n)+$", capsys.readouterr().err)
 
 
@@ -85,5 +84,5 @@ def test_info_of_a_run_on_several_devices(capsys, tiny_checkpoint):
     "flag", ["--size=832", "--frame_num=0", "--preset=cfg", "--devices=0", "--chip=v9"]
 )
 def test_info_that_cannot_be(capsys, flag):
-    assert cli.main(["info", "demo", flag]) == 2
+    assert main.main(["info", "demo", flag]) == 2
     assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import tiny
 
-from kvlock_jax import devices, video
+from kvlock_jax.media import decode, encode
+from kvlock_jax.runtime import compile_cache
 
 
 def edit(checkpoint: Path, folder: Path, *flags: str) -> None:
     own = {"JAX_ENABLE_COMPILATION_CACHE": "1", "XDG_CACHE_HOME": str(folder / "user")}
     one_device = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     env = os.environ | own | {"XLA_FLAGS": one_device}
-    argv = [sys.executable, "-m", "kvlock_jax.cli", "edit", "--ckpt_dir", str(checkpoint)]
+    argv = [sys.executable, "-m", "kvlock_jax.cli.main", "edit", "--ckpt_dir", str(checkpoint)]
     argv += ["--src_video", str(folder / "in.mkv"), "--bbox", "8,8,16,16", "--prompt", "a star"]
     argv += ["--save_file", str(folder / "out.mkv"), "--lossless", "--sample_steps", "2", *flags]
     ran = subprocess.run(argv, env=env, capture_output=True, text=True)
@@ -29,10 +30,10 @@ def programs(folder: Path) -> set[str]:
 
 
 def test_a_second_process_compiles_nothing(tiny_checkpoint, tmp_path):
-    video.write_video(tmp_path / "in.mkv", tiny.clip(), 8, lossless=True)
+    encode.write_video(tmp_path / "in.mkv", tiny.clip(), 8, lossless=True)
     kept = tmp_path / "user" / "kvlock_jax" / "programs"
     edit(tiny_checkpoint, tmp_path)
-    found, first = programs(kept), video.read_video(tmp_path / "out.mkv").frames
+    found, first = programs(kept), decode.read_video(tmp_path / "out.mkv").frames
     for name in ("advance", "begin", "encode", "decode", "_edits"):
         assert any(program.startswith(f"jit_{name}-") for program in found), name
     edit(tiny_checkpoint, tmp_path, "--sample_steps", "3", "--jax_cache_dir", str(kept))
@@ -42,9 +43,9 @@ def test_a_second_process_compiles_nothing(tiny_checkpoint, tmp_path):
     edit(tiny_checkpoint, tmp_path)
     assert programs(kept) >= found
     assert {path: path.stat().st_mtime_ns for path in (kept / "traced").iterdir()} == traced
-    np.testing.assert_array_equal(video.read_video(tmp_path / "out.mkv").frames, first)
+    np.testing.assert_array_equal(decode.read_video(tmp_path / "out.mkv").frames, first)
     edit(tiny_checkpoint, tmp_path, "--jax_cache_dir", "")
-    np.testing.assert_array_equal(video.read_video(tmp_path / "out.mkv").frames, first)
+    np.testing.assert_array_equal(decode.read_video(tmp_path / "out.mkv").frames, first)
 
 
 @pytest.fixture
@@ -58,12 +59,12 @@ def setting():
 
 def test_the_folder_is_the_users(setting, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert devices.cache_folder() == "/somewhere/kvlock_jax/programs"
+    assert compile_cache.cache_folder() == "/somewhere/kvlock_jax/programs"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/one")
-    assert devices.cache_folder() == "/home/one/.cache/kvlock_jax/programs"
+    assert compile_cache.cache_folder() == "/home/one/.cache/kvlock_jax/programs"
 
 
 def test_jaxs_own_setting_goes_first(setting):
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")
-    assert devices.cache_folder() == "/elsewhere"
+    assert compile_cache.cache_folder() == "/elsewhere"

@@ -11,8 +11,8 @@ from PIL import Image
 
 from kvlock_jax import lock
 from kvlock_jax.convert import diffusers as layout
-from kvlock_jax.models import vae as vae_module
-from kvlock_jax.models.conditioning import control, fold_mask, on_canvas
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.models.wan.conditioning import control, fold_mask, on_canvas
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 MASKS = ("box", "one frame", "first frame", "one pixel", "everything", "nothing", "odd")
@@ -48,7 +48,7 @@ def pipeline(tmp_path_factory):
 def encode(pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     pipeline.vae.save_pretrained(folder)
-    return functools.partial(vae_module.encode, layout.load_model(folder, layout.AUTOENCODER))
+    return functools.partial(autoencoder.encode, layout.load_model(folder, layout.AUTOENCODER))
 
 
 def theirs(pipeline, clip, mask, pictures) -> np.ndarray:

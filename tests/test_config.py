@@ -7,17 +7,12 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from kvlock_jax.config import (
-    EditConfig,
-    LockConfig,
-    SampleConfig,
-    UMT5Config,
-    VAEConfig,
-    WanConfig,
-    from_config_dict,
-    run_config,
-)
 from kvlock_jax.errors import ConfigError
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.settings.fields import from_config_dict
+from kvlock_jax.settings.schema import EditConfig, LockConfig, SampleConfig, run_config
 
 WAN = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "ffn_dim": 20}
 UMT5 = {"vocab_size": 8, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 3}

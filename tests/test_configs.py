@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from kvlock_jax import config
-from kvlock_jax.checkpoint import Configs
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
+from kvlock_jax.checkpoints.registry import Configs
 from kvlock_jax.configs import NEGATIVE_PROMPT
-from kvlock_jax.edit import config_name, settle
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.pipeline.settings import config, default_config_name, resolve_settings
 
 FOLDER = Path(__file__).parents[1] / "configs"
 PUBLISHED = {  # shift, guidance
@@ -32,7 +33,7 @@ def test_all_runs_are_known():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_are_the_publishers(name):
-    settings = settle(config(name))
+    settings = resolve_settings(config(name))
     sample = settings.sample
     assert (sample.shift, sample.guidance_scale) == PUBLISHED[name]
     assert (sample.steps, sample.solver) == (50, "unipc")
@@ -81,5 +82,5 @@ LARGE = WanConfig(40, 128, 40, 13824)
 )
 def test_a_checkpoint_gets_the_run_of_its_family_and_width(source, wan, name):
     configs = Configs(wan, VAEConfig(), UMT5Config(16, 16, 4, 24, 1, 2), {})
-    assert config_name(source, configs) == name
-    settle(config(name))
+    assert default_config_name(source, configs) == name
+    resolve_settings(config(name))

@@ -25,11 +25,15 @@ from diffusers import (
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from kvlock_jax import checkpoint, text
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.convert import command, diffusers, original, source, table
+from kvlock_jax.checkpoints import format, registry
+from kvlock_jax.convert import converter, diffusers, original, source, table
 from kvlock_jax.errors import CheckpointError
-from kvlock_jax.models.vace import WanVACETransformer
+from kvlock_jax.models.text import tokenizer
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.text.prompts import encode_prompts
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import WanVACETransformer
 
 LAYOUTS = Path(__file__).parent / "data" / "layouts"
 
@@ -43,7 +47,7 @@ def randomized(model):
 
 def tiny_pipeline(folder: Path) -> WanPipeline:
     torch.manual_seed(0)
-    text.write_word_tokenizer(folder / "words", "a red blue star circle".split(), 12)
+    tokenizer.write_word_tokenizer(folder / "words", "a red blue star circle".split(), 12)
     return WanPipeline(
         tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "words"),
         text_encoder=randomized(
@@ -146,8 +150,8 @@ def test_every_published_key_lands_on_one_parameter(name, layout):
         key: table.LazyTensor(tuple(shape), np.dtype(np.float32), pytest.fail)
         for key, shape in shapes.items()
     }
-    kind = next(kind for of, kind in checkpoint.MODELS.values() if isinstance(config, of))
-    model = nnx.state(checkpoint.abstract(kind, config))
+    kind = next(kind for of, kind in registry.MODELS.values() if isinstance(config, of))
+    model = nnx.state(registry.abstract(kind, config))
     sources = table.plan(model, tensors, TABLES[layout][type(config)], name)
     tied = [key for key in shapes if key == "encoder.embed_tokens.weight"]
     keys = [key for found in sources for key in found.keys]
@@ -184,7 +188,7 @@ def test_loaded_text_encoder_equals_the_pipeline(pipeline, saved):
     prompts = ["a red star", "", "blue circle"]
     with torch.no_grad():
         want, _ = pipeline.encode_prompt(prompts, None, False, max_sequence_length=12)
-    got = text.encode_prompts(encoder, text.Tokenizer(saved / "tokenizer"), prompts)
+    got = encode_prompts(encoder, tokenizer.Tokenizer(saved / "tokenizer"), prompts)
     np.testing.assert_allclose(got, want.numpy(), atol=1e-5)
 
 
@@ -360,9 +364,9 @@ def test_vace_folder(tiny_vace_checkpoint, tmp_path):
     assert source.describe(tiny_vace_checkpoint).family == "wan2.1-vace"
     loaded = source.load(tiny_vace_checkpoint)
     assert type(loaded.transformer) is WanVACETransformer
-    command.convert(tiny_vace_checkpoint, tmp_path)
-    assert checkpoint.describe(tmp_path).family == "wan2.1-vace"
-    restored = checkpoint.load(tmp_path)
+    converter.convert(tiny_vace_checkpoint, tmp_path)
+    assert format.describe(tmp_path).family == "wan2.1-vace"
+    restored = format.load(tmp_path)
     assert restored.configs.transformer == configs.transformer
     assert type(restored.transformer) is WanVACETransformer
     want, got = parameters(loaded.transformer), parameters(restored.transformer)

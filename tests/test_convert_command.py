@@ -21,13 +21,16 @@ from flax import nnx
 from peers import relative_l2
 from rich.console import Console
 
-from kvlock_jax import checkpoint, cli
-from kvlock_jax.checkpoint import MODELS
-from kvlock_jax.convert import command, source, table
-from kvlock_jax.convert.command import convert
+from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints.registry import MODELS
+from kvlock_jax.cli import convert as convert_command
+from kvlock_jax.cli import main
+from kvlock_jax.convert import source, table
+from kvlock_jax.convert.converter import convert
 from kvlock_jax.errors import CheckpointError
-from kvlock_jax.models.vace import VACEContext
-from kvlock_jax.models.vae import WanVAE
+from kvlock_jax.models.layout import dtype_of
+from kvlock_jax.models.vae.autoencoder import WanVAE
+from kvlock_jax.models.wan.vace import VACEContext
 
 
 def values(model) -> dict:
@@ -56,8 +59,8 @@ def pieces(request, monkeypatch):
 
 def test_a_diffusers_folder(tiny_checkpoint, tmp_path, pieces):
     contents = convert(tiny_checkpoint, tmp_path / "own")
-    assert_same(checkpoint.load(tmp_path / "own"), source.load(tiny_checkpoint))
-    assert contents == checkpoint.describe(tmp_path / "own")
+    assert_same(format.load(tmp_path / "own"), source.load(tiny_checkpoint))
+    assert contents == format.describe(tmp_path / "own")
     assert contents.version == importlib.metadata.version("kvlock-jax")
     assert (contents.source["layout"], contents.source["folder"]) == ("diffusers", "wan")
     on_disk = {p.relative_to(tiny_checkpoint).as_posix(): p for p in tiny_checkpoint.rglob("*.*")}
@@ -89,7 +92,7 @@ def published(request, tmp_path_factory):
     """A family, and the publisher's models of it after conversion."""
     folder = tmp_path_factory.mktemp("published")
     convert(originals.write_folder(folder / "source", request.param), folder / "own")
-    return request.param, checkpoint.load(folder / "own")
+    return request.param, format.load(folder / "own")
 
 
 def test_the_publishers_transformer(published):
@@ -169,18 +172,18 @@ def test_killed_at_random_moments(tiny_checkpoint, tmp_path, capsys):
         assert (process.returncode, out) == (-signal.SIGKILL, "old\n")
         target = tmp_path / str(i)
         left = sorted(p.name for p in target.iterdir())
-        dtype, *_ = checkpoint.describe(target).models["transformer"].dtypes
+        dtype, *_ = format.describe(target).models["transformer"].dtypes
         with capsys.disabled():
             print(f"\nkilled at {moments[i]:.2f} of a conversion: {dtype}, {', '.join(left)}")
-        kept = checkpoint.load(target)
+        kept = format.load(target)
         for name in MODELS:  # the old one or the new one, and nothing of the other
             theirs = values(getattr(want, name))
             for path, array in values(getattr(kept, name)).items():
-                kind = checkpoint.dtype_of(f"{name}.{path}", theirs[path].dtype, dtype)
+                kind = dtype_of(f"{name}.{path}", theirs[path].dtype, dtype)
                 np.testing.assert_array_equal(array, theirs[path].astype(kind), strict=True)
         convert(tiny_checkpoint, target)
-        assert_same(checkpoint.load(target), want)
-        assert len(list(target.glob("kvlock-*"))) == 1 and (target / checkpoint.METADATA).is_file()
+        assert_same(format.load(target), want)
+        assert len(list(target.glob("kvlock-*"))) == 1 and (target / format.METADATA).is_file()
 
 
 class Stopped(BaseException):
@@ -190,7 +193,7 @@ class Stopped(BaseException):
 def test_stopped_after_each_model(tiny_checkpoint, tmp_path):
     """Where the bytes tell it to, as Ctrl-C would."""
     convert(tiny_checkpoint, tmp_path, np.dtype(ml_dtypes.bfloat16))
-    old = checkpoint.load(tmp_path)
+    old = format.load(tmp_path)
 
     def start(published, total):
         left = [total // 2]
@@ -204,7 +207,7 @@ def test_stopped_after_each_model(tiny_checkpoint, tmp_path):
 
     with pytest.raises(Stopped):
         convert(tiny_checkpoint, tmp_path, on_start=start)
-    assert_same(checkpoint.load(tmp_path), old)
+    assert_same(format.load(tmp_path), old)
     assert len(list(tmp_path.glob("kvlock-*"))) == 2
     convert(tiny_checkpoint, tmp_path)
     assert len(list(tmp_path.glob("kvlock-*"))) == 1
@@ -266,11 +269,11 @@ def test_source_that_vanishes(tiny_checkpoint, tmp_path):
 
 def test_the_command(capsys, tiny_checkpoint, tmp_path):
     flags = [f"--src={tiny_checkpoint}", f"--dst={tmp_path / 'own'}", "--dtype=bfloat16"]
-    assert cli.main(["convert", *flags]) == 0
+    assert main.main(["convert", *flags]) == 0
     read, wrote = capsys.readouterr().out.splitlines()
     assert read == f"source   {tiny_checkpoint}: wan2.1-t2v, diffusers layout"
     assert wrote.startswith(f"wrote    {tmp_path / 'own'}: 0.00 GB in bfloat16, float32, ")
-    assert cli.main(["info", str(tmp_path / "own")]) == 0
+    assert main.main(["info", str(tmp_path / "own")]) == 0
     shown = capsys.readouterr().out
     for path in tiny_checkpoint.rglob("*.safetensors"):
         assert hashlib.sha256(path.read_bytes()).hexdigest() in shown
@@ -278,11 +281,13 @@ def test_the_command(capsys, tiny_checkpoint, tmp_path):
 
 def test_the_bar_counts_all_bytes(capsys, monkeypatch, tiny_checkpoint, tmp_path):
     monkeypatch.setattr(
-        command, "Console", lambda stderr: Console(stderr=stderr, force_terminal=True, width=120)
+        convert_command,
+        "Console",
+        lambda stderr: Console(stderr=stderr, force_terminal=True, width=120),
     )
-    assert cli.main(["convert", f"--src={tiny_checkpoint}", f"--dst={tmp_path / 'own'}"]) == 0
+    assert main.main(["convert", f"--src={tiny_checkpoint}", f"--dst={tmp_path / 'own'}"]) == 0
     shown = capsys.readouterr().err
-    sizes = checkpoint.describe(tmp_path / "own").models
+    sizes = format.describe(tmp_path / "own").models
     total = f"{sum(model.size for model in sizes.values()) / 1000:.1f}"
     assert f"{total}/{total} kB" in shown and "converting" in shown
 
@@ -291,12 +296,12 @@ def test_a_full_disk_is_one_line(capsys, tiny_checkpoint, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, hard))
     try:
-        status = cli.main(["convert", f"--src={tiny_checkpoint}", f"--dst={tmp_path / 'own'}"])
+        status = main.main(["convert", f"--src={tiny_checkpoint}", f"--dst={tmp_path / 'own'}"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2
     assert capsys.readouterr().err == f"error: cannot write to {tmp_path / 'own'}: File too large\n"
-    assert not checkpoint.is_checkpoint(tmp_path / "own")
+    assert not format.is_checkpoint(tmp_path / "own")
 
 
 @pytest.mark.parametrize(
@@ -309,6 +314,6 @@ def test_a_full_disk_is_one_line(capsys, tiny_checkpoint, tmp_path):
     ],
 )
 def test_flags(capsys, flags, message):
-    assert cli.main(["convert", *flags]) == 2
+    assert main.main(["convert", *flags]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1

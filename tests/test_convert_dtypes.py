@@ -15,11 +15,14 @@ import whole
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from kvlock_jax import checkpoint
-from kvlock_jax.checkpoint import MODELS
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.convert import command, source
-from kvlock_jax.models.vace import VACEContext
+from kvlock_jax.checkpoints import format, registry
+from kvlock_jax.checkpoints.registry import MODELS
+from kvlock_jax.convert import converter, source
+from kvlock_jax.models.layout import dtype_of
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import VACEContext
 
 LOW, WIDE = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
@@ -84,19 +87,19 @@ def test_what_is_rounded_is_what_the_module_rounds(low, name):
     for path, array in values(model).items():
         stored = replaced(model, **{path: array.astype(LOW).astype(WIDE)})
         same = all(np.array_equal(run(stored, seed), exact[seed]) for seed in range(8))
-        rounded = checkpoint.dtype_of(f"{name}.{path}", WIDE, LOW) == LOW
+        rounded = dtype_of(f"{name}.{path}", WIDE, LOW) == LOW
         # the vocabulary is published in bfloat16, and taken up in float32
         assert rounded == (same or path == "shared.embedding"), path
 
 
-@pytest.mark.parametrize("dtype", command.DTYPES)
+@pytest.mark.parametrize("dtype", converter.DTYPES)
 def test_converted(tiny_vace_checkpoint, tmp_path, dtype):
-    asked = command.DTYPES[dtype]
-    contents = command.convert(tiny_vace_checkpoint, tmp_path / "own", asked)
+    asked = converter.DTYPES[dtype]
+    contents = converter.convert(tiny_vace_checkpoint, tmp_path / "own", asked)
     expected = {dtype, "float32"}
     kinds = {name: set(model.dtypes) for name, model in contents.models.items()}
     assert kinds == {"transformer": expected, "vae": {"float32"}, "text_encoder": expected}
-    got, want = checkpoint.load(tmp_path / "own"), source.load(tiny_vace_checkpoint)
+    got, want = format.load(tmp_path / "own"), source.load(tiny_vace_checkpoint)
     for name in MODELS:
         theirs, kept = values(getattr(want, name)), set()
         for path, array in values(getattr(got, name)).items():
@@ -111,14 +114,14 @@ def test_islands_are_widened_and_never_rounded():
     """From float16 to bfloat16 they stay; to float32 they go with the rest."""
     island, product = "transformer.blocks.norm2.scale", "transformer.blocks.attn1.to_q.kernel"
     half = np.dtype(np.float16)
-    assert [checkpoint.dtype_of(p, half, LOW) for p in (island, product)] == [half, LOW]
-    assert [checkpoint.dtype_of(p, LOW, WIDE) for p in (island, product)] == [WIDE, WIDE]
-    assert [checkpoint.dtype_of(p, half, None) for p in (island, product)] == [half, half]
+    assert [dtype_of(p, half, LOW) for p in (island, product)] == [half, LOW]
+    assert [dtype_of(p, LOW, WIDE) for p in (island, product)] == [WIDE, WIDE]
+    assert [dtype_of(p, half, None) for p in (island, product)] == [half, half]
 
 
 def test_an_edit_in_bfloat16_has_its_vae_in_float32(low, tiny_vace_checkpoint, tmp_path):
-    command.convert(tiny_vace_checkpoint, tmp_path / "own")
-    restored = checkpoint.load(tmp_path / "own", compute_dtype=jnp.bfloat16)
+    converter.convert(tiny_vace_checkpoint, tmp_path / "own")
+    restored = format.load(tmp_path / "own", compute_dtype=jnp.bfloat16)
     for models in (low, restored):
         kinds = {name: jnp.dtype(getattr(models, name).dtype) for name in MODELS}
         assert kinds == {"transformer": LOW, "vae": WIDE, "text_encoder": LOW}
@@ -144,10 +147,9 @@ def test_bytes_of_the_islands_of_published_sizes(name):
     listed = json.loads((Path(__file__).parent / f"data/layouts/{name}.original.json").read_text())
     config = SIZES[name]
     field, kind = next((n, k) for n, (of, k) in MODELS.items() if isinstance(config, of))
-    model = checkpoint.abstract(kind, config)
+    model = registry.abstract(kind, config)
     stored = sum(
-        math.prod(v.shape)
-        * checkpoint.dtype_of(f"{field}.{'.'.join(map(str, p))}", WIDE, LOW).itemsize
+        math.prod(v.shape) * dtype_of(f"{field}.{'.'.join(map(str, p))}", WIDE, LOW).itemsize
         for p, v in nnx.to_flat_state(nnx.state(model))
     )
     wide = sum(

@@ -17,12 +17,14 @@ from diffusers import AutoencoderKLWan
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from kvlock_jax import checkpoint
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.convert import command, sizes, source, weights
+from kvlock_jax.checkpoints import format, registry
+from kvlock_jax.convert import converter, sizes, source, weights
 from kvlock_jax.convert.source import open_source
 from kvlock_jax.convert.table import LazyTensor
 from kvlock_jax.errors import CheckpointError
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
 
 LAYOUTS = Path(__file__).parent / "data" / "layouts"
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -69,7 +71,7 @@ def test_original_folder(tmp_path, family):
     on_disk = {path for path in (tmp_path / "wan").rglob("*") if path.is_file()}
     assert set(opened.files) == on_disk and len(opened.files) == len(on_disk)
     parameters = opened.parameters()
-    assert {name for name in parameters} == set(checkpoint.MODELS)
+    assert {name for name in parameters} == set(registry.MODELS)
     tensors = load_file(originals.DATA / f"{family}.safetensors")
     kernel = parameters["transformer"]["blocks.ffn.net_0.kernel"]
     want = np.stack([tensors[f"blocks.{i}.ffn.0.weight"].T for i in range(3)])
@@ -192,9 +194,9 @@ def test_either_layout_is_loaded_and_described(saved, tiny_checkpoint, tmp_path)
         assert contents == open_source(folder).describe()
         assert models.configs == contents.configs and models.transformer.dtype == jnp.bfloat16
         assert models.tokenizer == open_source(folder).tokenizer
-        command.convert(folder, tmp_path / layout)
+        converter.convert(folder, tmp_path / layout)
         assert not source.is_published(tmp_path / layout)
-        assert checkpoint.describe(tmp_path / layout).models == contents.models
+        assert format.describe(tmp_path / layout).models == contents.models
     assert not source.is_published(tmp_path) and not source.is_published(tmp_path / "nothing")
 
 
@@ -310,7 +312,7 @@ REFUSED = {
         rf"has no {VAE}, {TEXT}, google/umt5-xxl/tokenizer\.json",
     ),
     "converted": (
-        lambda f: (f / checkpoint.METADATA).write_text("{}"),
+        lambda f: (f / format.METADATA).write_text("{}"),
         "is a converted checkpoint already",
     ),
     "a LoRA in its place": (

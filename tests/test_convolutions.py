@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kvlock_jax.models import convolutions
-from kvlock_jax.models.convolutions import CausalConv3d, DoublingConv2d, HalvingConv2d
-from kvlock_jax.models.pieces import over_chunks
+from kvlock_jax.models.vae import convolutions
+from kvlock_jax.models.vae.chunks import over_chunks
+from kvlock_jax.models.vae.convolutions import CausalConv3d, DoublingConv2d, HalvingConv2d
 
 
 def features(*shape):

@@ -12,22 +12,25 @@ import pytest
 from flax import nnx
 from workloads import LAYOUTS, LOCK, PUBLISHED, ROWS, SMALL, T2V, VACE, count, full, small, softmax
 
-from kvlock_jax import costs, lock, sharding
-from kvlock_jax.config import WanConfig
-from kvlock_jax.costs import FLOAT32, Layout, Workload
+from kvlock_jax import lock
+from kvlock_jax.estimate import costs
+from kvlock_jax.estimate.costs import FLOAT32, Layout, Workload
+from kvlock_jax.grid import Grid
 from kvlock_jax.lock import KVCache
-from kvlock_jax.models import block
-from kvlock_jax.models.vace import VACEContext, wan_transformer
-from kvlock_jax.patches import Grid
-from kvlock_jax.sampling import sampler, solvers
+from kvlock_jax.models.wan import block as wan_block
+from kvlock_jax.models.wan.block import FEED_FORWARD_TOKENS
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import VACEContext, wan_transformer
+from kvlock_jax.parallel import padding
+from kvlock_jax.sampling import loop, solvers
 from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.sampler import Program
+from kvlock_jax.sampling.loop import Program
 
 
 @pytest.fixture(autouse=True)
 def plain_attention(monkeypatch):
     """Of texts; tokens have it from `softmax`."""
-    monkeypatch.setattr(block, "replicated_keys", softmax)
+    monkeypatch.setattr(wan_block, "replicated_keys", softmax)
 
 
 @pytest.mark.parametrize("config", [*PUBLISHED.values(), T2V, VACE])
@@ -80,7 +83,7 @@ def test_tokens_and_their_padding():
 @pytest.mark.parametrize("tokens", [1, 108, 8_191, 8_192, 32_760, 75_600])
 def test_padding_is_the_programs(tokens):
     for devices in (1, 2, 3, 8, 64):
-        length = sharding.padded(tokens, devices)
+        length = padding.padded(tokens, devices)
         assert devices * Layout.of(devices, False, tokens).local(tokens) == length
         assert tokens <= length < tokens + devices * 128
         assert length - tokens <= max(devices - 1, tokens // 8)
@@ -146,7 +149,7 @@ def test_the_largest_part_of_a_block():
     assert block()(1) == rows * (6 * wide + 6 * 8960)
     assert block(ffn_dim=1)(1) == rows * (2 + 12) * wide
     assert block(ffn_dim=1)(2) == rows // 2 * (10 + 8) * wide
-    rows, at_a_time = 2 * 2 * 40 * 40, costs.FEED_FORWARD_TOKENS
+    rows, at_a_time = 2 * 2 * 40 * 40, FEED_FORWARD_TOKENS
     assert block(ffn_dim=20_000)(1, 640) == rows * 6 * wide + at_a_time * 6 * 20_000
 
 
@@ -191,4 +194,4 @@ def compiled_loop(config: WanConfig, workload: Workload):
     table, knobs = solvers.table("unipc", 4, 3.0), lock.knobs(LOCK, 5.0)
     model = nnx.eval_shape(lambda: wan_transformer(config, attend=softmax, rngs=nnx.Rngs(0)))
     program = Program.of(LOCK)
-    return sampler.sample.lower(model, cells, edits, table, knobs, program=program).compile()
+    return loop.sample.lower(model, cells, edits, table, knobs, program=program).compile()

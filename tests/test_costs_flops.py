@@ -12,21 +12,22 @@ import pytest
 from flax import nnx
 from workloads import ROWS, SMALL, T2V, VACE, full, small, softmax
 
-from kvlock_jax import costs, lock
-from kvlock_jax.config import WanConfig
-from kvlock_jax.costs import Layout, Workload
+from kvlock_jax import lock
 from kvlock_jax.errors import ConfigError
+from kvlock_jax.estimate import costs
+from kvlock_jax.estimate.costs import Layout, Workload
+from kvlock_jax.grid import Grid
 from kvlock_jax.lock import KVCache
-from kvlock_jax.models import block
-from kvlock_jax.models.block import Block, Positions
-from kvlock_jax.models.vace import VACEBlock, VACEContext, wan_transformer
-from kvlock_jax.patches import Grid
+from kvlock_jax.models.wan import block as wan_block
+from kvlock_jax.models.wan.block import Block, Positions
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import VACEBlock, VACEContext, wan_transformer
 
 
 @pytest.fixture(autouse=True)
 def plain_attention(monkeypatch):
     """Of texts; tokens have it from `softmax`."""
-    monkeypatch.setattr(block, "replicated_keys", softmax)
+    monkeypatch.setattr(wan_block, "replicated_keys", softmax)
 
 
 def dots(jaxpr) -> int:
@@ -107,7 +108,7 @@ def test_a_blocks_flops_are_the_compilers(workload):
 
 def test_what_is_no_matrix_product_is_little(monkeypatch):
     """Of a block of 1.3B, 81 frames of 480x832, and as the compiler counts: no exponentials."""
-    monkeypatch.setattr(block, "FEED_FORWARD_TOKENS", 10**6)  # it counts a loop's body once
+    monkeypatch.setattr(wan_block, "FEED_FORWARD_TOKENS", 10**6)  # it counts a loop's body once
     one = full("wan2.1-t2v-1.3b")
     flops = costs.pass_flops(
         dataclasses.replace(one, config=dataclasses.replace(SMALL, num_layers=1)), ROWS

@@ -12,8 +12,9 @@ from diffusers import AutoencoderKLWan, WanVACEPipeline, WanVACETransformer3DMod
 
 import kvlock_jax as kvl
 from kvlock_jax.demo.judge import judge
-from kvlock_jax.models.vace import VACEContext
-from kvlock_jax.video import read_mask, read_video
+from kvlock_jax.media.decode import read_video
+from kvlock_jax.media.masks import read_mask
+from kvlock_jax.models.wan.vace import VACEContext
 
 DEMO = Path(kvl.__file__).parent / "demo"
 WEIGHTS = DEMO / "weights"

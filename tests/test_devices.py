@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import tiny
 
-from kvlock_jax import devices, video
-from kvlock_jax.config import WanConfig
+from kvlock_jax.cli import loading
+from kvlock_jax.cli.flags import add_devices
 from kvlock_jax.errors import ConfigError
-from kvlock_jax.models.sharded_attention import gathered, ring
-from kvlock_jax.programs import Kept, Programs
+from kvlock_jax.media import decode, encode
+from kvlock_jax.models.attention.sharded import gathered, ring
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.runtime.compile_cache import CachingCompiler, Compiler
 
 CONFIG = WanConfig(4, 12, 2, 40)
 CONTENTS = types.SimpleNamespace(
@@ -29,28 +31,32 @@ CONTENTS = types.SimpleNamespace(
 
 def parsed(*argv):
     parser = argparse.ArgumentParser()
-    devices.add(parser)
+    add_devices(parser)
     return parser.parse_args(argv)
 
 
+def placed_by(args, many):
+    return loading.place(args, CONTENTS, many=many)
+
+
 def test_one_edit_has_all_devices_on_frames_and_many_have_them_on_data():
-    one = devices.place(parsed(), CONTENTS, many=False)
+    one = placed_by(parsed(), many=False)
     assert dict(one.mesh.shape) == {"data": 1, "frames": 8, "model": 1}
     assert (one.spread, one.attend) == (False, gathered)
-    many = devices.place(parsed(), CONTENTS, many=True)
+    many = placed_by(parsed(), many=True)
     assert dict(many.mesh.shape) == {"data": 8, "frames": 1, "model": 1}
     assert str(one) == "8 devices: data 1, frames 8, model 1"
 
 
 def test_a_mesh_of_one_device_is_none():
-    placed = devices.place(parsed("--mesh", "frames=1", "--spread_weights"), CONTENTS, many=False)
+    placed = placed_by(parsed("--mesh", "frames=1", "--spread_weights"), many=False)
     assert (placed.mesh, placed.spread) == (None, False)
     assert str(placed) == "cpu"
 
 
 def test_what_is_asked_for_is_had():
     args = parsed("--mesh", "data=2,frames=2,model=2", "--attention", "ring", "--spread_weights")
-    placed = devices.place(args, CONTENTS, many=False)
+    placed = placed_by(args, many=False)
     assert (placed.spread, placed.attend) == (True, ring)
     assert str(placed) == "8 devices: data 2, frames 2, model 2, weights spread"
 
@@ -58,19 +64,19 @@ def test_what_is_asked_for_is_had():
 @pytest.mark.parametrize(
     ("mesh", "folder", "enabled", "kind"),
     [
-        ("frames=1", "cache", True, Kept),
-        ("frames=8", "cache", True, Programs),
-        ("frames=1", "", True, Programs),
-        ("frames=1", "cache", False, Programs),
+        ("frames=1", "cache", True, CachingCompiler),
+        ("frames=8", "cache", True, Compiler),
+        ("frames=1", "", True, Compiler),
+        ("frames=1", "cache", False, Compiler),
     ],
 )
 def test_what_is_traced_is_kept_of_one_device_beside_a_cache(mesh, folder, enabled, kind):
     args = parsed("--mesh", mesh, "--jax_cache_dir", folder)
-    placed = devices.place(args, CONTENTS, many=False)
+    placed = placed_by(args, many=False)
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", enabled)
     try:
-        assert type(devices.programs(args, placed)) is kind
+        assert type(loading.compiler(args, placed)) is kind
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
 
@@ -78,26 +84,26 @@ def test_what_is_traced_is_kept_of_one_device_beside_a_cache(mesh, folder, enabl
 @pytest.mark.parametrize("mesh", ["frames=1", "frames=8"])
 def test_tiles_are_the_vaes(mesh):
     args = parsed("--mesh", mesh, "--vae_tiles", "3")
-    assert devices.place(args, CONTENTS, many=False).vae_tiles == 3
+    assert placed_by(args, many=False).vae_tiles == 3
     with pytest.raises(ConfigError, match="--vae_tiles must be 1 or more, found 0"):
-        devices.place(parsed("--vae_tiles", "0"), CONTENTS, many=False)
+        placed_by(parsed("--vae_tiles", "0"), many=False)
 
 
 def test_weights_that_do_not_fit_each_decide_for_the_mesh(monkeypatch):
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 3_000})
-    monkeypatch.setattr(devices.jax, "local_devices", lambda: [device])
-    many = devices.place(parsed(), CONTENTS, many=True)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    many = placed_by(parsed(), many=True)
     assert dict(many.mesh.shape) == {"data": 1, "frames": 8, "model": 1} and many.spread
-    given = devices.place(parsed("--mesh", "data=8"), CONTENTS, many=True)
+    given = placed_by(parsed("--mesh", "data=8"), many=True)
     assert not given.spread  # over one device there is nothing to spread
-    assert not devices.place(parsed("--no-spread_weights"), CONTENTS, many=True).spread
+    assert not placed_by(parsed("--no-spread_weights"), many=True).spread
 
 
 def test_heads_that_do_not_divide_are_refused_with_what_would():
     args = parsed("--mesh", "model=8")
     with pytest.raises(ConfigError, match="model=8 does not divide the model's 4 heads: use one of "
                        "1, 2, 4"):  # fmt: skip
-        devices.place(args, CONTENTS, many=False)
+        placed_by(args, many=False)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +119,12 @@ def test_heads_that_do_not_divide_are_refused_with_what_would():
 )
 def test_hosts_are_named_in_full(argv, message):
     with pytest.raises(ConfigError, match=message):
-        devices.join(parsed(*argv))
+        loading.join(parsed(*argv))
 
 
 # -- several hosts ---------------------------------------------------------------------------------
 
-COMMAND = "import sys; from kvlock_jax.cli import run; run()"
+COMMAND = "import sys; from kvlock_jax.cli.main import run; run()"
 
 
 def started(folder: Path, count: int, argv: list[str]) -> subprocess.Popen:
@@ -137,8 +143,8 @@ def free_port() -> int:
 
 @pytest.fixture
 def folder(tmp_path):
-    video.write_video(tmp_path / "clip.mkv", tiny.clip(), 16, lossless=True)
-    video.write_video(tmp_path / "mask.mkv", tiny.mask(), 16, lossless=True)
+    encode.write_video(tmp_path / "clip.mkv", tiny.clip(), 16, lossless=True)
+    encode.write_video(tmp_path / "mask.mkv", tiny.mask(), 16, lossless=True)
     return tmp_path
 
 
@@ -162,7 +168,7 @@ def one_and_two(folder: Path, argv: list[str], out: str) -> list[str]:
 
 
 def compare(one: Path, two: Path) -> None:
-    one, two = (video.read_video(path).frames for path in (one, two))
+    one, two = (decode.read_video(path).frames for path in (one, two))
     assert np.abs(one.astype(int) - two).max() <= 1
 
 

@@ -15,11 +15,16 @@ from etils import epath
 from flax import nnx
 
 import kvlock_jax as kvl
-from kvlock_jax import checkpoint, inputs, metrics, stages, video
-from kvlock_jax.convert.command import convert
+from kvlock_jax.checkpoints import format
+from kvlock_jax.convert.converter import convert
 from kvlock_jax.errors import CheckpointError
-from kvlock_jax.models import vae as vae_module
-from kvlock_jax.sampling.sampler import sample
+from kvlock_jax.evaluate import metrics
+from kvlock_jax.media import encode, masks
+from kvlock_jax.media.fit import resize
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.pipeline import inputs as edit_inputs
+from kvlock_jax.pipeline import stages
+from kvlock_jax.sampling.loop import sample
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +73,13 @@ def test_every_form_of_input_gives_the_same(model, plain, form, tmp_path):
         mask = tiny.mask()
     elif form == "files":
         clip, mask, fps = tmp_path / "clip.mkv", tmp_path / "mask.mkv", Fraction(24)
-        video.write_video(clip, CLIP, fps, lossless=True)
-        video.write_video(mask, tiny.mask(), fps, lossless=True)
+        encode.write_video(clip, CLIP, fps, lossless=True)
+        encode.write_video(mask, tiny.mask(), fps, lossless=True)
     else:
         clip, mask = str(tmp_path / "frames"), str(tmp_path / "mask.npy")
         (tmp_path / "frames").mkdir()
         for i, frame in enumerate(CLIP):
-            video.write_png(tmp_path / "frames" / f"{i}.png", frame)
+            encode.write_png(tmp_path / "frames" / f"{i}.png", frame)
         np.save(mask, MASK)
     result = edit(model, clip, mask)
     np.testing.assert_array_equal(result.video, plain.video)
@@ -96,8 +101,8 @@ def test_frames_and_size_of_ones_choice(model):
     clip, mask = tiny.clip(7, 40, 60), tiny.mask(7, 40, 60)
     result = edit(model, clip, mask, config=config_of(frame_num=5, size="48*32"))
     assert result.video.shape == result.source.shape == (5, 32, 48, 3)
-    np.testing.assert_array_equal(result.source, video.resize(clip[:5], 32, 48))
-    np.testing.assert_array_equal(result.mask, video.resize_mask(mask[:5, ..., 0] > 0, 32, 48))
+    np.testing.assert_array_equal(result.source, resize(clip[:5], 32, 48))
+    np.testing.assert_array_equal(result.mask, masks.resize_mask(mask[:5, ..., 0] > 0, 32, 48))
 
 
 def test_inverted_and_grown_masks(model):
@@ -142,12 +147,14 @@ def test_noise_handed_in(model, plain, kind):
 
 @pytest.mark.parametrize("preset", ["hard_lock", "kvlock_anchor"])
 def test_background_latents_are_those_of_the_source(model, preset, monkeypatch):
-    seen, frames = [], stages.frames
+    seen, frames = [], stages.decode_latents
     monkeypatch.setattr(
-        stages, "frames", lambda model, made, *run: seen.append(made) or frames(model, made, *run)
+        stages,
+        "decode_latents",
+        lambda model, made, *run: seen.append(made) or frames(model, made, *run),
     )
     result = edit(model, config=config_of(preset))
-    (source,) = np.asarray(vae_module.encode(model.checkpoint.vae, jnp.asarray(CLIP)[None]))
+    (source,) = np.asarray(autoencoder.encode(model.checkpoint.vae, jnp.asarray(CLIP)[None]))
     cells = np.zeros((2, 4, 6), bool)
     cells[:, 1, 1] = True  # the box is one cell of 8x8 pixels
     ((latents,),) = np.asarray(seen[0])
@@ -251,7 +258,7 @@ def test_folders_in_a_bucket(monkeypatch):
         kvl.load("gs://bucket/none")
     folder = epath.Path("gs://bucket/damaged")
     folder.mkdir(parents=True)
-    (folder / checkpoint.METADATA).write_text("{")
+    (folder / format.METADATA).write_text("{")
     with pytest.raises(CheckpointError, match=r"gs://bucket/damaged/kvlock\.json"):
         kvl.load("gs://bucket/damaged")
     buckets(not_installed)
@@ -260,7 +267,7 @@ def test_folders_in_a_bucket(monkeypatch):
 
 
 def test_more_frames_than_the_model_was_trained_on(model, plain, monkeypatch):
-    monkeypatch.setattr(inputs, "TRAINED_FRAMES", FRAMES - 1)
+    monkeypatch.setattr(edit_inputs, "TRAINED_FRAMES", FRAMES - 1)
     with pytest.warns(UserWarning, match="5 frames: the model was trained on 4") as warned:
         result = edit(model)
     assert warned[0].filename == edits.__file__

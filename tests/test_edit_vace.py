@@ -5,11 +5,11 @@ import pytest
 from edits import CLIP, FRAMES, MASK, config_of, edit
 
 import kvlock_jax as kvl
-from kvlock_jax import stages
 from kvlock_jax.errors import InputError
 from kvlock_jax.lock import PRESETS
-from kvlock_jax.models import vae as vae_module
-from kvlock_jax.sampling.sampler import sample
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.pipeline import stages
+from kvlock_jax.sampling.loop import sample
 
 PICTURE = np.random.default_rng(5).integers(0, 256, (20, 30, 3), np.uint8)
 
@@ -20,8 +20,10 @@ def vace(tiny_vace_checkpoint):
 
 
 def test_without_a_lock_no_source_is_encoded(model, vace, monkeypatch):
-    seen, encode = [], vae_module.encode
-    monkeypatch.setattr("kvlock_jax.prepare.vae.encode", lambda *a: seen.append(a) or encode(*a))
+    seen, encode = [], autoencoder.encode
+    monkeypatch.setattr(
+        "kvlock_jax.models.vae.autoencoder.encode", lambda *a: seen.append(a) or encode(*a)
+    )
     config = config_of("cfg")
     assert np.isfinite(edit(model, config=config).trace.sigma2).all() and not seen
     config.kvlock.background = "source"
@@ -59,7 +61,7 @@ def test_a_pinned_background_is_the_sources_under_references(vace, monkeypatch):
         return out, trace
 
     spy.lower = plain.lower
-    monkeypatch.setattr(stages.sampler, "sample", spy)
+    monkeypatch.setattr(stages.loop, "sample", spy)
     edit(vace, config=config_of("kvlock_anchor"), references=[PICTURE, PICTURE])
     edits = seen["edits"]
     whole = (edits.grid.join(x) for x in (seen["out"], edits.source, edits.foreground[..., None]))

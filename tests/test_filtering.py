@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvlock_jax.models import filtering
-from kvlock_jax.models.filtering import DOUBLED, FOUR, TWO, looped, stacked, unrolled
+from kvlock_jax.models.vae import filtering
+from kvlock_jax.models.vae.filtering import DOUBLED, FOUR, TWO, looped, stacked, unrolled
 
 USUAL = filtering._toom_cook(0.0, 1.0, -1.0, 2.0, -2.0)
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from kvlock_jax import batch, hosts, video
+from kvlock_jax.batch import resume, runner
+from kvlock_jax.batch.resume import find_work
 from kvlock_jax.errors import InputError
-from kvlock_jax.job import prepare
+from kvlock_jax.media import encode
+from kvlock_jax.parallel import agreement
 
 
 class Other:
@@ -42,12 +44,12 @@ def work(tmp_path):
     batches.write_inputs(tmp_path)
     region = np.zeros((*batches.SHAPE[1:], 3), np.uint8)
     region[8:16, 8:24] = 255
-    video.write_png(tmp_path / "mask.png", region)
+    encode.write_png(tmp_path / "mask.png", region)
     row = {"src_video": "0.mkv", "src_mask": "mask.png", "prompt": "a star"}
     (tmp_path / "edits.jsonl").write_text(
         "\n".join(json.dumps(row | {"id": name}) for name in "ab")
     )
-    return prepare(batches.job(tmp_path / "edits.jsonl", tmp_path / "out", batch_size=2))
+    return find_work(batches.job(tmp_path / "edits.jsonl", tmp_path / "out", batch_size=2))
 
 
 def test_contents_are_the_same_however_they_are_laid_out(other, monkeypatch):
@@ -56,7 +58,11 @@ def test_contents_are_the_same_however_they_are_laid_out(other, monkeypatch):
     monkeypatch.setattr(
         multihost_utils, "process_allgather", lambda number: told.append(number) or np.zeros(2)
     )
-    assert hosts.agree(rows) and hosts.agree(rows.copy()) and hosts.agree(rows[:3])
+    assert (
+        agreement.all_agree(rows)
+        and agreement.all_agree(rows.copy())
+        and agreement.all_agree(rows[:3])
+    )
     assert told[0] == told[1] != told[2]
 
 
@@ -71,21 +77,21 @@ def test_an_edit_that_hosts_read_differently_fails_alone(other, work):
 def test_both_kinds_of_host_ask_the_same_questions(other, work):
     assert batches.run(work).done == 2
     asked = other.asked
-    assert batch.follow(work, lambda: None, batches.runner).done == 2
+    assert runner.follow(work, lambda: None, batches.runner).done == 2
     assert other.asked == 2 * asked
 
 
 def test_what_the_first_host_finds_finished_is_so_for_all(other, work):
-    assert hosts.agreed(work) == work
+    assert resume.agree_on_work(work) == work
     other.first = np.array([False, True])
-    assert hosts.agreed(work).finished == frozenset({"b"})
+    assert resume.agree_on_work(work).finished == frozenset({"b"})
 
 
 def test_hosts_that_see_other_files_do_not_begin(other, work):
     other.deaf = 0
     with pytest.raises(InputError, match="do not see the same files"):
-        hosts.agreed(work)
+        resume.agree_on_work(work)
 
 
 def test_one_host_asks_nobody(work):
-    assert hosts.agreed(work) is work and hosts.agree(b"")
+    assert resume.agree_on_work(work) is work and agreement.all_agree(b"")

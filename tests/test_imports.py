@@ -19,44 +19,38 @@ PACKAGES = {
 ROWS = (
     "errors",
     "shapes",
-    "config",
-    "costs",
-    "roofline",
+    "grid",
+    "settings",
     "configs",
-    "patches",
-    "sharding",
-    "programs",
+    "parallel",
+    "runtime",
     "lock",
     "models",
-    "text",
     "sampling",
-    "store",
-    "checkpoint",
-    "devices",
+    "checkpoints",
     "convert",
-    "settings",
-    "prepare",
-    "progress",
-    "video",
+    "media",
     "demo",
-    "metrics",
-    "inputs",
-    "stages",
-    "edit",
-    "report",
-    "options",
-    "remote",
-    "manifest",
-    "plan",
-    "job",
-    "hosts",
-    "batch",
-    "info",
-    "terminal",
+    "evaluate",
+    "pipeline",
     "",  # the package itself
+    "estimate",
+    "batch",
     "cli",
 )
-"""The table of DESIGN.md section 1, with the rows that it leaves out."""
+"""The folders of the package, and the modules at its top; each imports only rows above it."""
+
+ORDER = {
+    "settings": "fields schema",
+    "parallel": "padding mesh sharding processes agreement",
+    "models": "layout linear attention vae wan text",
+    "checkpoints": "store registry format",
+    "media": "storage decode encode fit masks",
+    "pipeline": "settings overrides inputs load encode stages background placement api report",
+    "batch": "manifest grouping fingerprint resume runner",
+    "cli": "terminal flags loading edit batch convert info main",
+}
+"""The same within folders where the order tells how a run goes."""
 
 FOREIGN = {"torch", "diffusers", "transformers", "tensorflow"}
 """What users need not install. Torch reads `.pth` originals, in `convert` and when it is needed."""
@@ -130,9 +124,9 @@ def test_every_form_of_import_is_seen(code, module, is_package, meanings):
 
 
 def test_a_breach_is_seen():
-    others = {"kvlock_jax.models.wan", "kvlock_jax.shapes", "kvlock_jax.lock.cache"}
-    assert breaches("kvlock_jax.lock.masks", others) == ["kvlock_jax.models.wan"]
-    assert breaches("kvlock_jax.config", {"kvlock_jax"}) == ["kvlock_jax"]
+    others = {"kvlock_jax.models.wan.vace", "kvlock_jax.shapes", "kvlock_jax.lock.cache"}
+    assert breaches("kvlock_jax.lock.masks", others) == ["kvlock_jax.models.wan.vace"]
+    assert breaches("kvlock_jax.settings.schema", {"kvlock_jax"}) == ["kvlock_jax"]
 
 
 def test_every_module_has_a_row():
@@ -148,10 +142,10 @@ def test_imports_only_rows_above(module):
 @pytest.mark.parametrize(
     ("importer", "allowed"),
     [
-        ("lock", {"errors", "shapes", "config", "lock"}),
+        ("lock", {"errors", "shapes", "settings", "lock"}),
         (
             "sampling",
-            {"errors", "shapes", "config", "patches", "sharding", "programs", "lock", "sampling"},
+            {"errors", "shapes", "grid", "settings", "parallel", "runtime", "lock", "sampling"},
         ),
     ],
 )
@@ -161,9 +155,29 @@ def test_method_and_loop_know_no_model(importer, allowed):
             assert {row(name) for name in own_imports(module)} <= allowed, module
 
 
-def test_only_edit_and_the_command_line_convert():
+@pytest.mark.parametrize("folder", ORDER)
+def test_order_within_a_folder(folder):
+    order, prefix = ORDER[folder].split(), f"kvlock_jax.{folder}."
+    for module in SOURCES:
+        if module.startswith(prefix):
+            place = order.index(module.removeprefix(prefix).split(".")[0])
+            for other in own_imports(module):
+                if other.startswith(prefix):
+                    name = other.removeprefix(prefix).split(".")[0]
+                    assert order.index(name) <= place, f"{module} imports {other}"
+
+
+def test_few_modules_lie_at_the_top():
+    top = [path.name for path in (ROOT / "kvlock_jax").glob("*.py")]
+    assert len(top) <= 4, top
+
+
+def test_only_loading_and_the_command_line_convert():
     users = {m for m in SOURCES if any(row(name) == "convert" for name in own_imports(m))}
-    assert {m for m in users if row(m) != "convert"} <= {"kvlock_jax.edit", "kvlock_jax.cli"}
+    assert {m for m in users if row(m) != "convert"} <= {
+        "kvlock_jax.pipeline.load",
+        "kvlock_jax.cli.convert",
+    }
 
 
 @pytest.mark.parametrize("module", SOURCES)

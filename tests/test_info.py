@@ -8,13 +8,16 @@ from collections.abc import Iterable
 
 import pytest
 
-from kvlock_jax import costs, info
-from kvlock_jax.checkpoint import Configs, Contents, Stored, family
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
-from kvlock_jax.costs import Layout, Workload
-from kvlock_jax.info import Plan
-from kvlock_jax.settings import config, settle
-from kvlock_jax.video import Fit
+from kvlock_jax.checkpoints.format import Contents, Stored
+from kvlock_jax.checkpoints.registry import Configs, family
+from kvlock_jax.estimate import costs, info
+from kvlock_jax.estimate.costs import Layout, Workload
+from kvlock_jax.estimate.info import Plan
+from kvlock_jax.media.fit import Fit
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.pipeline.settings import config, resolve_settings
 
 SMALL, LARGE = WanConfig(12, 128, 30, 8960), WanConfig(40, 128, 40, 13824)
 VACE = dataclasses.replace(LARGE, vace_layers=tuple(range(0, 40, 5)))
@@ -35,7 +38,7 @@ def needs(
     given = {"video": Fit(81, 480, 832), "devices": 1, "dtype": "bfloat16", "dtype_bytes": 2}
     plan, settings = Plan(**(given | changes)), config(run)
     settings.kvlock.cache = cache
-    return list(info.needs(contents(wan), settle(settings), plan))
+    return list(info.needs(contents(wan), resolve_settings(settings), plan))
 
 
 def words(lines: Iterable[str]) -> dict[str, str]:
@@ -117,7 +120,7 @@ def test_memory_per_device():
     # 1.419 + 0.127 + 5.681 / 8 billion parameters of 2 bytes; 32,768 tokens' keys and values by 8
     assert lines["  weights"] == "4.2 GiB  of transformer and VAE, and 1/8 of text encoder"
     assert lines["  cache"] == "720.0 MiB  4,096 tokens of 32,768, padding and all"
-    carried = settle(config("t2v_1_3b_480p")).lock
+    carried = resolve_settings(config("t2v_1_3b_480p")).lock
     carried = dataclasses.replace(carried, cache="carried")
     workload = Workload(SMALL, 81, 480, 832)
     size = costs.activations(workload, Layout(8, False, 128), carried).total

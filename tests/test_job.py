@@ -10,12 +10,13 @@ import batches
 import numpy as np
 import pytest
 
-from kvlock_jax import job as jobs
-from kvlock_jax import video
-from kvlock_jax.config import run_config
+from kvlock_jax.batch import fingerprint, resume
+from kvlock_jax.batch.fingerprint import checkpoint_identity
+from kvlock_jax.batch.manifest import Common
+from kvlock_jax.batch.resume import find_work
 from kvlock_jax.errors import InputError
-from kvlock_jax.job import identity, prepare
-from kvlock_jax.manifest import Common
+from kvlock_jax.media import encode
+from kvlock_jax.settings.schema import run_config
 
 ROWS = [
     {"id": "a", "src_video": "0.mkv", "src_mask": "mask.npy", "prompt": "a star"},
@@ -45,7 +46,7 @@ def write(folder, rows):
 
 def missing(folder, **changes) -> str:
     """Ids of what is to be done."""
-    work = prepare(batches.job(folder / "edits.jsonl", folder / "out", **changes))
+    work = find_work(batches.job(folder / "edits.jsonl", folder / "out", **changes))
     assert work.failures == []
     return "".join(request.id for request in work.missing)
 
@@ -101,21 +102,21 @@ def test_what_changed_is_done_again(folder, change):
 def test_content_of_files_counts(folder):
     np.save(folder / "mask.npy", np.ones((32, 48), bool))
     assert missing(folder) == "ac"
-    video.write_video(folder / "1.mkv", batches.clip(7), 12, lossless=True)
+    encode.write_video(folder / "1.mkv", batches.clip(7), 12, lossless=True)
     assert missing(folder) == "ac"
-    video.write_video(folder / "0.mkv", batches.clip(7), 12, lossless=True)
+    encode.write_video(folder / "0.mkv", batches.clip(7), 12, lossless=True)
     assert missing(folder) == "abc"
 
 
 def test_folders_of_images_count_by_their_images(folder):
     (folder / "images").mkdir()
     for n, image in enumerate(batches.clip(0)):
-        video.write_png(folder / "images" / f"{n}.png", image)
+        encode.write_png(folder / "images" / f"{n}.png", image)
     write(folder, [ROWS[0] | {"src_video": "images"}])
     assert batches.do(folder / "edits.jsonl", folder / "out").done == 1
     (folder / "images" / "notes.txt").touch()
     assert missing(folder) == ""
-    video.write_png(folder / "images" / "3.png", batches.clip(1)[0])
+    encode.write_png(folder / "images" / "3.png", batches.clip(1)[0])
     assert missing(folder) == "a"
     batches.do(folder / "edits.jsonl", folder / "out")
     os.rename(folder / "images" / "0.png", folder / "images" / "9.png")
@@ -126,7 +127,7 @@ def test_settings_and_model_of_the_command_count(folder):
     assert missing(folder, common=Common(run_config("kvlock", steps=3))) == "abc"
     other = batches.job(folder / "edits.jsonl", folder / "out")
     other = dataclasses.replace(other, checkpoint={"name": "none", "dtype": "bfloat16"})
-    assert len(prepare(other).missing) == 3
+    assert len(find_work(other).missing) == 3
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.json"])
@@ -152,9 +153,9 @@ def test_a_json_that_is_not_ours(folder, text):
 
 
 def test_groups_are_the_same_whatever_is_finished(folder):
-    whole = prepare(batches.job(folder / "edits.jsonl", folder / "out", batch_size=2))
+    whole = find_work(batches.job(folder / "edits.jsonl", folder / "out", batch_size=2))
     (folder / "out" / "b.json").unlink()
-    rest = prepare(batches.job(folder / "edits.jsonl", folder / "out", batch_size=2))
+    rest = find_work(batches.job(folder / "edits.jsonl", folder / "out", batch_size=2))
     ids = [[r.id for r in group] for group in rest.groups]
     assert ids == [[r.id for r in group] for group in whole.groups] == [["a", "b"], ["c"]]
     assert [[r.id for r in g] for g in rest.pending] == [["a", "b"]] and not whole.pending
@@ -166,21 +167,21 @@ def test_shapes_are_told_by_the_files(tmp_path, suffix):
         if suffix == " images":
             (tmp_path / f"{name}{suffix}").mkdir()
             for n, image in enumerate(batches.clip(0, size)):
-                video.write_png(tmp_path / f"{name}{suffix}" / f"{n}.png", image)
+                encode.write_png(tmp_path / f"{name}{suffix}" / f"{n}.png", image)
         else:
-            video.write_video(tmp_path / f"{name}{suffix}", batches.clip(0, size), 25)
+            encode.write_video(tmp_path / f"{name}{suffix}", batches.clip(0, size), 25)
     row = {"bbox": "0,0,8,8", "prompt": "a star"}
     rows = [row | {"src_video": f"{name}{suffix}"} for name in "zxy"]
     rows += [row | {"src_video": f"z{suffix}", "frame_num": n} for n in (5, 30)]
     rows += [row | {"src_video": f"z{suffix}", "size": "64*32"}]
     write(tmp_path, rows)
-    work = prepare(batches.job(tmp_path / "edits.jsonl", tmp_path / "out", batch_size=9))
+    work = find_work(batches.job(tmp_path / "edits.jsonl", tmp_path / "out", batch_size=9))
     assert [[r.line for r in group] for group in work.groups] == [[1, 5], [2, 3, 4], [6]]
 
 
 def test_a_picture_is_one_frame(tmp_path):
-    video.write_png(tmp_path / "x.png", batches.clip(0)[0])
-    assert jobs._probe(str(tmp_path / "x.png")) == (1, 32, 48)
+    encode.write_png(tmp_path / "x.png", batches.clip(0)[0])
+    assert resume._probe(str(tmp_path / "x.png")) == (1, 32, 48)
 
 
 # --- what can't be ----------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_an_input_is_never_overwritten(folder):
     rows = [r | {"src_video": str(folder / r["src_video"]), "src_mask": None} for r in rows]
     rows = [r | {"bbox": "0,0,8,8"} for r in rows]
     (folder / "out" / "edits.json").write_text("\n".join(map(json.dumps, rows)))
-    work = prepare(batches.job(folder / "out" / "edits.json", folder / "out"))
+    work = find_work(batches.job(folder / "out" / "edits.json", folder / "out"))
     assert [f.line for f in work.failures] == [2, 3, 4]
     assert [
         f.reason.partition(" would be overwritten, it is read by ")[2] for f in work.failures
@@ -213,15 +214,15 @@ def test_an_input_is_never_overwritten(folder):
 
 def test_a_manifest_that_cannot_be(folder):
     with pytest.raises(InputError, match="no such file"):
-        prepare(batches.job(folder / "none.jsonl", folder / "out"))
+        find_work(batches.job(folder / "none.jsonl", folder / "out"))
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
-        prepare(batches.job(folder / "out", folder / "out"))
+        find_work(batches.job(folder / "out", folder / "out"))
     (folder / "blank.jsonl").write_text("\n \n")
     with pytest.raises(InputError, match=r"blank\.jsonl: the manifest holds no edit"):
-        prepare(batches.job(folder / "blank.jsonl", folder / "out"))
+        find_work(batches.job(folder / "blank.jsonl", folder / "out"))
     shutil.copy(folder / "edits.jsonl", folder / "out" / "failed.jsonl")
     with pytest.raises(InputError, match="is where failures are written"):
-        prepare(batches.job(folder / "out" / "failed.jsonl", folder / "out"))
+        find_work(batches.job(folder / "out" / "failed.jsonl", folder / "out"))
 
 
 @pytest.mark.parametrize(
@@ -249,30 +250,33 @@ def test_identity_of_a_published_checkpoint(tmp_path):
     (first / "vae" / "config.json").write_text("{}")
     shutil.copytree(first, second)
     (second / "readme.txt").touch()
-    one, two = jobs.identity(str(first)), jobs.identity(str(second))
+    one, two = (
+        fingerprint.checkpoint_identity(str(first)),
+        fingerprint.checkpoint_identity(str(second)),
+    )
     assert one["name"] == str(first) and one["identity"] == two["identity"]
     for change in (weights[:-1] + b"x", b"x" + weights[1:], weights + weights[-(1 << 16) :]):
         (second / "vae" / "model.safetensors").write_bytes(change)
-        assert jobs.identity(str(second))["identity"] != one["identity"]
-    demo = jobs.identity("demo")
+        assert fingerprint.checkpoint_identity(str(second))["identity"] != one["identity"]
+    demo = fingerprint.checkpoint_identity("demo")
     assert demo["name"] == "demo" and len(demo["identity"]) == 64
 
 
 def test_identity_of_a_converted_checkpoint(tmp_path, monkeypatch):
     """What was converted tells it, and to what; its own files are others each time."""
 
-    def identity(sha, dtype, crc):
+    def identity_of(sha, dtype, crc):
         model = SimpleNamespace(dtypes=(dtype,))
         told = SimpleNamespace(
             source={"files": {"a": sha}}, models={"vae": model}, files={"vae/0": crc}
         )
-        monkeypatch.setattr(jobs.checkpoint, "is_checkpoint", lambda folder: True)
-        monkeypatch.setattr(jobs.checkpoint, "read_metadata", lambda folder: told)
-        return jobs.identity(str(tmp_path))["identity"]
+        monkeypatch.setattr(fingerprint.format, "is_checkpoint", lambda folder: True)
+        monkeypatch.setattr(fingerprint.format, "read_metadata", lambda folder: told)
+        return fingerprint.checkpoint_identity(str(tmp_path))["identity"]
 
-    first = identity("1", "float32", "2")
-    assert identity("1", "float32", "3") == first
-    assert identity("2", "float32", "2") != first != identity("1", "bfloat16", "2")
+    first = identity_of("1", "float32", "2")
+    assert identity_of("1", "float32", "3") == first
+    assert identity_of("2", "float32", "2") != first != identity_of("1", "bfloat16", "2")
 
 
 @pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", "vae.pth", "a/b/words.json"])
@@ -280,7 +284,7 @@ def test_a_checkpoint_is_told_from_another_by_any_of_its_files(tmp_path, file):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_bytes(b"one")
-    before = identity(str(tmp_path))
-    assert identity(str(tmp_path)) == before
+    before = checkpoint_identity(str(tmp_path))
+    assert checkpoint_identity(str(tmp_path)) == before
     (tmp_path / file).write_bytes(b"two")
-    assert identity(str(tmp_path)) != before
+    assert checkpoint_identity(str(tmp_path)) != before

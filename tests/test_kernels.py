@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from kvlock_jax.models import kernels
+from kvlock_jax.models.attention import kernels
 
 KERNELS = {
     "plain": kernels.plain,

@@ -7,11 +7,13 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from kvlock_jax import checkpoint, sharding
-from kvlock_jax.config import UMT5Config, WanConfig
+from kvlock_jax.checkpoints import registry
 from kvlock_jax.models import layout
-from kvlock_jax.models.umt5 import UMT5Encoder
-from kvlock_jax.models.vace import wan_transformer
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.text.umt5 import UMT5Encoder
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import wan_transformer
+from kvlock_jax.parallel.mesh import make_mesh
 
 SIZES = {
     "1.3b": WanConfig(12, 128, 30, 8960, vace_layers=tuple(range(0, 30, 2))),
@@ -22,7 +24,7 @@ TEXT = UMT5Config(256_384, 4096, 64, 10_240, 24, 64)
 
 @pytest.fixture
 def mesh():
-    return sharding.make_mesh(data=1, frames=4, model=2)
+    return make_mesh(data=1, frames=4, model=2)
 
 
 def parameters(kind, config):
@@ -87,7 +89,7 @@ def test_the_text_encoder_lies_on_all_devices(mesh):
 
 def test_a_layer_is_gathered_for_its_products(mesh):
     config = WanConfig(4, 12, 3, 40, 4, 4, 16, 8)
-    state = nnx.state(checkpoint.abstract(wan_transformer, config))
+    state = nnx.state(registry.abstract(wan_transformer, config))
     blocks = state["blocks"]
 
     def first_layer(blocks):

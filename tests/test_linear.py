@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kvlock_jax import sharding
 from kvlock_jax.models.linear import Linear, together
+from kvlock_jax.parallel.mesh import make_mesh
 
 
 def layer(kernel, bias, dtype):
@@ -130,5 +130,5 @@ def products(rows, c_out, platform="cpu"):
 def test_small_layers_are_one_product_on_one_cpu():
     assert products(256, 192) == 1
     assert products(257, 192) == products(256, 193) == products(256, 192, "tpu") == 3
-    with jax.set_mesh(sharding.make_mesh(frames=2)):
+    with jax.set_mesh(make_mesh(frames=2)):
         assert products(256, 192) == 3

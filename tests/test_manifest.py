@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from kvlock_jax import options
-from kvlock_jax.config import run_config
+from kvlock_jax.batch.manifest import KEYS, Common, Failure, parse, reason, resolved
 from kvlock_jax.errors import InputError
-from kvlock_jax.manifest import KEYS, Common, Failure, parse, reason, resolved
+from kvlock_jax.pipeline import overrides
+from kvlock_jax.settings.schema import run_config
 
 RUN = run_config("kvlock_anchor", steps=9)
 GOOD = {"src_video": "a.mp4", "src_mask": "m.npy", "prompt": "a star"}
@@ -93,7 +93,7 @@ def test_a_line_says_all_that_a_command_can():
 
 
 def test_every_setting_has_a_key():
-    names = {name for _, _, names, _ in options.SETTINGS for name in names.split()}
+    names = {name for _, _, names, _ in overrides.SETTINGS for name in names.split()}
     assert names <= {name for names in KEYS.values() for name in names.split()}
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from kvlock_jax import metrics
 from kvlock_jax.errors import InputError
+from kvlock_jax.evaluate import metrics
 
 
 def clip(seed: int, frames: int = 3, height: int = 40, width: int = 56):

@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 from kvlock_jax import lock
-from kvlock_jax.config import LockConfig, WanConfig
-from kvlock_jax.models.vace import VACEContext, wan_transformer
-from kvlock_jax.patches import Grid
+from kvlock_jax.grid import Grid
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import VACEContext, wan_transformer
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits, bucket
-from kvlock_jax.sampling.sampler import Program, sample
+from kvlock_jax.sampling.loop import Program, sample
+from kvlock_jax.settings.schema import LockConfig
 
 T2V = WanConfig(2, 12, 3, 40, 4, 4, text_dim=16, freq_dim=8)
 VACE = dataclasses.replace(T2V, vace_layers=(0, 2), vace_in_channels=6)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kvlock_jax.errors import InputError
-from kvlock_jax.patches import Grid
+from kvlock_jax.grid import Grid
 
 SPACE, CHANNELS = (4, 4, 6), 3
 

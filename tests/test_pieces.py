@@ -10,10 +10,13 @@ import tiny
 from flax import nnx
 
 import kvlock_jax as kvl
-from kvlock_jax import sharding
-from kvlock_jax.config import VAEConfig, run_config
-from kvlock_jax.models import vae
-from kvlock_jax.models.pieces import in_tiles, over_tokens
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.models.vae.chunks import in_tiles
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.block import over_tokens
+from kvlock_jax.parallel import sharding
+from kvlock_jax.parallel.mesh import make_mesh
+from kvlock_jax.settings.schema import run_config
 
 CONFIG = VAEConfig(4, 3, num_res_blocks=2, latents_mean=(0.1,) * 3, latents_std=(1.5,) * 3)
 WIDTH = 44  # latent columns: three tiles of two reaches and an own part are narrower
@@ -21,7 +24,7 @@ WIDTH = 44  # latent columns: three tiles of two reaches and an own part are nar
 
 @pytest.fixture(scope="module")
 def network():
-    return vae.WanVAE(CONFIG, rngs=nnx.Rngs(0))
+    return autoencoder.WanVAE(CONFIG, rngs=nnx.Rngs(0))
 
 
 def tiled(network, tiles):
@@ -67,7 +70,7 @@ def test_one_tile_is_the_whole():
 def test_tiles_take_less_memory(network):
     def temporaries(tiles):
         z = jax.ShapeDtypeStruct((1, 3, 8, 160, 3), jnp.float32)
-        lowered = vae.decode.lower(tiled(network, tiles), z)
+        lowered = autoencoder.decode.lower(tiled(network, tiles), z)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(4) < 0.7 * temporaries(1)
@@ -76,7 +79,9 @@ def test_tiles_take_less_memory(network):
 def test_an_edit_in_tiles_is_the_edit(tiny_checkpoint, monkeypatch):
     tiles, clip = [], tiny.clip(5, 16, 8 * WIDTH)
     monkeypatch.setattr(
-        vae, "in_tiles", lambda *args, **how: tiles.append(how["tiles"]) or in_tiles(*args, **how)
+        autoencoder,
+        "in_tiles",
+        lambda *args, **how: tiles.append(how["tiles"]) or in_tiles(*args, **how),
     )
     whole, parted = (
         kvl.edit(
@@ -106,7 +111,7 @@ def test_tokens_may_be_run_some_at_a_time(most):
 
 
 def test_each_device_runs_some_of_its_own_tokens():
-    mesh = sharding.make_mesh(data=2, frames=4)
+    mesh = make_mesh(data=2, frames=4)
     x = np.random.default_rng(0).normal(size=(2, 40, 3)).astype(np.float32)
     with jax.set_mesh(mesh):
         program = jax.jit(lambda x: over_tokens(jnp.sin, sharding.constrain(x, "BLD"), 4))

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 import kvlock_jax as kvl
-from kvlock_jax.config import run_config
+from kvlock_jax.settings.schema import run_config
 
 STEPS, SHIFT, GUIDANCE = 8, 3.0, 5.0
 FRAMES, HEIGHT, WIDTH = 5, 32, 48

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from kvlock_jax.config import run_config
-from kvlock_jax.manifest import Common, Failure, Manifest, parse
-from kvlock_jax.plan import plan, program, shard
+from kvlock_jax.batch.grouping import group, shard, shared_settings
+from kvlock_jax.batch.manifest import Common, Failure, Manifest, parse
+from kvlock_jax.settings.schema import run_config
 
 
 def requests(*rows: dict):
@@ -21,7 +21,7 @@ def requests(*rows: dict):
 
 
 def grouped(rows, size, shape=lambda request: None):
-    return [[r.line for r in group] for group in plan(requests(*rows), shape, size)]
+    return [[r.line for r in group] for group in group(requests(*rows), shape, size)]
 
 
 def test_edits_of_one_source_stand_side_by_side():
@@ -79,8 +79,8 @@ def test_shapes_stay_apart():
 
 def test_a_preset_is_what_it_stands_for():
     named, spelled = requests({"preset": "kvlock"}, {"preset": "hard_lock"})
-    assert program(named.settings) != program(spelled.settings)
-    assert program(named.settings).preset == program(spelled.settings).preset == ""
+    assert shared_settings(named.settings) != shared_settings(spelled.settings)
+    assert shared_settings(named.settings).preset == shared_settings(spelled.settings).preset == ""
 
 
 def test_groups_hold_every_edit_once():

@@ -30,14 +30,17 @@ from islands import (
     transformer,
 )
 
-from kvlock_jax import checkpoint, lock
-from kvlock_jax.config import LockConfig, UMT5Config, VAEConfig
-from kvlock_jax.models import block
-from kvlock_jax.models.umt5 import UMT5Encoder
-from kvlock_jax.models.vae import WanVAE
-from kvlock_jax.sampling import sampler, solvers
+from kvlock_jax import lock
+from kvlock_jax.checkpoints import registry
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.text.umt5 import UMT5Encoder
+from kvlock_jax.models.vae.autoencoder import WanVAE
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan import block as wan_block
+from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.sampler import Program
+from kvlock_jax.sampling.loop import Program, sample
+from kvlock_jax.settings.schema import LockConfig
 
 MOVES = set(
     "broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice expand_dims gather pad "
@@ -49,7 +52,7 @@ ISLANDS = set("cos div exp log reduce_max reduce_sum rsqrt sin sqrt".split())
 @pytest.fixture(autouse=True)
 def plain_attention(monkeypatch):
     """Of texts; tokens have it from `transformer`."""
-    monkeypatch.setattr(block, "replicated_keys", attend)
+    monkeypatch.setattr(wan_block, "replicated_keys", attend)
 
 
 # -- reading the program -------------------------------------------------------------------------
@@ -149,9 +152,7 @@ def loop(model, guidance="cfg"):
     prompts, source = (context_of(model.config, rows, rng) for rows in (2, 1))
     edits = Edits(z, z, jnp.ones(z.shape[:3], bool), prompts, source, GRID)
     args = (model, z, edits, solvers.table("unipc", 4, 3.0), lock.knobs(settings, 5.0))
-    return sampler.sample.trace(
-        *args, program=Program.of(dataclasses.replace(settings, window=3))
-    ).jaxpr
+    return sample.trace(*args, program=Program.of(dataclasses.replace(settings, window=3))).jaxpr
 
 
 @pytest.mark.parametrize("config", [T2V, VACE], ids=["t2v", "vace"])
@@ -201,9 +202,9 @@ def test_a_lost_island_of_a_pass_is_seen(island, monkeypatch):
 @pytest.mark.parametrize("island", OF_THE_LOOP)
 def test_a_lost_island_of_the_loop_is_seen(island, monkeypatch):
     monkeypatch.setattr(*OF_THE_LOOP[island])
-    sampler.sample.clear_cache()  # of traces, which know nothing of the replacement
+    sample.clear_cache()  # of traces, which know nothing of the replacement
     assert sorted(breaches(loop(abstract()))) != ["rounded"] * 4
-    sampler.sample.clear_cache()
+    sample.clear_cache()
 
 
 # -- encoders ------------------------------------------------------------------------------------
@@ -247,5 +248,5 @@ def test_the_vae_is_all_float32():
         program = jax.make_jaxpr(lambda m: m.decode(m.encode(frame)))(model)
         return any(touches(equation, LOW) for equation in equations(program))
 
-    assert not touching(checkpoint.abstract(WanVAE, config, LOW))
+    assert not touching(registry.abstract(WanVAE, config, LOW))
     assert touching(nnx.eval_shape(lambda: WanVAE(config, dtype=LOW, rngs=nnx.Rngs(0))))

@@ -22,8 +22,9 @@ from islands import (
 )
 
 from kvlock_jax import lock
-from kvlock_jax.models import attention
-from kvlock_jax.models.sharded_attention import gathered, replicated_keys, ring
+from kvlock_jax.models.attention import dispatch
+from kvlock_jax.models.attention.rope import rope_table, rotate
+from kvlock_jax.models.attention.sharded import gathered, replicated_keys, ring
 from kvlock_jax.sampling import solvers
 
 RNG = np.random.default_rng(1)
@@ -72,7 +73,7 @@ def test_a_large_residual_stream_keeps_what_is_small(monkeypatch):
     assert errors[0] < 0.02 and min(errors[1:]) > 0.2, errors
 
 
-@pytest.mark.parametrize("attend", [attention.attend, gathered, ring, replicated_keys])
+@pytest.mark.parametrize("attend", [dispatch.attend, gathered, ring, replicated_keys])
 def test_softmax_of_large_logits(attend):
     """About 480, where bfloat16 counts by twos: half a unit from key to key decides."""
     keys = np.full((1, 8, 1, 64), 7.5)
@@ -89,14 +90,14 @@ def test_rotary_positions_far_out():
     """Of 1024 frames, against complex numbers in float64; with rounded tables 100 times off."""
     size = 12
     pairs = size - 2 * (2 * (size // 6))
-    rope = attention.rope_table((1024, 1, 1), size)
+    rope = rope_table((1024, 1, 1), size)
     x = jnp.asarray(RNG.standard_normal((1, 1024, 1, size)), WIDE)
-    turned = np.asarray(attention.rotate(x, rope), np.float64)[0, :, 0, :pairs]
+    turned = np.asarray(rotate(x, rope), np.float64)[0, :, 0, :pairs]
     place = np.arange(1024)[:, None] * 10_000.0 ** (-np.arange(0, pairs, 2) / pairs)
     whole = np.asarray(x, np.float64)[0, :, 0, :pairs]
     expected = (whole[:, ::2] + 1j * whole[:, 1::2]) * np.exp(1j * place)
     assert error(turned[:, ::2], expected.real) < 1e-6
-    low = attention.rotate(x, tuple(t.astype(LOW).astype(WIDE) for t in rope))
+    low = rotate(x, tuple(t.astype(LOW).astype(WIDE) for t in rope))
     assert error(np.asarray(low)[0, :, 0, :pairs:2], expected.real) > 1e-4
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvlock_jax import programs
-from kvlock_jax.programs import Kept, Programs
+from kvlock_jax.runtime import compile_cache
+from kvlock_jax.runtime.compile_cache import CachingCompiler, Compiler
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +37,7 @@ def kept(tmp_path):
     def start():
         jax.clear_caches()
         traces.clear()
-        return Kept(tmp_path / "programs")
+        return CachingCompiler(tmp_path / "programs")
 
     return start
 
@@ -48,16 +48,16 @@ def pair(shape=(3,), dtype=jnp.float32, name="a"):
     )
 
 
-@pytest.mark.parametrize("kind", [Programs, Kept])
+@pytest.mark.parametrize("kind", [Compiler, CachingCompiler])
 def test_what_is_compiled_ahead_is_what_runs(kind, tmp_path):
     jax.clear_caches()
     traces.clear()
-    run = kind(tmp_path) if kind is Kept else kind()
+    run = kind(tmp_path) if kind is CachingCompiler else kind()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pair())
-    told, total = run.ahead(scaled, shapes, np.float32(2), times=3)
+    told, total = run.compile(scaled, shapes, np.float32(2), times=3)
     assert told.name == "of a" and total.shape == ()
     given = pair()
-    found, total = run.now(scaled, given, np.float32(2), times=3)
+    found, total = run.call(scaled, given, np.float32(2), times=3)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(lambda x: x.shape, told)
     np.testing.assert_array_equal(found.second, [0, 6, 12])
     assert total == 3 and traces == ["a"]
@@ -65,10 +65,10 @@ def test_what_is_compiled_ahead_is_what_runs(kind, tmp_path):
 
 
 def test_a_program_is_traced_once(kept):
-    kept().now(scaled, pair(), 2.0 * np.float32(1), times=3)
+    kept().call(scaled, pair(), 2.0 * np.float32(1), times=3)
     assert traces == ["a"]
     given = pair()
-    found, total = kept().now(scaled, given, np.float32(5), times=3)
+    found, total = kept().call(scaled, given, np.float32(5), times=3)
     assert traces == []
     np.testing.assert_array_equal(found.second, [0, 15, 30])
     assert found.name == "of a" and total == 3 and given.first.is_deleted()
@@ -85,10 +85,10 @@ def test_a_program_is_traced_once(kept):
     ],
 )
 def test_what_is_another_program_is_traced(other, times, kept):
-    kept().now(scaled, pair(), np.float32(2), times=3)
+    kept().call(scaled, pair(), np.float32(2), times=3)
     other = jax.tree.map(jnp.copy, other)
     wanted = times * 2 * np.asarray(other.first, np.float32)
-    found, _ = kept().now(scaled, other, np.float32(2), times=times)
+    found, _ = kept().call(scaled, other, np.float32(2), times=times)
     assert traces == [other.name]
     np.testing.assert_array_equal(np.asarray(found.second, np.float32), wanted)
 
@@ -100,38 +100,39 @@ def test_a_namesake_is_another_program(kept):
 
     scaled_.__wrapped__.__name__ = scaled_.__name__ = "scaled"
     programs = kept()
-    programs.now(scaled, pair(), np.float32(2), times=7)
+    compile_cache.call(scaled, pair(), np.float32(2), times=7)
     for start in (programs, kept()):
-        _, times = start.now(scaled_, pair(), np.float32(2), times=7)
+        _, times = start.call(scaled_, pair(), np.float32(2), times=7)
         assert times == 7  # and not the sum
 
 
 def test_a_number_without_a_type_of_its_own_makes_another_program(kept):
-    kept().now(scaled, pair(), jnp.float32(2))
-    kept().now(scaled, pair(), jnp.asarray(2.0))
+    kept().call(scaled, pair(), jnp.float32(2))
+    kept().call(scaled, pair(), jnp.asarray(2.0))
     assert traces == ["a"]
 
 
 @pytest.mark.parametrize("setting", ["jax_default_matmul_precision", "jax_numpy_rank_promotion"])
 def test_jaxs_settings_make_another_program(setting, kept):
-    kept().now(scaled, pair(), np.float32(2))
+    kept().call(scaled, pair(), np.float32(2))
     before = getattr(jax.config, setting)
     jax.config.update(setting, "highest" if "precision" in setting else "raise")
     try:
-        kept().now(scaled, pair(), np.float32(2))
+        kept().call(scaled, pair(), np.float32(2))
     finally:
         jax.config.update(setting, before)
         assert traces == ["a"]
 
 
 def test_other_sources_make_another_program(kept, monkeypatch, tmp_path):
-    kept().now(scaled, pair(), np.float32(2))
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "programs.py").write_text("# changed")
-    monkeypatch.setattr(programs, "__file__", str(tmp_path / "package" / "programs.py"))
-    programs._code.cache_clear()
-    kept().now(scaled, pair(), np.float32(2))
-    programs._code.cache_clear()
+    kept().call(scaled, pair(), np.float32(2))
+    (tmp_path / "package" / "runtime").mkdir(parents=True)
+    changed = tmp_path / "package" / "runtime" / "compile_cache.py"
+    changed.write_text("# changed")
+    monkeypatch.setattr(compile_cache, "__file__", str(changed))
+    compile_cache._code.cache_clear()
+    kept().call(scaled, pair(), np.float32(2))
+    compile_cache._code.cache_clear()
     assert traces == ["a"]
 
 
@@ -139,13 +140,13 @@ def test_other_sources_make_another_program(kept, monkeypatch, tmp_path):
     "damage", [lambda b: b"", lambda b: b[:-1], lambda b: b[:40] + b"?" + b[41:]]
 )
 def test_a_damaged_file_is_made_again(damage, kept, tmp_path):
-    kept().now(scaled, pair(), np.float32(2))
+    kept().call(scaled, pair(), np.float32(2))
     (path,) = (tmp_path / "programs").iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    found, _ = kept().now(scaled, pair(), np.float32(2))
+    found, _ = kept().call(scaled, pair(), np.float32(2))
     np.testing.assert_array_equal(found.second, [0, 2, 4])
     assert traces == ["a"]
-    kept().now(scaled, pair(), np.float32(2))
+    kept().call(scaled, pair(), np.float32(2))
     assert traces == []
 
 
@@ -153,15 +154,15 @@ def test_what_jax_does_not_export_runs(kept, monkeypatch, tmp_path):
     def export(*args, **how):
         raise ValueError("Cannot serialize code with custom calls")
 
-    monkeypatch.setattr(programs.export, "export", export)
+    monkeypatch.setattr(compile_cache.export, "export", export)
     given = pair()
-    found, _ = kept().now(scaled, given, np.float32(2))
+    found, _ = kept().call(scaled, given, np.float32(2))
     np.testing.assert_array_equal(found.second, [0, 2, 4])
     assert given.first.is_deleted() and not (tmp_path / "programs").exists()
 
 
 def test_where_nothing_can_be_kept_it_runs(kept, tmp_path):
     (tmp_path / "programs").write_text("a file")
-    found, _ = kept().now(scaled, pair(), np.float32(2))
+    found, _ = kept().call(scaled, pair(), np.float32(2))
     np.testing.assert_array_equal(found.second, [0, 2, 4])
     assert (tmp_path / "programs").read_text() == "a file"

@@ -5,8 +5,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from kvlock_jax import remote
 from kvlock_jax.errors import InputError
+from kvlock_jax.media import storage
 
 
 @pytest.fixture
@@ -22,41 +22,41 @@ def folder(request, tmp_path, memory):
     place = str(tmp_path) if request.param == "local" else "memory://work"
     for name, content in (("a.txt", b"a"), ("b/2.png", b"2"), ("b/1.png", b"1"), ("b/notes", b"n")):
         path = f"{place}/{name}"
-        remote.make_folder(remote.parent(path))
+        storage.make_folder(storage.parent(path))
         with fsspec.open(path, "wb") as file:
             file.write(content)
     return place
 
 
 def test_names():
-    assert remote.join("memory://", "a") == "memory://a"
-    assert remote.join("/x", "a") == "/x/a" and remote.join("gs://b/x/", "a") == "gs://b/x/a"
-    assert remote.parent("/x/a") == "/x" and remote.parent("gs://b/x/a") == "gs://b/x"
-    assert remote.parent("memory://a") == "memory://"
-    assert remote.resolve("~/a").endswith("/a") and "~" not in remote.resolve("~/a")
-    assert remote.resolve("a", "/x/../y") == "/y/a"
+    assert storage.join("memory://", "a") == "memory://a"
+    assert storage.join("/x", "a") == "/x/a" and storage.join("gs://b/x/", "a") == "gs://b/x/a"
+    assert storage.parent("/x/a") == "/x" and storage.parent("gs://b/x/a") == "gs://b/x"
+    assert storage.parent("memory://a") == "memory://"
+    assert storage.resolve("~/a").endswith("/a") and "~" not in storage.resolve("~/a")
+    assert storage.resolve("a", "/x/../y") == "/y/a"
 
 
 def test_reading(folder):
-    assert remote.read(f"{folder}/a.txt") == b"a"
-    with remote.opened(f"{folder}/a.txt") as file:
+    assert storage.read_bytes(f"{folder}/a.txt") == b"a"
+    with storage.opened(f"{folder}/a.txt") as file:
         assert file.seek(1) == 1 and file.read() == b""
-    assert remote.files(f"{folder}/a.txt", (".png",)) == [f"{folder}/a.txt"]
-    assert remote.files(f"{folder}/b", (".png",)) == [f"{folder}/b/1.png", f"{folder}/b/2.png"]
-    assert remote.sizes(folder) == {"a.txt": 1}
-    assert remote.sizes(f"{folder}/absent") == {}
+    assert storage.files(f"{folder}/a.txt", (".png",)) == [f"{folder}/a.txt"]
+    assert storage.files(f"{folder}/b", (".png",)) == [f"{folder}/b/1.png", f"{folder}/b/2.png"]
+    assert storage.sizes(folder) == {"a.txt": 1}
+    assert storage.sizes(f"{folder}/absent") == {}
 
 
 def test_copies(folder):
-    with remote.local_copy(f"{folder}/a.txt", ()) as local:
+    with storage.local_copy(f"{folder}/a.txt", ()) as local:
         assert local.endswith("/a.txt") and Path(local).read_bytes() == b"a"
-    with remote.local_copy(f"{folder}/b", (".png",)) as local:
+    with storage.local_copy(f"{folder}/b", (".png",)) as local:
         assert local.endswith("/b") and Path(local, "2.png").read_bytes() == b"2"
 
 
 def test_a_copy_goes_when_it_is_done_with(memory, tmp_path):
     memory.pipe_file("/a.txt", b"a")
-    with remote.local_copy("memory://a.txt", ()) as local:
+    with storage.local_copy("memory://a.txt", ()) as local:
         pass
     assert not (tmp_path / local).exists()
 
@@ -65,23 +65,23 @@ def test_upload_replaces(folder, tmp_path):
     local, part = tmp_path / "new", f"{folder}/.stage/a.txt"
     for content in (b"new", b"newer"):
         local.write_bytes(content)
-        remote.upload(local, f"{folder}/a.txt", part)
-        assert remote.read(f"{folder}/a.txt") == content
+        storage.upload(local, f"{folder}/a.txt", part)
+        assert storage.read_bytes(f"{folder}/a.txt") == content
         assert not local.exists()
-    assert remote.sizes(f"{folder}/.stage") == {}
+    assert storage.sizes(f"{folder}/.stage") == {}
 
 
 def test_removal(folder):
     for name in ("a.txt", "b", "absent", "absent/too"):
-        remote.remove(f"{folder}/{name}")
-    assert remote.sizes(folder) == {} == remote.sizes(f"{folder}/b")
+        storage.remove(f"{folder}/{name}")
+    assert storage.sizes(folder) == {} == storage.sizes(f"{folder}/b")
 
 
 def test_identity_is_of_the_content(folder, memory):
-    name = remote.identity(f"{folder}/a.txt")
+    name = storage.identity(f"{folder}/a.txt")
     with fsspec.open(f"{folder}/copy", "wb") as file:
         file.write(b"a")
-    assert remote.identity(f"{folder}/copy") == name != remote.identity(f"{folder}/b/1.png")
+    assert storage.identity(f"{folder}/copy") == name != storage.identity(f"{folder}/b/1.png")
     assert name == "sha256:ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
 
 
@@ -90,10 +90,12 @@ def test_a_store_is_asked_for_its_checksum(memory, monkeypatch):
     known = memory.info("/a.txt") | {"md5Hash": "xyz"}
     monkeypatch.setattr(type(memory), "info", lambda self, path: known)
     monkeypatch.setattr(type(memory), "open", pytest.fail)
-    assert remote.identity("memory://a.txt") == "md5Hash:xyz"
+    assert storage.identity("memory://a.txt") == "md5Hash:xyz"
 
 
-@pytest.mark.parametrize("ask", [remote.read, remote.identity, lambda p: remote.files(p, ())])
+@pytest.mark.parametrize(
+    "ask", [storage.read_bytes, storage.identity, lambda p: storage.files(p, ())]
+)
 def test_what_is_not_there(folder, ask):
     with pytest.raises(InputError, match="none: no such file or folder"):
         ask(f"{folder}/none")
@@ -101,16 +103,16 @@ def test_what_is_not_there(folder, ask):
 
 def test_what_cannot_be(memory):
     with pytest.raises(InputError, match="memory://none: no such file"):
-        remote.local_copy("memory://none", ()).__enter__()
+        storage.local_copy("memory://none", ()).__enter__()
     with pytest.raises(InputError, match=r"foo://x: cannot be read .*not known: foo"):
-        remote.read("foo://x")
+        storage.read_bytes("foo://x")
     with pytest.raises(InputError, match=r"gs://x/y: cannot be read .*gcsfs"):
-        remote.read("gs://x/y")
+        storage.read_bytes("gs://x/y")
 
 
 def test_a_disk_that_takes_nothing(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be made"):
-        remote.make_folder(str(tmp_path / "file" / "x"))
+        storage.make_folder(str(tmp_path / "file" / "x"))
     with pytest.raises(InputError, match="cannot be written"):
-        remote.upload(tmp_path / "file", str(tmp_path / "no" / "x"), "")
+        storage.upload(tmp_path / "file", str(tmp_path / "no" / "x"), "")

@@ -10,12 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from kvlock_jax import lock, report, video
-from kvlock_jax.config import EditConfig, SampleConfig
-from kvlock_jax.edit import Result, Settings
+from kvlock_jax import lock
 from kvlock_jax.errors import InputError
-from kvlock_jax.metrics import EditMetrics
-from kvlock_jax.sampling.sampler import Trace
+from kvlock_jax.evaluate.metrics import EditMetrics
+from kvlock_jax.media import decode
+from kvlock_jax.pipeline import report
+from kvlock_jax.pipeline.api import Result
+from kvlock_jax.pipeline.settings import Settings
+from kvlock_jax.sampling.loop import Trace
+from kvlock_jax.settings.schema import EditConfig, SampleConfig
 
 STEPS, KAPPA = 8, 3
 
@@ -107,7 +110,7 @@ def test_what_json_does_not_know(tmp_path):
 
 def picture(tmp_path, steps: Trace, chosen: Settings) -> np.ndarray:
     report.plot_trace(tmp_path / "t.png", steps, chosen)
-    return video.read_image(tmp_path / "t.png").astype(int)
+    return decode.read_image(tmp_path / "t.png").astype(int)
 
 
 def near(image: np.ndarray, colour: str) -> np.ndarray:

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from kvlock_jax import costs, lock, roofline
-from kvlock_jax.config import WanConfig
-from kvlock_jax.costs import Layout, Workload
-from kvlock_jax.roofline import CHIPS, Chip, Roofline, Step
+from kvlock_jax import lock
+from kvlock_jax.estimate import costs, roofline
+from kvlock_jax.estimate.costs import Layout, Workload
+from kvlock_jax.estimate.roofline import CHIPS, Chip, Roofline, Step
+from kvlock_jax.models.wan.config import WanConfig
 
 SMALL = WanConfig(12, 128, 30, 8960)
 CONTEXT = dataclasses.replace(SMALL, vace_layers=tuple(range(0, 30, 2)))

@@ -1,7 +1,6 @@
 """Edits that run together on a tiny model: what they share, and that nothing of it shows."""
 
 import dataclasses
-import importlib
 from fractions import Fraction
 
 import jax
@@ -10,13 +9,16 @@ import pytest
 import tiny
 
 import kvlock_jax as kvl
-from kvlock_jax import batch, sharding, stages
-from kvlock_jax.config import run_config
+from kvlock_jax.batch import runner
 from kvlock_jax.errors import SamplingError
-from kvlock_jax.inputs import Inputs
-from kvlock_jax.settings import settle
-
-editing = importlib.import_module("kvlock_jax.edit")  # kvl.edit is its function
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.parallel.mesh import make_mesh
+from kvlock_jax.pipeline import stages
+from kvlock_jax.pipeline.api import run_batch
+from kvlock_jax.pipeline.encode import draw_noise
+from kvlock_jax.pipeline.inputs import EditInputs
+from kvlock_jax.pipeline.settings import resolve_settings
+from kvlock_jax.settings.schema import run_config
 
 OTHER = tiny.clip()[:, ::-1].copy()
 MASK = tiny.mask()[..., 0] > 127
@@ -29,24 +31,24 @@ def model(tiny_vace_checkpoint):
 
 
 def given(prompt="a blue star", clip=OTHER, mask=MASK):
-    return Inputs(clip, mask, Fraction(16), prompt)
+    return EditInputs(clip, mask, Fraction(16), prompt)
 
 
 def settings(**edit_settings):
     config = run_config("kvlock_anchor", steps=2, shift=3.0, guidance_scale=4.0)
     config.edit.update(edit_settings)
-    return settle(config)
+    return resolve_settings(config)
 
 
 def key(name):
-    return batch.edit_key(0, name)
+    return runner.edit_key(0, name)
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """How many clips were encoded, and sources and edits of each loop."""
     found = {"encoded": [], "loops": []}
-    encode, loop_of = stages.vae.encode, stages.Loop.of
+    encode, loop_of = autoencoder.encode, stages.Loop.of
 
     def counted(network, video, *rest):
         found["encoded"].append(len(video))
@@ -56,13 +58,13 @@ def seen(monkeypatch):
         found["loops"].append((len(edits.source), len(edits.foreground)))
         return loop_of(network, settings, edits, *rest)
 
-    monkeypatch.setattr("kvlock_jax.prepare.vae.encode", counted)
+    monkeypatch.setattr("kvlock_jax.models.vae.autoencoder.encode", counted)
     monkeypatch.setattr(stages.Loop, "of", told)
     return found
 
 
 def alone(model, one, own, k):
-    (result,) = batch.run_group(model, [one], [own], [k])
+    (result,) = runner.run_group(model, [one], [own], [k])
     return result
 
 
@@ -81,7 +83,7 @@ def test_edits_of_a_source_and_a_noise_share_its_branch_and_encodings(model, see
         given("a red star", mask=BELOW),
     ]
     keys = [key("a"), key("b"), key("a"), key("b")]
-    results = batch.run_group(model, edits, [settings()] * 4, keys)
+    results = runner.run_group(model, edits, [settings()] * 4, keys)
     # two sources; the first under one mask, the second under two; one clip that is blank
     assert seen == {"encoded": [1] * 6, "loops": [(2, 4)]}
     for one, k, result in zip(edits, keys, results, strict=True):
@@ -95,7 +97,7 @@ def test_what_differs_has_a_branch_of_its_own(model, seen):
         ([key("a"), key("b")], [settings()] * 2),
         ([key("a")] * 2, [settings(), settings(source_prompt="a red star")]),
     ):
-        results = batch.run_group(model, edits, own, keys)
+        results = runner.run_group(model, edits, own, keys)
         for one, s, k, result in zip(edits, own, keys, results, strict=True):
             same(result, alone(model, one, s, k))
     assert [loop for loop in seen["loops"] if loop != (1, 1)] == [(2, 2)] * 2
@@ -104,17 +106,17 @@ def test_what_differs_has_a_branch_of_its_own(model, seen):
 def test_sources_have_as_many_edits_as_all_can(model, seen):
     clip, prompts = tiny.clip(), ["a star", "a circle", "a square", "red"]
     edits = [given(p, clip) for p in prompts] + [given(p) for p in prompts[:2]]
-    batch.run_group(model, edits, [settings()] * 6, [key("a")] * 6)
+    runner.run_group(model, edits, [settings()] * 6, [key("a")] * 6)
     assert seen["loops"] == [(3, 6)]
 
 
 def test_over_devices_no_source_is_split_unevenly(tiny_vace_checkpoint, model, seen):
-    mesh = sharding.make_mesh(2, 4, 1)
+    mesh = make_mesh(2, 4, 1)
     spread = kvl.load(tiny_vace_checkpoint, mesh=mesh)
     clip = tiny.clip()
     edits = [given("a star", clip), given("a circle", clip), given("a square", clip)]
     keys = [key("a")] * 3
-    results = batch.run_group(spread, edits, [settings()] * 3, keys)
+    results = runner.run_group(spread, edits, [settings()] * 3, keys)
     assert seen["loops"] == [(4, 4)] and len(results) == 3  # the last is there twice
     assert set(seen["encoded"]) == {2}  # one for each of the mesh's data
     for one, k, result in zip(edits, keys, results, strict=True):
@@ -126,7 +128,7 @@ def test_sizes_that_are_one_to_the_model(model):
     clip = tiny.clip()
     edits = [given(clip=clip), given(clip=clip[:, :-3], mask=MASK[:, :-3])]
     keys = [key("a"), key("b")]
-    results = batch.run_group(model, edits, [settings()] * 2, keys)
+    results = runner.run_group(model, edits, [settings()] * 2, keys)
     for one, k, result in zip(edits, keys, results, strict=True):
         assert result.video.shape == one.source.shape
         same(result, alone(model, one, settings(), k))
@@ -134,16 +136,16 @@ def test_sizes_that_are_one_to_the_model(model):
 
 def test_an_edit_that_diverges_takes_no_other_along(model):
     edits, own = [given(), given("a red circle")], [settings()] * 2
-    noise = np.concatenate([editing.draw_noise(model, one, key("a")) for one in edits])
+    noise = np.concatenate([draw_noise(model, one, key("a")) for one in edits])
     noise[0, 0, 0, 0, 0] = np.nan
-    results = editing.run_batch(model, edits, own, noise)
+    results = run_batch(model, edits, own, noise)
     assert isinstance(results[0], SamplingError) and "after step 1 of 2" in str(results[0])
     same(results[1], alone(model, edits[1], own[1], key("a")))
 
 
 def test_composites_are_of_each_edit(model):
     own = [settings(composite=True), settings()]
-    results = batch.run_group(model, [given(), given()], own, [key("a")] * 2)
+    results = runner.run_group(model, [given(), given()], own, [key("a")] * 2)
     kept = [np.array_equal(r.video[~MASK], OTHER[~MASK]) for r in results]
     assert kept == [True, False]
     assert dataclasses.asdict(results[0].settings.edit)["composite"]

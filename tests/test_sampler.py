@@ -31,15 +31,10 @@ from loops import (
 )
 
 from kvlock_jax import lock
-from kvlock_jax.patches import Grid
+from kvlock_jax.grid import Grid
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.sampler import (
-    Program,
-    Trace,
-    advance,
-    sample,
-)
+from kvlock_jax.sampling.loop import Program, Trace, advance, sample
 
 PRESETS = {
     "kvlock": {},

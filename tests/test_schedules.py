@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvlock_jax.config import LockConfig
 from kvlock_jax.lock import (
     PRESETS,
     detection_region,
@@ -19,6 +18,7 @@ from kvlock_jax.lock import (
     source_needed,
     uncond_scale,
 )
+from kvlock_jax.settings.schema import LockConfig
 
 OMEGA_0 = 5.0
 SIGMA2 = (0.0, 0.0025, 0.01, 0.017, 0.04)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kvlock_jax.errors import ConfigError
-from kvlock_jax.models.sharded_attention import gathered, replicated_keys, ring
+from kvlock_jax.models.attention.sharded import gathered, replicated_keys, ring
 
 MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
 BLNK = PartitionSpec("data", "frames", "model")

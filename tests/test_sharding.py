@@ -13,16 +13,20 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from kvlock_jax import lock, sharding
-from kvlock_jax.config import VAEConfig, WanConfig
+from kvlock_jax import lock
 from kvlock_jax.errors import ConfigError
-from kvlock_jax.models import layout, vae
-from kvlock_jax.models.sharded_attention import gathered, ring
-from kvlock_jax.models.vace import VACEContext, wan_transformer
-from kvlock_jax.patches import Grid
+from kvlock_jax.grid import Grid
+from kvlock_jax.models import layout
+from kvlock_jax.models.attention.sharded import gathered, ring
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import VACEContext, wan_transformer
+from kvlock_jax.parallel import padding, sharding
+from kvlock_jax.parallel.mesh import make_mesh, parse_mesh
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits, bucket
-from kvlock_jax.sampling.sampler import Program, sample
+from kvlock_jax.sampling.loop import Program, sample
 
 MESHES = ((1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1))
 EDITS, STEPS, HEADS, SIZE, LAYERS, TEXT = 8, 4, 4, 12, 3, 6
@@ -45,9 +49,9 @@ def test_a_spec_follows_the_letters():
 
 
 def test_a_mesh_is_written_as_text():
-    mesh = sharding.parse_mesh("data=2, frames=4")
+    mesh = parse_mesh("data=2, frames=4")
     assert dict(mesh.shape) == {"data": 2, "frames": 4, "model": 1}
-    assert sharding.parse_mesh("frames=2").size == 2  # of the first devices
+    assert parse_mesh("frames=2").size == 2  # of the first devices
 
 
 @pytest.mark.parametrize(
@@ -63,12 +67,12 @@ def test_a_mesh_is_written_as_text():
 )
 def test_a_mesh_that_cannot_be_is_refused(text, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        sharding.parse_mesh(text)
+        parse_mesh(text)
 
 
 def test_a_constraint_that_does_not_divide_is_an_error():
     """JAX drops it without a word."""
-    with jax.set_mesh(sharding.make_mesh(frames=8)):
+    with jax.set_mesh(make_mesh(frames=8)):
         message = re.escape(
             "L of 'BLD' is 12, not a multiple of the 8 devices on mesh axis 'frames'"
         )
@@ -89,7 +93,7 @@ def test_a_constraint_that_does_not_divide_is_an_error():
     ],
 )
 def test_space_is_spread_by_columns_or_rows(size, spec):
-    with jax.set_mesh(sharding.make_mesh(data=1, frames=4, model=2)):
+    with jax.set_mesh(make_mesh(data=1, frames=4, model=2)):
         laid = jax.jit(sharding.spread_space)(jnp.zeros((1, 2, *size, 3)))
     wanted = jax.sharding.NamedSharding(laid.sharding.mesh, spec)
     assert laid.sharding.is_equivalent_to(wanted, 5)
@@ -100,7 +104,7 @@ def test_space_is_spread_by_columns_or_rows(size, spec):
     [(32_760, 8, 32_768), (32_760, 1, 32_760), (75_600, 8, 75_776), (80, 8, 80), (45, 8, 48)],
 )
 def test_a_row_of_tokens_is_padded_to_equal_shards(tokens, shards, length):
-    assert sharding.padded(tokens, shards) == length
+    assert padding.padded(tokens, shards) == length
 
 
 # -- whole runs ------------------------------------------------------------------------------------
@@ -115,7 +119,7 @@ def given(frames: int) -> Edits:
     foreground = np.zeros((EDITS, *space), bool)
     for n in range(EDITS):
         foreground[n, 1:, n % 4 : n % 4 + 3, 3:6] = True
-    grid = Grid(space, sharding.padded(Grid.of(space).tokens, sharding.shards("L")))
+    grid = Grid(space, padding.padded(Grid.of(space).tokens, sharding.shards("L")))
     source, noise, control, foreground = (
         np.asarray(grid.split(jnp.asarray(x))) for x in (source, noise, control, foreground)
     )
@@ -170,7 +174,7 @@ def on_a_mesh(
     shape: tuple[int, int, int], frames: int, spread=True, attend=gathered, kind="carried"
 ):
     """Latents, trace, their sharding, and the compiled program of a run on a mesh."""
-    mesh = sharding.make_mesh(*shape)
+    mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
         edits = given(frames)
         model = placed(model_of(attend), "transformer", mesh, spread)
@@ -192,8 +196,8 @@ def test_sharded_is_unsharded(shape, frames):
     found, told, spec, _ = on_a_mesh(shape, frames)
     assert relative(found, wanted) < 1e-5
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), told, trace)
-    wanted_spec = jax.sharding.NamedSharding(sharding.make_mesh(*shape), sharding.spec("BLcC"))
-    got = jax.sharding.NamedSharding(sharding.make_mesh(*shape), spec)
+    wanted_spec = jax.sharding.NamedSharding(make_mesh(*shape), sharding.spec("BLcC"))
+    got = jax.sharding.NamedSharding(make_mesh(*shape), spec)
     assert got.is_equivalent_to(wanted_spec, 4)
 
 
@@ -236,7 +240,7 @@ def collectives(text: str) -> collections.Counter:
 def test_collectives_are_those_that_are_meant(shape):
     data, frames, model = shape
     edits = EDITS // data
-    length, wide = sharding.padded(80, frames), CONFIG.dim
+    length, wide = padding.padded(80, frames), CONFIG.dim
     local, heads = length // frames, HEADS // model
     found = collectives(on_a_mesh(shape, 5)[3])
     meant = {("all-gather", (STEPS, EDITS))}  # the trace at the end, for whoever reads it
@@ -269,7 +273,7 @@ def test_collectives_are_those_that_are_meant(shape):
 def test_the_carry_lies_in_shards(shape):
     """The loop's state as the compiler laid it out: shapes in its `while` are those of a device."""
     data, frames, model = shape
-    edits, local = EDITS // data, sharding.padded(80, frames) // frames
+    edits, local = EDITS // data, padding.padded(80, frames) // frames
     text = on_a_mesh(shape, 5)[3]
     carried = {
         tuple(int(n) for n in s.split(","))
@@ -288,7 +292,7 @@ def test_the_carry_lies_in_shards(shape):
 
 
 def test_a_cache_is_laid_out_as_its_letters_say():
-    mesh = sharding.make_mesh(2, 2, 2)
+    mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
         edits, model = given(5), placed(model_of(), "transformer", mesh, True)
 
@@ -313,7 +317,7 @@ def test_a_cache_is_laid_out_as_its_letters_say():
 
 
 def test_heads_that_do_not_divide_are_refused():
-    mesh = sharding.make_mesh(1, 1, 8)
+    mesh = make_mesh(1, 1, 8)
     with jax.set_mesh(mesh):
         edits, model = given(3), model_of()
         args, program = arguments(edits, model)
@@ -329,17 +333,17 @@ def test_heads_that_do_not_divide_are_refused():
 def test_a_video_is_coded_in_parts(shape, size):
     config = VAEConfig(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4,
                        latents_std=(1.0,) * 4)  # fmt: skip
-    networks = vae.WanVAE(config, rngs=nnx.Rngs(0))
+    networks = autoencoder.WanVAE(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     video = rng.integers(0, 256, (2, 9, *size, 3), np.uint8)
-    latents = np.asarray(vae.encode(networks, video))
-    wanted = np.asarray(vae.decode(networks, latents)[0]).astype(int)
-    mesh = sharding.make_mesh(*shape)
+    latents = np.asarray(autoencoder.encode(networks, video))
+    wanted = np.asarray(autoencoder.decode(networks, latents)[0]).astype(int)
+    mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
         networks = placed(networks, "vae", mesh, False)
-        found = np.asarray(vae.encode(networks, video))
-        decoded, finite = vae.decode(networks, latents)
-        text = vae.decode.lower(networks, latents).compile().as_text()
+        found = np.asarray(autoencoder.encode(networks, video))
+        decoded, finite = autoencoder.decode(networks, latents)
+        text = autoencoder.decode.lower(networks, latents).compile().as_text()
     assert relative(found, latents) < 1e-5
     assert finite.all() and np.abs(np.asarray(decoded).astype(int) - wanted).max() <= 1
     halos = [s for kind, s in collectives(text) if kind == "collective-permute"]

@@ -9,9 +9,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from kvlock_jax.config import SampleConfig
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.sampling import solvers
+from kvlock_jax.settings.schema import SampleConfig
 
 NAMES = ("euler", "unipc", "dpm++")
 STEPS = (4, 5, 8, 20, 50)

@@ -1,7 +1,6 @@
 """What is compiled before the weights are there is what runs once they are."""
 
 import dataclasses
-import importlib
 import subprocess
 import sys
 import threading
@@ -12,14 +11,16 @@ import pytest
 import tiny
 
 import kvlock_jax as kvl
-from kvlock_jax import stages, video
-from kvlock_jax.config import run_config
-from kvlock_jax.inputs import read
-from kvlock_jax.programs import Kept, Programs, now
-from kvlock_jax.settings import settle
-from kvlock_jax.stages import Ahead
-
-editing = importlib.import_module("kvlock_jax.edit")  # the package names the function alike
+from kvlock_jax.convert import converter
+from kvlock_jax.media import encode
+from kvlock_jax.pipeline import stages
+from kvlock_jax.pipeline.api import run
+from kvlock_jax.pipeline.background import BackgroundCompiler
+from kvlock_jax.pipeline.encode import draw_noise
+from kvlock_jax.pipeline.inputs import read_inputs
+from kvlock_jax.pipeline.settings import resolve_settings
+from kvlock_jax.runtime.compile_cache import CachingCompiler, Compiler, call
+from kvlock_jax.settings.schema import run_config
 
 
 @pytest.fixture
@@ -37,11 +38,21 @@ def compiled():
 
 
 def given(steps):
-    settings = settle(run_config("kvlock", steps=steps))
-    return read(tiny.clip(), tiny.mask(), "a blue star", settings.edit), settings
+    settings = resolve_settings(run_config("kvlock", steps=steps))
+    return read_inputs(tiny.clip(), tiny.mask(), "a blue star", settings.edit), settings
 
 
-PROGRAMS = {"encode", "_edits", "sample", "begin", "advance", "step_of", "decode", "_video_latents"}
+PROGRAMS = {
+    "encode",
+    "encode_ids",
+    "_edits",
+    "sample",
+    "begin",
+    "advance",
+    "step_inputs",
+    "decode",
+    "video_latents",
+}
 
 
 @pytest.mark.parametrize(
@@ -60,28 +71,28 @@ def test_nothing_is_compiled_again(
 ):
     jax.clear_caches()
     folder, mesh = tiny_checkpoint, None
-    programs = Kept(tmp_path / "traced") if kind == "kept" else None
+    programs = CachingCompiler(tmp_path / "traced") if kind == "kept" else None
     if kind in ("VACE", "kept"):
         folder = tiny_vace_checkpoint
     if kind == "converted":
-        importlib.import_module("kvlock_jax.convert.command").convert(folder, tmp_path / "own")
+        converter.convert(folder, tmp_path / "own")
         folder = tmp_path / "own"
     if kind == "a mesh":
         mesh = kvl.sharding.make_mesh(frames=2, devices=jax.devices()[:2])
     (inputs, settings), ahead = given(3), []
 
     def on_shapes(model):
-        noise = editing.draw_noise(model, inputs, jax.random.key(0))
-        ahead.append(Ahead(model, inputs, settings, noise, by_step, programs))
+        noise = draw_noise(model, inputs, jax.random.key(0))
+        ahead.append(BackgroundCompiler(model, inputs, settings, noise, by_step, programs))
         ahead[0].wait("decoder")
 
     model = kvl.load(folder, mesh=mesh, on_shapes=on_shapes)
-    loop = {"begin", "advance", "step_of"} if by_step else {"sample"}
-    assert set(compiled) & PROGRAMS == {"encode", "_edits", "decode", "_video_latents"} | loop
+    loop = {"begin", "advance", "step_inputs"} if by_step else {"sample"}
+    assert set(compiled) & PROGRAMS == {"encode", "_edits", "decode", "video_latents"} | loop
     compiled.clear()
     steps = []
     on_step = steps.append if by_step else None
-    result = editing.run(model, inputs, settings, on_step=on_step, ahead=ahead[0])
+    result = run(model, inputs, settings, on_step=on_step, background=ahead[0])
     assert not set(compiled) & PROGRAMS
     assert result.video.shape == inputs.source.shape and len(steps) == 3 * by_step
 
@@ -98,18 +109,18 @@ def test_what_another_process_traced_makes_the_same_video(tiny_vace_checkpoint, 
         names.clear()
         jax.clear_caches()
         model = kvl.load(tiny_vace_checkpoint)
-        noise = editing.draw_noise(model, inputs, jax.random.key(0))
-        ahead = Ahead(model, inputs, settings, noise, True, programs)
-        how = {"on_step": lambda step: None, "ahead": ahead}
-        return editing.run(model, inputs, settings, **how).video
+        noise = draw_noise(model, inputs, jax.random.key(0))
+        ahead = BackgroundCompiler(model, inputs, settings, noise, True, programs)
+        how = {"on_step": lambda step: None, "background": ahead}
+        return run(model, inputs, settings, **how).video
 
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        wanted = made(Programs())
+        wanted = made(Compiler())
         assert "flat" not in names
-        np.testing.assert_array_equal(made(Kept(tmp_path)), wanted)
+        np.testing.assert_array_equal(made(CachingCompiler(tmp_path)), wanted)
         assert names.count("flat") == 9
-        np.testing.assert_array_equal(made(Kept(tmp_path)), wanted)
+        np.testing.assert_array_equal(made(CachingCompiler(tmp_path)), wanted)
         assert "flat" not in names
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
@@ -119,22 +130,23 @@ def test_what_fails_ahead_stops_nothing(tiny_checkpoint):
     (inputs, settings), ahead = given(3), []
 
     def on_shapes(model):
-        ahead.append(Ahead(model, inputs, settings, None, by_step=True))
+        ahead.append(BackgroundCompiler(model, inputs, settings, None, by_step=True))
 
     model = kvl.load(tiny_checkpoint, on_shapes=on_shapes)
     for stage in ("texts", "videos", "loop", "decoder"):
         ahead[0].wait(stage)
         assert bool(ahead[0]._made[stage].exception()) == (stage != "texts")
-    assert editing.run(model, inputs, settings, ahead=ahead[0]).video.shape == inputs.source.shape
+    assert run(model, inputs, settings, background=ahead[0]).video.shape == inputs.source.shape
 
 
 def test_a_command_that_fails_does_not_wait_for_the_compiler(tiny_checkpoint, tmp_path):
-    video.write_video(tmp_path / "in.mkv", tiny.clip(), 12, lossless=True)
+    encode.write_video(tmp_path / "in.mkv", tiny.clip(), 12, lossless=True)
     program = (
-        "import time; from kvlock_jax import cli, errors, stages\n"
+        "import time; from kvlock_jax import errors; from kvlock_jax.cli import edit, main; "
+        "from kvlock_jax.pipeline import stages\n"
         "def fail(*args, **how): raise errors.SamplingError('it diverged')\n"
-        "stages.Loop.ahead, cli.run_edit = lambda *args: time.sleep(1000), fail\n"
-        "cli.run()"
+        "stages.Loop.compile, edit.run_edit = lambda *args: time.sleep(1000), fail\n"
+        "main.run()"
     )
     command = [sys.executable, "-c", program, "edit", f"--ckpt={tiny_checkpoint}", "--prompt=star"]
     command += "--video=in.mkv --bbox=8,8,24,24 --output=out.mkv --jax_cache_dir=".split()
@@ -147,20 +159,20 @@ def test_the_tokens_that_are_an_edits_own_are_counted(references, tiny_vace_chec
     model, (inputs, settings) = kvl.load(tiny_vace_checkpoint), given(3)
     pictures = [np.full((24, 16, 3), 9, np.uint8)] * references
     inputs = dataclasses.replace(inputs, references=pictures)
-    noise = editing.draw_noise(model, inputs, jax.random.key(0))
-    context = stages.contexts(model, [inputs], [settings], 1, now)
-    edits, tokens = stages.prepared(model, [inputs], noise, context, settings, now)
+    noise = draw_noise(model, inputs, jax.random.key(0))
+    context = stages.encode_texts(model, [inputs], [settings], 1, call)
+    edits, tokens = stages.encode_inputs(model, [inputs], noise, context, settings, call)
     assert tokens == int(edits.own.sum()) > 6 * references
 
 
 def test_the_video_is_encoded_while_the_loop_is_compiled(monkeypatch, tiny_checkpoint):
     (inputs, settings), ahead = given(3), []
     encoded, in_time = threading.Event(), []
-    prepare, compile_loop = stages.prepared, stages.Loop.ahead
+    prepare, compile_loop = stages.encode_inputs, stages.Loop.compile
 
     def prepared(*args):
         made = prepare(*args)
-        if args[-1].__name__ == "now":
+        if args[-1].__name__ == "call":
             encoded.set()
         return made
 
@@ -168,13 +180,13 @@ def test_the_video_is_encoded_while_the_loop_is_compiled(monkeypatch, tiny_check
         in_time.append(encoded.wait(60))
         return compile_loop(loop, *args)
 
-    monkeypatch.setattr(stages, "prepared", prepared)
-    monkeypatch.setattr(stages.Loop, "ahead", compiled)
+    monkeypatch.setattr(stages, "encode_inputs", prepared)
+    monkeypatch.setattr(stages.Loop, "compile", compiled)
 
     def on_shapes(model):
-        noise = editing.draw_noise(model, inputs, jax.random.key(0))
-        ahead.append(Ahead(model, inputs, settings, noise, by_step=True))
+        noise = draw_noise(model, inputs, jax.random.key(0))
+        ahead.append(BackgroundCompiler(model, inputs, settings, noise, by_step=True))
 
     model = kvl.load(tiny_checkpoint, on_shapes=on_shapes)
-    editing.run(model, inputs, settings, on_step=lambda step: None, ahead=ahead[0])
+    run(model, inputs, settings, on_step=lambda step: None, background=ahead[0])
     assert in_time == [True, True]

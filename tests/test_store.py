@@ -12,9 +12,9 @@ import tensorstore as ts
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from kvlock_jax import store
+from kvlock_jax.checkpoints import store
+from kvlock_jax.checkpoints.store import Parameter
 from kvlock_jax.errors import CheckpointError
-from kvlock_jax.store import Parameter
 
 LAYERS, ROWS, COLUMNS = 12, 512, 1024  # 1 MiB of bfloat16 a layer
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 from rich.console import Console
 
-from kvlock_jax import terminal
+from kvlock_jax.cli import terminal
 
 
 @pytest.fixture

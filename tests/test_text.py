@@ -17,10 +17,11 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from etils import epath
 from flax import nnx
 
-from kvlock_jax import text
-from kvlock_jax.config import UMT5Config
 from kvlock_jax.errors import CheckpointError, InputError
-from kvlock_jax.models.umt5 import UMT5Encoder
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.text.prompts import encode_prompts
+from kvlock_jax.models.text.tokenizer import Tokenizer, clean, write_word_tokenizer
+from kvlock_jax.models.text.umt5 import UMT5Encoder
 
 WORDS = "a red blue star circle moving left right".split()
 ODD = [
@@ -45,29 +46,29 @@ ODD = [
 
 @pytest.fixture
 def folder(tmp_path):
-    text.write_word_tokenizer(tmp_path / "tokenizer", WORDS, text_len=8)
+    write_word_tokenizer(tmp_path / "tokenizer", WORDS, text_len=8)
     return tmp_path / "tokenizer"
 
 
 @pytest.mark.parametrize("prompt", ODD)
 def test_clean_equals_diffusers(prompt):
-    assert text.clean(prompt) == prompt_clean(prompt)
+    assert clean(prompt) == prompt_clean(prompt)
 
 
 @pytest.mark.parametrize("prompt", ODD)
 def test_clean_is_the_publishers_two_steps(prompt):
     """Mended and unescaped twice, then every run of white space one space; case is kept."""
     mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    assert text.clean(prompt) == " ".join(mended.split())
+    assert clean(prompt) == " ".join(mended.split())
 
 
 def test_clean_by_hand():
-    assert text.clean("<3 &amp;amp;lt;") == "<3 &lt;"
-    assert text.clean(" Tom &amp;amp;\n Jerry\u3000\u201cx\u201d\uff0c ") == 'Tom & Jerry "x",'
+    assert clean("<3 &amp;amp;lt;") == "<3 &lt;"
+    assert clean(" Tom &amp;amp;\n Jerry\u3000\u201cx\u201d\uff0c ") == 'Tom & Jerry "x",'
 
 
 def test_words_by_hand(folder):
-    ids, mask = text.Tokenizer(folder)(["A red, STAR.", "", "a zebra", "left " * 20])
+    ids, mask = Tokenizer(folder)(["A red, STAR.", "", "a zebra", "left " * 20])
     assert ids.dtype == np.int32 and mask.dtype == bool
     assert ids.tolist() == [
         [3, 4, 6, 1, 0, 0, 0, 0],
@@ -83,11 +84,11 @@ def test_words_equal_transformers(folder, tmp_path):
     peer = transformers.AutoTokenizer.from_pretrained(folder)
     assert (peer.pad_token_id, peer.eos_token_id, peer.unk_token_id) == (0, 1, 2)
     prompts = [*ODD, "a blue circle moving right"]
-    want = peer(list(map(text.clean, prompts)), padding="max_length", max_length=8, truncation=True)
-    ids, mask = text.Tokenizer(folder)(prompts)
+    want = peer(list(map(clean, prompts)), padding="max_length", max_length=8, truncation=True)
+    ids, mask = Tokenizer(folder)(prompts)
     assert ids.tolist() == want.input_ids and mask.astype(int).tolist() == want.attention_mask
     peer.save_pretrained(tmp_path / "again")  # as Diffusers writes it beside a pipeline
-    again, _ = text.Tokenizer(tmp_path / "again")(prompts)
+    again, _ = Tokenizer(tmp_path / "again")(prompts)
     assert again.tolist() == ids.tolist()
 
 
@@ -142,7 +143,7 @@ def umt5(pieces, tmp_path_factory):
 def test_ids_equal_sentencepiece(umt5, pieces, prompt):
     oracle = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     want = [*oracle.encode(" ".join(prompt_clean(prompt).split()))[:511], 1]
-    ids, mask = text.Tokenizer(umt5)([prompt])
+    ids, mask = Tokenizer(umt5)([prompt])
     assert ids.shape == mask.shape == (1, 512)
     assert ids[0][mask[0]].tolist() == want and not ids[0][~mask[0]].any()
     assert mask[0].sum() == len(want) and 2 not in want  # bytes leave nothing unknown
@@ -160,15 +161,15 @@ def test_special_tokens_written_out_are_themselves(umt5, pieces):
     """As in the publisher's code, by way of `tokenizers`; SentencePiece would spell them out."""
     oracle = sentencepiece.SentencePieceProcessor(model_proto=pieces)
     red, star, size = *(oracle.encode(w) for w in ("red", "star")), oracle.vocab_size()
-    ids, mask = text.Tokenizer(umt5)(["red </s> star", "<extra_id_0>", "<pad>red", "&lt;/s&gt;"])
+    ids, mask = Tokenizer(umt5)(["red </s> star", "<extra_id_0>", "<pad>red", "&lt;/s&gt;"])
     rows = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
     assert rows == [[*red, 1, *star, 1], [size + 2, 1], [0, *red, 1], [1, 1]]
 
 
 def test_context_of_512_tokens_is_zero_after_the_last(umt5):
-    model, tokenizer = encoder(340), text.Tokenizer(umt5)
+    model, tokenizer = encoder(340), Tokenizer(umt5)
     prompts = ["", "the red star \U0001f680", "star " * 600]
-    context, (_, mask) = text.encode_prompts(model, tokenizer, prompts), tokenizer(prompts)
+    context, (_, mask) = encode_prompts(model, tokenizer, prompts), tokenizer(prompts)
     assert context.shape == (3, 512, 16) and mask.sum(axis=1).tolist()[::2] == [1, 512]
     np.testing.assert_array_equal(np.abs(context).max(axis=-1) > 0, mask)
 
@@ -178,7 +179,7 @@ def test_pieces_alone_are_refused(pieces, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"no tokenizer\.json, only spiece\.model: .*umt5-xxl"
     ):
-        text.Tokenizer(tmp_path)
+        Tokenizer(tmp_path)
 
 
 def test_folder_in_a_bucket(umt5, monkeypatch):
@@ -192,19 +193,19 @@ def test_folder_in_a_bucket(umt5, monkeypatch):
     bucket.mkdir(parents=True)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (bucket / file).write_bytes((umt5 / file).read_bytes())
-    ours, theirs = text.Tokenizer("gs://bucket/umt5-xxl"), text.Tokenizer(umt5)
+    ours, theirs = Tokenizer("gs://bucket/umt5-xxl"), Tokenizer(umt5)
     np.testing.assert_array_equal(ours(ODD)[0], theirs(ODD)[0])
-    text.write_word_tokenizer("gs://bucket/words", WORDS, 8)
-    assert text.Tokenizer("gs://bucket/words")(["a red star"])[0][0, :4].tolist() == [3, 4, 6, 1]
+    write_word_tokenizer("gs://bucket/words", WORDS, 8)
+    assert Tokenizer("gs://bucket/words")(["a red star"])[0][0, :4].tolist() == [3, 4, 6, 1]
     with pytest.raises(CheckpointError, match=r"gs://bucket/none has no tokenizer\.json"):
-        text.Tokenizer("gs://bucket/none")
+        Tokenizer("gs://bucket/none")
 
 
 def test_text_len_is_bounded_by_the_model(folder):
-    assert text.Tokenizer(folder).text_len == 8
-    assert text.Tokenizer(folder, text_len=5)(["a red star moving left"])[0].shape == (1, 5)
+    assert Tokenizer(folder).text_len == 8
+    assert Tokenizer(folder, text_len=5)(["a red star moving left"])[0].shape == (1, 5)
     (folder / "tokenizer_config.json").unlink()
-    assert text.Tokenizer(folder).text_len == 512
+    assert Tokenizer(folder).text_len == 512
 
 
 def encoder(vocab_size=11):
@@ -215,9 +216,9 @@ def encoder(vocab_size=11):
 
 
 def test_context_is_the_bare_prompt_then_zeros(folder):
-    model, tokenizer = encoder(), text.Tokenizer(folder)
+    model, tokenizer = encoder(), Tokenizer(folder)
     prompts = ["a red star", "", "a blue circle moving left a red star"]
-    context = text.encode_prompts(model, tokenizer, prompts)
+    context = encode_prompts(model, tokenizer, prompts)
     assert context.shape == (3, 8, 16) and context.dtype == jnp.float32
     for row, ids in zip(context, ([3, 4, 6, 1], [1], [3, 5, 7, 8, 9, 3, 4, 1]), strict=True):
         ids = jnp.array([ids], jnp.int32)  # alone, without padding
@@ -228,7 +229,7 @@ def test_context_is_the_bare_prompt_then_zeros(folder):
 
 def test_tokenizer_of_another_model_is_refused(folder):
     with pytest.raises(CheckpointError, match="ids up to 10, the text encoder embeds 10"):
-        text.encode_prompts(encoder(10), text.Tokenizer(folder), ["a red star"])
+        encode_prompts(encoder(10), Tokenizer(folder), ["a red star"])
 
 
 def _without_end(folder):
@@ -253,24 +254,24 @@ def _without_end(folder):
 def test_damaged_folder(folder, damage, message):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        text.Tokenizer(folder)
+        Tokenizer(folder)
 
 
 @pytest.mark.parametrize("prompts", ["one string", ["a", None]])
 def test_prompts_that_are_not(folder, prompts):
     with pytest.raises(InputError, match="sequence of strings"):
-        text.Tokenizer(folder)(prompts)
+        Tokenizer(folder)(prompts)
 
 
 @pytest.mark.parametrize("words", [["two words"], ["Upper"], ["star", "star"], ["a_b"]])
 def test_bad_words(tmp_path, words):
     with pytest.raises(InputError, match="lower-case"):
-        text.write_word_tokenizer(tmp_path, words, 8)
+        write_word_tokenizer(tmp_path, words, 8)
 
 
 def test_words_that_are_not_known(tmp_path):
-    text.write_word_tokenizer(tmp_path / "tokenizer", WORDS, text_len=8)
-    tokenizer = text.Tokenizer(tmp_path / "tokenizer")
+    write_word_tokenizer(tmp_path / "tokenizer", WORDS, text_len=8)
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
     known = WORDS[0]
     assert tokenizer.unknown(f"{known} {known}") == []
     assert tokenizer.unknown(f"{known}  blurred {known} foggy blurred") == ["blurred", "foggy"]

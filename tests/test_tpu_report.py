@@ -16,8 +16,10 @@ SMALL = """
 import dataclasses, json, sys
 sys.path.insert(0, sys.argv[1])
 import tpu_programs as report
-from kvlock_jax import costs
-from kvlock_jax.config import UMT5Config, VAEConfig, WanConfig
+from kvlock_jax.estimate import costs
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
 
 WAN = WanConfig(8, 128, 2, 2048, text_dim=256, freq_dim=64)
 report.MODELS = {"T2V": WAN, "VACE": dataclasses.replace(WAN, num_layers=3, vace_layers=(0, 2))}

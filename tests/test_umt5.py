@@ -13,9 +13,9 @@ from flax import nnx
 from peers import relative_l2
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
-from kvlock_jax.config import UMT5Config
 from kvlock_jax.convert import diffusers, original, table, weights
-from kvlock_jax.models.umt5 import UMT5Encoder, relative_buckets
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.text.umt5 import UMT5Encoder, relative_buckets
 
 ORIGINAL = Path(__file__).parent / "data" / "original"
 

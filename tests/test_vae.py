@@ -16,11 +16,11 @@ from diffusers import AutoencoderKLWan
 from flax import nnx
 from peers import relative_l2
 
-from kvlock_jax.config import VAEConfig
 from kvlock_jax.convert import diffusers, original, table, weights
 from kvlock_jax.errors import InputError
-from kvlock_jax.models import vae
-from kvlock_jax.models.vae import RMSNorm, WanVAE
+from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.models.vae.autoencoder import RMSNorm, WanVAE
+from kvlock_jax.models.vae.config import VAEConfig
 
 DATA = Path(__file__).parent / "data"
 
@@ -209,20 +209,22 @@ def test_larger_chunks_give_the_same():
     ],
 )
 def test_small_frames_are_coded_together(frames, cells, size):
-    assert vae._chunk(frames, cells) == size
+    assert autoencoder._chunk(frames, cells) == size
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_a_run_codes_as_many_as_are_chosen(chunk, monkeypatch):
     _, ours = built(SMALL)
     _, (_, height, width) = CASES[SMALL]
-    monkeypatch.setattr(vae, "_CELLS", chunk * height * width // 64)
+    monkeypatch.setattr(autoencoder, "_CELLS", chunk * height * width // 64)
     sizes = []
-    over = vae.over_chunks
-    monkeypatch.setattr(vae, "over_chunks", lambda *args: sizes.append(args[-1]) or over(*args))
+    over = autoencoder.over_chunks
+    monkeypatch.setattr(
+        autoencoder, "over_chunks", lambda *args: sizes.append(args[-1]) or over(*args)
+    )
     jax.clear_caches()
-    latents = jax.eval_shape(vae.encode, ours, video_of(SMALL, 9))
-    jax.eval_shape(vae.decode, ours, latents)
+    latents = jax.eval_shape(autoencoder.encode, ours, video_of(SMALL, 9))
+    jax.eval_shape(autoencoder.decode, ours, latents)
     assert sizes == [4 * chunk, chunk]
 
 

@@ -6,8 +6,8 @@ from clips import SHAPE, blob, quick
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlock_jax import video
 from kvlock_jax.errors import InputError
+from kvlock_jax.media import encode, masks
 
 
 def white(mask: np.ndarray) -> np.ndarray:
@@ -15,23 +15,23 @@ def white(mask: np.ndarray) -> np.ndarray:
 
 
 def test_masks_from_every_kind_of_source(tmp_path):
-    video.write_video(tmp_path / "m.mkv", white(blob()), 24, lossless=True)
-    video.write_video(tmp_path / "m.mp4", white(blob()), 24)
+    encode.write_video(tmp_path / "m.mkv", white(blob()), 24, lossless=True)
+    encode.write_video(tmp_path / "m.mp4", white(blob()), 24)
     np.save(tmp_path / "m.npy", blob())
     (tmp_path / "m").mkdir()
     for t, image in enumerate(white(blob())):
-        video.write_png(tmp_path / "m" / f"{t}.png", image)
+        encode.write_png(tmp_path / "m" / f"{t}.png", image)
     for name in ("m.mkv", "m.mp4", "m.npy", "m"):
-        np.testing.assert_array_equal(video.read_mask(tmp_path / name, *SHAPE), blob(), name)
-    np.testing.assert_array_equal(video.read_mask(str(tmp_path / "m.mkv"), *SHAPE), blob())
+        np.testing.assert_array_equal(masks.read_mask(tmp_path / name, *SHAPE), blob(), name)
+    np.testing.assert_array_equal(masks.read_mask(str(tmp_path / "m.mkv"), *SHAPE), blob())
 
 
 def test_a_one_frame_mask_stands_for_all(tmp_path):
-    video.write_png(tmp_path / "m.png", white(blob())[2])
+    encode.write_png(tmp_path / "m.png", white(blob())[2])
     np.save(tmp_path / "m.npy", blob()[2])
     expected = np.stack([blob()[2]] * 5)
     for mask in (tmp_path / "m.png", tmp_path / "m.npy", blob()[2], blob()[2:3]):
-        found = video.read_mask(mask, *SHAPE)
+        found = masks.read_mask(mask, *SHAPE)
         np.testing.assert_array_equal(found, expected)
         assert found.dtype == bool and found.flags.writeable
 
@@ -49,14 +49,14 @@ def test_a_one_frame_mask_stands_for_all(tmp_path):
     ],
 )
 def test_over_half_of_the_brightest_channel_is_one(values, expected):
-    found = video.read_mask(values, 1, 1, 4)
+    found = masks.read_mask(values, 1, 1, 4)
     np.testing.assert_array_equal(found, np.array(expected, bool)[None, None])
 
 
 def test_files_count_by_the_brightest_channel_and_over_half_too(tmp_path):
     image = np.array([[[0, 0, 255], [128, 0, 0], [127, 127, 127], [1, 1, 1]]], np.uint8)
-    video.write_png(tmp_path / "m.png", image)
-    found = video.read_mask(tmp_path / "m.png", 1, 1, 4)
+    encode.write_png(tmp_path / "m.png", image)
+    found = masks.read_mask(tmp_path / "m.png", 1, 1, 4)
     np.testing.assert_array_equal(found, [[[True, True, False, False]]])
 
 
@@ -76,21 +76,21 @@ def test_files_count_by_the_brightest_channel_and_over_half_too(tmp_path):
 )
 def test_a_mask_that_does_not_fit_is_named(mask, message):
     with pytest.raises(InputError, match=message):
-        video.read_mask(mask, *SHAPE)
+        masks.read_mask(mask, *SHAPE)
 
 
 def test_mask_files_that_do_not_fit_are_named(tmp_path):
-    video.write_video(tmp_path / "short.mkv", white(blob(3)), 24, lossless=True)
+    encode.write_video(tmp_path / "short.mkv", white(blob(3)), 24, lossless=True)
     with pytest.raises(InputError, match=r"short\.mkv: 3 frames, but the video has 5"):
-        video.read_mask(tmp_path / "short.mkv", *SHAPE)
+        masks.read_mask(tmp_path / "short.mkv", *SHAPE)
     with pytest.raises(InputError, match=r"short\.mkv: 48x32 pixels, but the video has 50x32"):
-        video.read_mask(tmp_path / "short.mkv", 3, 32, 50)
+        masks.read_mask(tmp_path / "short.mkv", 3, 32, 50)
     np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "empty.npy").write_bytes(b"")
     (tmp_path / "text.npy").write_text("hello")
     for name in ("object.npy", "empty.npy", "text.npy", "missing.npy", "missing.mp4"):
         with pytest.raises(InputError, match=name):
-            video.read_mask(tmp_path / name, *SHAPE)
+            masks.read_mask(tmp_path / name, *SHAPE)
 
 
 @quick
@@ -101,7 +101,7 @@ def test_a_box_is_its_pixels(data):
     x1, y1 = data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height))
     expected = [[x0 <= x < x1 and y0 <= y < y1 for x in range(width)] for y in range(height)]
     for box in (f"{x0}, {y0},{x1},{y1}", (x0, y0, x1, y1), np.array([x0, y0, x1, y1])):
-        np.testing.assert_array_equal(video.bbox_mask(box, 2, height, width), [expected] * 2)
+        np.testing.assert_array_equal(masks.bbox_mask(box, 2, height, width), [expected] * 2)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_a_box_is_its_pixels(data):
 )
 def test_what_is_no_box_is_named(box):
     with pytest.raises(InputError, match="bbox"):
-        video.bbox_mask(box, *SHAPE)
+        masks.bbox_mask(box, *SHAPE)
 
 
 def test_coverage_and_the_empty_mask():
-    assert video.check_mask(np.ones(SHAPE, bool)) == 1.0
+    assert masks.check_mask(np.ones(SHAPE, bool)) == 1.0
     mask = np.zeros(SHAPE, bool)
     mask[0, 0, :24] = True
-    assert video.check_mask(mask) == pytest.approx(24 / (5 * 32 * 48))
+    assert masks.check_mask(mask) == pytest.approx(24 / (5 * 32 * 48))
     with pytest.raises(InputError, match="nothing to edit"):
-        video.check_mask(np.zeros(SHAPE, bool))
+        masks.check_mask(np.zeros(SHAPE, bool))

@@ -7,13 +7,13 @@ import sys
 import pytest
 from clips import noise, only
 
-from kvlock_jax import video
 from kvlock_jax.errors import InputError
+from kvlock_jax.media import encode
 
 
 def test_output_is_checked_before_the_work(tmp_path):
-    assert video.check_output(str(tmp_path / "a.MP4")).name == "a.MP4"
-    assert video.check_output(tmp_path / "trace.json", (".json",)).name == "trace.json"
+    assert encode.check_output(str(tmp_path / "a.MP4")).name == "a.MP4"
+    assert encode.check_output(tmp_path / "trace.json", (".json",)).name == "trace.json"
     (tmp_path / "folder.mp4").mkdir()
     for name, message in (
         ("missing/a.mp4", "output folder .*missing does not exist"),
@@ -22,18 +22,18 @@ def test_output_is_checked_before_the_work(tmp_path):
         ("folder.mp4", "is a folder"),
     ):
         with pytest.raises(InputError, match=message):
-            video.check_output(tmp_path / name)
+            encode.check_output(tmp_path / name)
         with pytest.raises(InputError, match=message):
-            video.write_video(tmp_path / name, noise(), 24)
+            encode.write_video(tmp_path / name, noise(), 24)
     with pytest.raises(InputError, match="must end in"):
-        video.write_png(tmp_path / "a.jpg", noise()[0])
+        encode.write_png(tmp_path / "a.jpg", noise()[0])
     assert only(tmp_path) == ["folder.mp4"]
 
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
 def test_a_rate_that_is_none_is_named(tmp_path, fps):
     with pytest.raises(InputError, match="frame rate must be over 0"):
-        video.write_video(tmp_path / "a.mp4", noise(), fps)
+        encode.write_video(tmp_path / "a.mp4", noise(), fps)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_rate_that_is_none_is_named(tmp_path, fps):
 )
 def test_frames_that_are_none_are_named(tmp_path, frames):
     with pytest.raises(InputError, match="must be uint8 of shape frames height width 3, found"):
-        video.write_video(tmp_path / "a.mp4", frames, 24)
+        encode.write_video(tmp_path / "a.mp4", frames, 24)
     assert only(tmp_path) == []
 
 
@@ -59,7 +59,7 @@ def test_an_interrupted_write_leaves_nothing_behind(
 ):
     if existing:
         (tmp_path / "a.mkv").write_bytes(b"the last run")
-    to_frame, seen = video._frame, []
+    to_frame, seen = encode._frame, []
 
     def interrupted(image):
         seen.append(only(tmp_path))
@@ -67,9 +67,9 @@ def test_an_interrupted_write_leaves_nothing_behind(
             raise raised
         return to_frame(image)
 
-    monkeypatch.setattr(video, "_frame", interrupted)
+    monkeypatch.setattr(encode, "_frame", interrupted)
     with pytest.raises(caught, match=str(raised.args[1]) if caught is InputError else None):
-        video.write_video(tmp_path / "a.mkv", noise(9, 96, 96), 24, lossless=True)
+        encode.write_video(tmp_path / "a.mkv", noise(9, 96, 96), 24, lossless=True)
     assert any(name.endswith(".part") for name in seen[-1])  # it was half-way, beside the target
     assert only(tmp_path) == (["a.mkv"] if existing else [])
     if existing:
@@ -81,15 +81,15 @@ def test_a_killed_write_leaves_the_target_alone(tmp_path):
     script = """
 import os, signal, sys
 import numpy as np
-from kvlock_jax import video
-to_frame, count = video._frame, iter(range(99))
+from kvlock_jax.media import encode
+to_frame, count = encode._frame, iter(range(99))
 def killed(image):
     if next(count) == 30:
         os.kill(os.getpid(), signal.SIGKILL)
     return to_frame(image)
-video._frame = killed
+encode._frame = killed
 frames = np.random.default_rng(0).integers(0, 256, (40, 96, 96, 3), np.uint8)
-video.write_video(sys.argv[1], frames, 24, lossless=True)
+encode.write_video(sys.argv[1], frames, 24, lossless=True)
 """
     run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.mkv")], check=False)
     assert run.returncode == -signal.SIGKILL

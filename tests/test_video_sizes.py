@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvlock_jax import video
 from kvlock_jax.errors import InputError
+from kvlock_jax.media import masks
+from kvlock_jax.media.fit import Fit, resize
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(1, 40))
 
@@ -21,7 +22,7 @@ sizes = st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(1, 40))
 @given(sizes, st.integers(0, 99))
 def test_fit_pads_to_the_models_sizes_by_the_nearest_pixel_and_back(size, seed):
     frames = noise(*size, seed=seed)
-    fit = video.Fit(*frames.shape[:3])
+    fit = Fit(*frames.shape[:3])
     padded = fit.apply(frames)
     assert padded.shape[:3] == fit.model_shape
     assert padded.shape[0] % 4 == 1 and padded.shape[1] % 16 == padded.shape[2] % 16 == 0
@@ -35,7 +36,7 @@ def test_fit_pads_to_the_models_sizes_by_the_nearest_pixel_and_back(size, seed):
 @quick
 @given(hnp.arrays(bool, sizes))
 def test_a_padded_mask_edits_no_added_pixel_and_no_added_latent_frame(mask):
-    fit = video.Fit(*mask.shape)
+    fit = Fit(*mask.shape)
     padded = fit.apply_mask(mask)
     assert padded.shape == fit.model_shape and padded.dtype == bool
     frames, height, width = mask.shape
@@ -49,7 +50,7 @@ def test_a_padded_mask_edits_no_added_pixel_and_no_added_latent_frame(mask):
 
 
 def test_fit_names_what_does_not_fit():
-    fit = video.Fit(6, 30, 40)
+    fit = Fit(6, 30, 40)
     assert fit.model_shape == (9, 32, 48)
     for apply in (fit.apply, fit.undo):
         with pytest.raises(InputError, match="must be"):
@@ -61,7 +62,7 @@ def test_fit_names_what_does_not_fit():
 @pytest.mark.parametrize("size", [(16, 24), (20, 33), (7, 5), (64, 96), (40, 20)])
 def test_resize_is_pillows_antialiased_triangle(size):
     frames = noise(2)
-    found = video.resize(frames, *size)
+    found = resize(frames, *size)
     expected = [
         np.asarray(PIL.Image.fromarray(f).resize(size[::-1], PIL.Image.Resampling.BILINEAR))
         for f in frames
@@ -71,14 +72,14 @@ def test_resize_is_pillows_antialiased_triangle(size):
 
 
 def test_resizing_to_the_same_size_changes_nothing():
-    np.testing.assert_array_equal(video.resize(noise(), 32, 48), noise())
+    np.testing.assert_array_equal(resize(noise(), 32, 48), noise())
 
 
 @quick
 @given(hnp.arrays(bool, st.tuples(st.just(2), st.integers(1, 9), st.integers(1, 9))), sizes)
 def test_a_resized_mask_loses_no_edited_pixel(mask, size):
     _, height, width = size
-    found = video.resize_mask(mask, height, width)
+    found = masks.resize_mask(mask, height, width)
 
     def overlapping(old, new):  # pairs of old and new pixels that share some of [0, 1]
         return [

@@ -15,10 +15,11 @@ from diffusers.models.transformers import transformer_wan
 from flax import nnx
 from peers import pair, relative_l2
 
-from kvlock_jax.config import WanConfig
 from kvlock_jax.convert import diffusers, original, table, weights
 from kvlock_jax.lock import KVCache, Lock
-from kvlock_jax.models import attention, block, kernels
+from kvlock_jax.models.attention import dispatch, kernels
+from kvlock_jax.models.wan import block as wan_block
+from kvlock_jax.models.wan.config import WanConfig
 
 DATA = Path(__file__).parent / "data"
 
@@ -141,7 +142,7 @@ def test_equals_diffusers(name):
 
 
 def test_feed_forward_layers_may_take_tokens_some_at_a_time(monkeypatch):
-    monkeypatch.setattr(block, "FEED_FORWARD_TOKENS", 7)
+    monkeypatch.setattr(wan_block, "FEED_FORWARD_TOKENS", 7)
     peer, ours = built(LOCKED)
     run = nnx.jit(lambda *given: whole.velocity(*given))
     assert relative_l2(run(ours, *inputs(LOCKED)), run_peer(peer, *inputs(LOCKED))[0]) < 1e-5
@@ -301,8 +302,8 @@ MOVES = set(
 
 
 def test_bfloat16_is_only_multiplied(monkeypatch):
-    plain = attention._Choice(*[kernels.plain_output] * 4)  # whose arithmetic can be read
-    monkeypatch.setattr(attention, "_OUTPUT", plain)
+    plain = dispatch._Choice(*[kernels.plain_output] * 4)  # whose arithmetic can be read
+    monkeypatch.setattr(dispatch, "_OUTPUT", plain)
     _, ours = built(LOCKED, jnp.bfloat16)
     given, cache = inputs(LOCKED), source_cache(ours)
     lock = Lock(cache, half_mask(cache), jnp.full(2, 0.5))

@@ -47,10 +47,10 @@ def _assemble(folder: Path, pipeline: type, make_transformer):
     import transformers
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 
-    from kvlock_jax import text
+    from kvlock_jax.models.text import tokenizer
 
     torch.manual_seed(0)
-    text.write_word_tokenizer(folder / "words", WORDS, 12)
+    tokenizer.write_word_tokenizer(folder / "words", WORDS, 12)
     return pipeline(
         tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "words"),
         text_encoder=transformers.UMT5EncoderModel(

@@ -13,8 +13,8 @@ from diffusers.models.transformers import transformer_wan
 from flax import nnx
 from peers import pair
 
-from kvlock_jax.config import WanConfig
-from kvlock_jax.models.vace import VACEContext
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import VACEContext
 
 ORIGINAL = Path(__file__).parent / "data" / "original"
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from kvlock_jax.models.vace import VACEContext
-from kvlock_jax.patches import Grid
+from kvlock_jax.grid import Grid
+from kvlock_jax.models.wan.vace import VACEContext
 
 
 def grid_of(model, latents) -> Grid:

@@ -9,10 +9,10 @@ from pathlib import Path
 from flax import nnx
 
 from kvlock_jax import lock
-from kvlock_jax.config import WanConfig
-from kvlock_jax.costs import Workload
-from kvlock_jax.models import kernels
-from kvlock_jax.models.vace import wan_transformer
+from kvlock_jax.estimate.costs import Workload
+from kvlock_jax.models.attention import kernels
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.vace import wan_transformer
 
 SMALL, LARGE = WanConfig(12, 128, 30, 8960), WanConfig(40, 128, 40, 13824)
 PUBLISHED = {

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from kvlock_jax.config import LockConfig
 from kvlock_jax.errors import ConfigError
+from kvlock_jax.settings.schema import LockConfig
 
 PRESETS = {
     "kvlock": "the paper: alpha and omega follow the statistic, s*; for VACE weights",

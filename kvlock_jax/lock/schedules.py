@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from kvlock_jax.config import LockConfig
+from kvlock_jax.settings.schema import LockConfig
 from kvlock_jax.shapes import CellMask, PerEdit
 
 Number = Float32[Array, ""]

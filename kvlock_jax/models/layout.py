@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from kvlock_jax import sharding
+from kvlock_jax.parallel import sharding
+from kvlock_jax.parallel.mesh import AXES
 
 _T = TypeVar("_T")
 
@@ -52,7 +53,7 @@ def place(mesh: Mesh, path: str, shape: tuple[int, ...], *, spread: bool) -> Nam
     """
     model, _, path = path.partition(".")
     if model == "text_encoder":
-        letters, rules = _letters(TEXT_ENCODER, path), {"D": sharding.AXES}
+        letters, rules = _letters(TEXT_ENCODER, path), {"D": AXES}
     elif model == "transformer":
         letters = _letters(TRANSFORMER, path)
         rules = sharding.SPREAD if spread else sharding.RULES

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kvlock_jax import sharding
-from kvlock_jax.patches import Grid, Patches, PatchMask
+from kvlock_jax.grid import Grid, Patches, PatchMask
+from kvlock_jax.parallel import sharding
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,255 @@
+"""What a manifest comes to: which edits run together, and which of them are finished.
+
+An edit is finished when its JSON holds the hash of its request, and its video has the size that the
+JSON says. The hash is of all that the video was made of:
+
+- the line's id, noise_id, prompt, box, name and `lossless`;
+- all settings, those of the command included;
+- the content of the input files, by checksum (`remote.identity`). Neither their names nor their
+  times of change count, so a data set can be moved, or fetched again, and nothing is redone;
+- the checkpoint's name, its content as far as `identity` knows it, the compute dtype.
+
+Versions of programs are written down, and do not count.
+"""
+
+import dataclasses
+import json
+import os
+import types
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import TypeVar
+
+import av
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kvlock_jax.batch import grouping
+from kvlock_jax.batch.fingerprint import content_identity, request_hash
+from kvlock_jax.batch.manifest import Common, Failure, Manifest, Request, parse, reason
+from kvlock_jax.errors import InputError
+from kvlock_jax.media import storage
+from kvlock_jax.media.decode import IMAGE_SUFFIXES
+from kvlock_jax.media.fit import Fit
+from kvlock_jax.parallel.agreement import all_agree
+
+_S, _T = TypeVar("_S"), TypeVar("_T")
+
+_ASKING = 16  # threads that ask a file system for many small things
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be done with a manifest.
+
+    Attributes:
+      manifest: path of the file, one that `remote.resolve` made.
+      save_dir: folder of the results, likewise; made if missing.
+      common: what holds for every line that does not say otherwise.
+      checkpoint: what tells it from another: of `identity`, and the compute dtype.
+      batch_size: edits that run together, at most.
+      shard: which part of the manifest is done here, from 0, and how many parts there are.
+      overwrite: whether finished edits are done again.
+    """
+
+    manifest: str
+    save_dir: str
+    common: Common
+    checkpoint: Mapping[str, str]
+    batch_size: int = 1
+    shard: tuple[int, int] = (0, 1)
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        index, count = self.shard
+        if count < 1:
+            raise InputError(f"num_shards must be 1 or more, found {count}")
+        if not 0 <= index < count:
+            raise InputError(f"shard_index must be 0 to {count - 1} of {count}, found {index}")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be 1 or more, found {self.batch_size}")
+
+    @property
+    def failed(self) -> str:
+        """Path of the file with a line for each failure."""
+        return self.output(f"failed{self._part}.jsonl")
+
+    @property
+    def stage(self) -> str:
+        """Folder, beside the results, of those that are being written."""
+        return self.output(f".kvlock-batch{self._part}")
+
+    def output(self, name: str) -> str:
+        """Path of a file among the results."""
+        return storage.join(self.save_dir, name)
+
+    @property
+    def _part(self) -> str:
+        index, count = self.shard
+        return f"-{index:05d}-of-{count:05d}" if count > 1 else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a job comes to.
+
+    Attributes:
+      job: itself.
+      groups: edits that run together, finished ones included; the same for every run of the job.
+      hashes: by id, of all that an edit is made of.
+      finished: ids of edits that need not be done.
+      failures: lines that can't be, and edits whose files are not there.
+    """
+
+    job: Job
+    groups: Sequence[Sequence[Request]]
+    hashes: Mapping[str, str]
+    finished: frozenset[str]
+    failures: Sequence[Failure]
+
+    @property
+    def pending(self) -> list[Sequence[Request]]:
+        """Groups of which something is still to be done."""
+        return [group for group in self.groups if any(map(self.is_missing, group))]
+
+    @property
+    def missing(self) -> list[Request]:
+        """Edits that are still to be done."""
+        return [request for group in self.groups for request in group if self.is_missing(request)]
+
+    def is_missing(self, request: Request) -> bool:
+        """Whether an edit is still to be done."""
+        return request.id not in self.finished
+
+
+def find_work(job: Job) -> Work:
+    """Reads a manifest, and finds out what is to be done; nothing is written.
+
+    Raises:
+      InputError: the manifest cannot be read, holds no line, or would be overwritten.
+    """
+    content = storage.read_bytes(job.manifest)
+    manifest = parse(content, storage.parent(job.manifest), job.common)
+    if not manifest.requests and not manifest.failures:
+        raise InputError(f"{job.manifest}: the manifest holds no edit")
+    if _real(job.manifest) == _real(job.failed):
+        raise InputError(f"{job.manifest}: is where failures are written; give it another name")
+    manifest = grouping.shard(_apart(job, manifest), *job.shard)
+    with ThreadPoolExecutor(_ASKING) as pool:
+        contents = _found(pool, content_identity, (f for r in manifest.requests for f in r.files))
+        requests, failures = [], list(manifest.failures)
+        for request in manifest.requests:
+            absent = [c for f in request.files if isinstance(c := contents[f], Exception)]
+            if absent:
+                failures.append(Failure(request.line, request.id, reason(absent[0])))
+            else:
+                requests.append(request)
+        hashes = {
+            r.id: request_hash(r, [contents[f] for f in r.files], job.checkpoint) for r in requests
+        }
+        # a group of one has no shape to agree on
+        sizes = _found(pool, _probe, {r.source for r in requests} if job.batch_size > 1 else ())
+        shapes = {r.id: _shape(r, sizes.get(r.source)) for r in requests}
+        groups = grouping.group(requests, lambda r: shapes[r.id], job.batch_size)
+        finished = []
+        if not job.overwrite:
+            there = storage.sizes(job.save_dir)
+            told = pool.map(lambda r: _is_finished(job, r, hashes[r.id], there), requests)
+            finished = [r.id for r, is_so in zip(requests, told, strict=True) if is_so]
+    return Work(job, groups, hashes, frozenset(finished), failures)
+
+
+def _apart(job: Job, manifest: Manifest) -> Manifest:
+    """The manifest without edits that would overwrite what is read."""
+    taken = {_real(job.manifest): "the command, as --manifest"}
+    for request in manifest.requests:
+        for file in request.files:
+            taken.setdefault(_real(file), f"line {request.line}")
+    requests, failures = [], list(manifest.failures)
+    for request in manifest.requests:
+        outputs = [job.output(name) for name in (request.save_file, request.sidecar)]
+        clash = [output for output in outputs if _real(output) in taken]
+        if clash:
+            why = f"{clash[0]} would be overwritten, it is read by {taken[_real(clash[0])]}"
+            failures.append(Failure(request.line, request.id, why))
+        else:
+            requests.append(request)
+    return Manifest(requests, failures)
+
+
+def _real(path: str) -> str:
+    return path if storage.is_remote(path) else os.path.realpath(path)
+
+
+def _found(
+    pool: Executor, what: Callable[[_S], _T], things: Iterable[_S]
+) -> dict[_S, _T | Exception]:
+    """What there is to know of each thing, or why not, asked for side by side."""
+
+    def tried(thing: _S) -> _T | Exception:
+        """What there is to know of it, or why not."""
+        try:
+            return what(thing)
+        except Exception as error:  # of this one alone
+            return error
+
+    unlike = list(dict.fromkeys(things))
+    return dict(zip(unlike, pool.map(tried, unlike), strict=True))
+
+
+def _is_finished(job: Job, request: Request, wanted: str, sizes: Mapping[str, int]) -> bool:
+    if not {request.save_file, request.sidecar} <= sizes.keys():
+        return False
+    try:
+        told = json.loads(storage.read_bytes(job.output(request.sidecar)))
+        found = told["request_hash"], told["bytes"]
+    except (InputError, ValueError, KeyError, TypeError):  # not ours, or damaged
+        return False
+    return found == (wanted, sizes[request.save_file])
+
+
+def _shape(request: Request, size: tuple[int, int, int] | Exception | None) -> Hashable:
+    """The shape that the model works on; `None` of what cannot be read, as will be said then."""
+    if not isinstance(size, tuple):
+        return None
+    (frames, *space), edit = size, request.settings.edit
+    frames = min(frames, edit.frame_num or frames)
+    return Fit(frames, *(edit.height_width or space)).model_shape
+
+
+def _probe(path: str) -> tuple[int, int, int]:
+    """Frames (as the container tells, or by its duration), height and width of a video."""
+    files = storage.files(path, IMAGE_SUFFIXES)
+    with storage.opened(files[0]) as file:
+        raw = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+        with av.open(raw, metadata_errors="replace") as container:
+            stream = container.streams.video[0]
+            first = next(container.decode(stream))
+            frames = stream.frames or 1
+            if not stream.frames and container.duration and stream.average_rate:
+                frames = round(container.duration * stream.average_rate / av.time_base)
+    height, width = first.height, first.width
+    if round(first.rotation / 90) % 2:
+        height, width = width, height
+    return (frames if files == [path] else len(files)), height, width
+
+
+def agree_on_work(work: Work) -> Work:
+    """The work, with what the first host finds finished; each must ask.
+
+    Raises:
+      InputError: the hosts do not see the same files.
+    """
+    if jax.process_count() == 1:
+        return work
+    ids = [request.id for group in work.groups for request in group]
+    told = [[work.hashes[n] for n in ids], [failure.line for failure in work.failures]]
+    if not all_agree(json.dumps(told).encode()):
+        raise InputError(
+            "the hosts do not see the same files: give paths that all of them can read"
+        )
+    finished = np.array([n in work.finished for n in ids], bool)
+    finished = multihost_utils.broadcast_one_to_all(finished)
+    named = (n for n, is_so in zip(ids, finished, strict=True) if is_so)
+    return dataclasses.replace(work, finished=frozenset(named))

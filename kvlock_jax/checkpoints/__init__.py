@@ -1,0 +1,1 @@
+"""Converted checkpoints: what a model consists of, and its parameters in Orbax folders."""

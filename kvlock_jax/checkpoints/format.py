@@ -1,0 +1,324 @@
+"""Converted checkpoints: models in Orbax, restored straight to their devices.
+
+A folder holds `kvlock.json` and one folder of data, which it names. The data come first, under a
+name of their own, and `kvlock.json` last, in one replacement: what it names is whole at every
+moment, and what it does not name is removed by the next save. (Renaming the folder instead would
+not do: an object store copies to rename, and a full folder cannot be replaced in one step.)
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from kvlock_jax.checkpoints import store
+from kvlock_jax.checkpoints.registry import (
+    FAMILIES,
+    MODELS,
+    Checkpoint,
+    Configs,
+    OnShapes,
+    Place,
+    abstract,
+    family,
+    fill,
+    on_first_device,
+)
+from kvlock_jax.checkpoints.store import OnBytes, Parameter
+from kvlock_jax.errors import CheckpointError, ConfigError
+from kvlock_jax.models.layout import dtype_of
+from kvlock_jax.settings.fields import from_config_dict
+
+METADATA = "kvlock.json"
+"""The file that makes a folder a converted checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One model of a checkpoint: its parameters, and dtypes and bytes of what is on disk."""
+
+    parameters: int
+    dtypes: tuple[str, ...]
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What `kvlock.json` says.
+
+    Attributes:
+      family: the architecture, one of `FAMILIES`.
+      version: of the package that wrote the checkpoint.
+      source: what it was converted from: `layout`, `folder`, and SHA-256 by file under `files`.
+      configs: sizes of the models, and the published scheduler.
+      models: what there is of each model.
+      data: name of the folder with the models and the tokenizer.
+      files: CRC-32 of each file in it, by relative path. (Orbax's store keeps none of its values:
+        a flipped bit would come back as another weight.)
+    """
+
+    family: str
+    version: str
+    source: Mapping[str, Any]
+    configs: Configs
+    models: Mapping[str, Stored]
+    data: str
+    files: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, known without reading its weights.
+
+    Where it was converted, `version` and `source` are as in `Metadata`.
+    """
+
+    family: str
+    configs: Configs
+    models: Mapping[str, Stored]
+    version: str = ""
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def contents(configs: Configs, arrays: Mapping[str, Iterable[Any]]) -> Contents:
+    """What there is of each model, of arrays (or anything with their shape and dtype) on disk."""
+    models = {}
+    for name, (_, kind) in MODELS.items():
+        # An array on disk may be another one's copy, so what the model has is counted.
+        model = nnx.state(abstract(kind, getattr(configs, name)))
+        found = list(arrays[name])
+        models[name] = Stored(
+            sum(leaf.size for leaf in jax.tree.leaves(model)),
+            tuple(sorted({str(array.dtype) for array in found})),
+            sum(math.prod(array.shape) * array.dtype.itemsize for array in found),
+        )
+    return Contents(family(configs.transformer), configs, models)
+
+
+def describe(folder: epath.PathLike) -> Contents:
+    """What a checkpoint of `save` holds.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or files are missing.
+    """
+    metadata = read_metadata(folder)
+    data = epath.Path(folder) / metadata.data
+    if absent := [f"  missing: {name}" for name in metadata.files if not (data / name).exists()]:
+        raise CheckpointError("\n".join([f"{data} is damaged:", *absent]))
+    return Contents(
+        metadata.family, metadata.configs, metadata.models, metadata.version, metadata.source
+    )
+
+
+def is_checkpoint(folder: epath.PathLike) -> bool:
+    """Whether a folder is a converted checkpoint, damaged or not."""
+    return (epath.Path(folder) / METADATA).exists()
+
+
+def save(
+    folder: epath.PathLike,
+    configs: Configs,
+    parameters: Mapping[str, Mapping[str, Parameter]],
+    tokenizer: epath.PathLike,
+    source: Callable[[], Mapping[str, Any]],
+    on_bytes: OnBytes = lambda _: None,
+) -> None:
+    """Writes a checkpoint; one that the folder already holds stays whole until this one is.
+
+    Args:
+      folder: local, or of a scheme that etils knows, such as `gs://`; made if missing.
+      configs: what the parameters fit.
+      parameters: of each of `MODELS`, by dotted path; read one after the other.
+      tokenizer: folder of the tokenizer, whose files are copied.
+      source: gives `Metadata.source`; asked last, so that it may be found out meanwhile.
+      on_bytes: told of bytes of parameters on their way to the disk.
+
+    Raises:
+      CheckpointError: if the folder cannot be made, the disk is full, or the tokenizer is not to be
+        read.
+    """
+    folder = epath.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_data(folder, keep=_current(folder))
+        data = folder / f"kvlock-{uuid.uuid4().hex[:8]}"
+        data.mkdir()
+        for name in MODELS:
+            store.write(data / name, parameters[name], on_bytes)
+        (data / "tokenizer").mkdir()
+        for name, content in _files(epath.Path(tokenizer)).items():
+            (data / "tokenizer" / name).write_bytes(content)
+        metadata = Metadata(
+            family(configs.transformer),
+            importlib.metadata.version("kvlock-jax"),
+            source(),
+            configs,
+            contents(configs, {n: p.values() for n, p in parameters.items()}).models,
+            data.name,
+            store.sums(data),
+        )
+        partial = folder / f"{METADATA}.partial"
+        partial.write_text(json.dumps(dataclasses.asdict(metadata), indent=2) + "\n")
+        partial.replace(folder / METADATA)
+        _remove_data(folder, keep=data.name)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def read_metadata(folder: epath.PathLike) -> Metadata:
+    """Reads what a checkpoint says about itself, and no weights.
+
+    Raises:
+      CheckpointError: if `kvlock.json` is missing, damaged, or of another family.
+    """
+    path = epath.Path(folder) / METADATA
+    try:
+        values = dict(json.loads(path.read_text()))
+    except OSError as error:
+        reason = "it is no converted checkpoint (kvlock convert makes one)"
+        if path.parent.is_dir() and any(map(_is_data, path.parent.iterdir())):
+            reason = "the conversion to this folder did not finish; run it again"
+        raise CheckpointError(f"cannot read {path}: {reason}") from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not hold a JSON object: {error}") from error
+    names = [field.name for field in dataclasses.fields(Metadata)]
+    if absent := [name for name in names if name not in values]:
+        raise CheckpointError(f"{path} has no {', '.join(absent)}")
+    if values["family"] not in FAMILIES:
+        expected = " or ".join(map(repr, FAMILIES))
+        raise CheckpointError(f"{path} is of family {values['family']!r}, expected {expected}")
+    try:
+        given = values["configs"]
+        configs = {n: from_config_dict(kind, given[n]) for n, (kind, _) in MODELS.items()}
+        values["configs"] = Configs(**configs, scheduler=given["scheduler"])
+        found = {name: dict(values["models"][name]) for name in MODELS}
+        values["models"] = {
+            n: Stored(**m | {"dtypes": tuple(m["dtypes"])}) for n, m in found.items()
+        }
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        message = f"{path} does not describe {', '.join(MODELS)} in full: {error!r}"
+        raise CheckpointError(message) from error
+    return Metadata(**{name: values[name] for name in names})
+
+
+def load(
+    folder: epath.PathLike,
+    dtype: Any = None,
+    compute_dtype: Any = jnp.float32,
+    place: Place | None = None,
+    on_shapes: OnShapes = lambda checkpoint: None,
+) -> Checkpoint:
+    """Restores a checkpoint; its files are checked meanwhile, and its parameters' shapes before.
+
+    Args:
+      folder: what `save` wrote.
+      dtype: of the parameters that `dtype_of` lets be rounded; None keeps each as it was saved.
+      compute_dtype: of the modules' matrix products, but of `WIDE`.
+      place: where each parameter goes, straight from its file; None is the first device.
+      on_shapes: told of it before it is read, with shapes, dtypes and shardings for parameters.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, files are missing or damaged, or parameters do not
+        fit the models that the configs describe; then it lists them all.
+    """
+    metadata, place = read_metadata(folder), place or on_first_device
+    data = epath.Path(folder) / metadata.data
+    filled = {}
+    with _checked(data, metadata.files):
+        models = {
+            name: abstract(kind, getattr(metadata.configs, name), compute_dtype)
+            for name, (_, kind) in MODELS.items()
+        }
+        stored = {name: store.describe(data / name) for name in MODELS}
+        problems = [
+            line
+            for name, model in models.items()
+            for line in _misfits(name, _flat(nnx.state(model)), stored[name])
+        ]
+        if problems:
+            raise CheckpointError("\n".join([f"{data} does not fit its configs:", *problems]))
+        targets: dict[str, dict[str, jax.ShapeDtypeStruct]] = {name: {} for name in models}
+        for name in models:
+            for path, array in stored[name].items():
+                full = f"{name}.{path}"
+                kind, sharding = dtype_of(full, array.dtype, dtype), place(full, array.shape)
+                shape = jax.ShapeDtypeStruct(array.shape, kind, sharding=sharding)
+                targets[name][path] = shape
+        rest = {"tokenizer": data / "tokenizer"}
+        shapes = {name: fill(model, targets[name]) for name, model in models.items()}
+        on_shapes(Checkpoint(metadata.configs, **shapes, **rest))
+        for name, model in models.items():
+            filled[name] = fill(model, store.read(data / name, targets[name]))
+    return Checkpoint(metadata.configs, **filled, **rest)
+
+
+@contextlib.contextmanager
+def _checked(data: epath.Path, files: Mapping[str, str]) -> Iterator[None]:
+    """Checks files in another thread while the block reads them.
+
+    What is wrong with a file comes before what went wrong because of it.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        check = pool.submit(store.check, data, files)
+        try:
+            yield
+        finally:
+            check.result()
+
+
+def _flat(state: nnx.State) -> dict[str, Any]:
+    """Arrays (or their shapes) of a state by dotted path."""
+    return {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
+
+
+def _misfits(name: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """A line for each parameter that is missing, unexpected or misshapen."""
+    lines = [f"  missing: {name}.{path}" for path in wanted if path not in stored]
+    lines += [f"  unexpected: {name}.{path}" for path in stored if path not in wanted]
+    lines += [
+        f"  misshapen: {name}.{path} is {stored[path].shape}, the model has {array.shape}"
+        for path, array in wanted.items()
+        if path in stored and stored[path].shape != array.shape
+    ]
+    return lines
+
+
+def _files(folder: epath.Path) -> dict[str, bytes]:
+    """The files of a folder by name; those of a tokenizer are small."""
+    try:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    except OSError as error:
+        path = error.filename or folder
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _current(folder: epath.Path) -> str | None:
+    """Name of the data that a folder's `kvlock.json` stands for, readable by us or not."""
+    try:
+        return json.loads((folder / METADATA).read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove_data(folder: epath.Path, keep: str | None) -> None:
+    """Removes what other saves left, and nothing that is not of this format."""
+    for path in filter(_is_data, folder.iterdir()):
+        if path.name != keep:
+            path.rmtree()
+
+
+def _is_data(path: epath.Path) -> bool:
+    return re.fullmatch(r"kvlock-[0-9a-f]{8}", path.name) is not None

@@ -1,0 +1,92 @@
+"""`kvlock batch`: many edits from one manifest."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from kvlock_jax.batch import manifest, resume
+from kvlock_jax.batch.fingerprint import checkpoint_identity
+from kvlock_jax.batch.manifest import Common, Failure, Request
+from kvlock_jax.batch.resume import Job, find_work
+from kvlock_jax.batch.runner import follow, run, run_group
+from kvlock_jax.cli.flags import EDIT_INPUTS, add_shared, gather_settings
+from kvlock_jax.cli.loading import join, load_model, place
+from kvlock_jax.cli.terminal import SOME_FAILED, counting, interruptibly, say, warnings_as_lines
+from kvlock_jax.media import storage
+from kvlock_jax.parallel import agreement
+from kvlock_jax.pipeline.api import Result
+from kvlock_jax.pipeline.load import Model, describe
+from kvlock_jax.pipeline.settings import default_config_name, resolve_settings
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the program's parser."""
+    about = "Edit many videos: one JSON object to a line of a manifest, keys named as the flags."
+    tail = (
+        "Flags of an edit hold for every line that does not say otherwise; paths in lines are "
+        "relative to the manifest. A line may have an id and a save_file of its own. Paths may be "
+        "gs:// or of any scheme that fsspec knows. Run again, it does what is missing or changed. "
+        "Exit status: 0, 1 if edits failed (DIR/failed.jsonl says which), 2 if none could start."
+    )
+    parser = commands.add_parser("batch", description=about, epilog=tail, allow_abbrev=False)
+    parser.set_defaults(command=_command)
+    add = parser.add_argument
+    add("--manifest", required=True, metavar="EDITS.jsonl", help="the edits")
+    add("--save_dir", required=True, metavar="DIR", help="folder of videos, and a JSON beside each")
+    about = "edits that run together, at most; by default one for each device of the mesh's data"
+    add("--batch_size", type=int, help=about)
+    add("--num_shards", type=int, default=1, help="machines that share the manifest")
+    add("--shard_index", type=int, default=0, help="which of them this is, from 0")
+    add("--overwrite", action="store_true", help="do finished edits again")
+    add_shared(parser)
+
+
+def _command(args: argparse.Namespace, others: list[str]) -> int:
+    join(args)
+    contents = describe(args.ckpt_dir)
+    placed = place(args, contents, many=True)
+    size = args.batch_size
+    if size is None:
+        size = placed.mesh.shape["data"] if placed.mesh else 1
+    settings = gather_settings(args, others, default_config_name(args.ckpt_dir, contents.configs))
+    resolve_settings(settings)  # what is wrong with the flags is wrong with every line
+    names = [*(names.split()[0] for names in EDIT_INPUTS), "lossless"]
+    given = {name: value for name in names if (value := getattr(args, name))}
+    job = Job(
+        manifest=storage.resolve(args.manifest),
+        save_dir=storage.resolve(args.save_dir),
+        common=Common(settings, manifest.resolved(given, ".")),
+        checkpoint=checkpoint_identity(args.ckpt_dir) | {"dtype": args.dtype},
+        batch_size=size,
+        shard=(args.shard_index, args.num_shards),
+        overwrite=args.overwrite,
+    )
+    work = resume.agree_on_work(find_work(job))
+    total, groups = len(work.missing), len(work.pending)
+    edits = total + len(work.finished) + len(work.failures)
+    say("edits", f"{edits}, of which {len(work.failures)} cannot run as they stand")
+    say("skipped", f"{len(work.finished)} finished before, unchanged")
+    say("to do", f"{total} in {groups} groups of up to {size}")
+
+    def loaded() -> Model:
+        """The model, read when the first group needs it."""
+        return load_model(args, contents, placed)
+
+    def runner(*group: Any) -> Sequence[Result | Exception]:
+        """Runs a group so that Ctrl-C is heeded."""
+        return interruptibly(lambda: run_group(*group))
+
+    with warnings_as_lines(), counting(total) as tell:
+
+        def on_end(request: Request, failure: Failure | None) -> None:
+            """Tells what became of an edit."""
+            tell(f"{request.id} failed: {failure.reason}" if failure else f"{request.id} done")
+
+        if agreement.is_writer():
+            summary = run(work, loaded, runner, on_end)
+        else:
+            summary = follow(work, loaded, runner)
+    where = f": {summary.failures}" if summary.failures else ""
+    done = f"{summary.done} done, {summary.skipped} skipped, {summary.failed} failed{where}"
+    say("batch", done)
+    return SOME_FAILED if summary.failed else 0

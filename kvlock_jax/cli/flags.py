@@ -1,0 +1,95 @@
+"""The flags that several commands share."""
+
+import argparse
+from collections.abc import Sequence
+
+from jax import numpy as jnp
+from ml_collections import ConfigDict
+
+from kvlock_jax.pipeline.overrides import SETTINGS, apply_overrides, read_config_file, update
+from kvlock_jax.pipeline.placement import ATTENTION
+from kvlock_jax.pipeline.settings import config
+from kvlock_jax.runtime.compile_cache import cache_folder
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of devices and hosts to a command's parser."""
+    group = parser.add_argument_group("devices and hosts")
+    add = group.add_argument
+    mesh = "devices by axis; all on frames for one edit, on data for many, by default"
+    add("--mesh", metavar="data=1,frames=8,model=1", help=mesh)
+    about = "between devices: keys and values gathered by each, or passed round a ring"
+    add("--attention", choices=ATTENTION, default="gathered", help=about)
+    about = "spread the weights over frames and gather them layer by layer; by default where large"
+    add("--spread_weights", action=argparse.BooleanOptionalAction, help=about)
+    about = "tiles of columns that the VAE makes a frame in, for the memory of one: %(default)s"
+    add("--vae_tiles", type=int, default=1, help=about)
+    add("--distributed", action="store_true", help="several hosts, which Cloud TPU knows by itself")
+    add("--coordinator", metavar="HOST:PORT", help="of the first host, where nothing else knows it")
+    add("--num_processes", type=int, help="how many hosts there are, with --coordinator")
+    add("--process_id", type=int, help="which of them this is, from 0")
+    about = "where compiled programs are kept for the next run ('' for nowhere): %(default)s"
+    add("--jax_cache_dir", metavar="DIR", default=cache_folder(), help=about)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for each of `SETTINGS`, and `--config FILE.py`, to a command's parser."""
+    parser.add_argument("--config", metavar="FILE.py", help="settings: a file with get_config()")
+    for key, kind, names, about in SETTINGS:
+        flag = [f"--{name}" for name in names.split()]
+        if kind is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(*flag, dest=key, action=action, help=about)
+        else:
+            parser.add_argument(
+                *flag, dest=key, type=kind, metavar=kind.__name__.upper(), help=about
+            )
+
+
+def gather_settings(args: argparse.Namespace, others: list[str], own: str) -> ConfigDict:
+    """What a command is told to run with, each over the one before: file, overrides, named flags.
+
+    Args:
+      args: of a parser of `add`.
+      others: arguments that it did not know, such as `--config.kvlock.tau=0.02`.
+      own: name of the checkpoint's own config, for where no file is given.
+
+    Raises:
+      ConfigError: the file is none, or a flag is unknown or cannot be read.
+    """
+    run = read_config_file(args.config) if args.config else config(own)
+    run = apply_overrides(run, others)
+    given = {key: getattr(args, key) for key, *_ in SETTINGS}
+    return update(run, {key: value for key, value in given.items() if value is not None})
+
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+EDIT_INPUTS = {
+    "src_video video": "a video, an image or a folder of images",
+    "src_mask mask": "a video, an image, a folder of images or an .npy",
+    "bbox": "X0,Y0,X1,Y1: a box of pixels in place of a mask",
+    "src_ref_images": "A.png,B.png: pictures to keep to; VACE models only",
+    "prompt": "what the masked part should show",
+}
+"""Flags that are no settings and that a manifest's line has too, and their help."""
+
+
+def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) -> None:
+    """Adds what one edit and many have in common."""
+    about = "'demo' (default), or a checkpoint's folder"
+    parser.add_argument("--ckpt_dir", "--ckpt", default="demo", help=about)
+    for names, about in EDIT_INPUTS.items():
+        flag = [f"--{name}" for name in names.split()]
+        parser.add_argument(*flag, required=names.split()[0] in required, help=about)
+    about = "write every bit of the video; .mkv is smallest"
+    parser.add_argument("--lossless", action="store_true", help=about)
+    add_dtype(parser)
+    add_devices(parser)
+    add_settings(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dtype` to a command's parser."""
+    about = "of matrix products and the cache"
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=about)

@@ -1,0 +1,57 @@
+"""From the flags of a command to its hosts, devices and model."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+
+from kvlock_jax.checkpoints.format import Contents
+from kvlock_jax.cli.flags import DTYPES
+from kvlock_jax.cli.terminal import say
+from kvlock_jax.parallel.processes import join_hosts
+from kvlock_jax.pipeline.load import Model, load
+from kvlock_jax.pipeline.placement import Placement, choose_placement, compiler_for
+from kvlock_jax.runtime.compile_cache import Compiler, keep_programs
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins the other hosts, if any, and keeps compiled programs where the flags say."""
+    keep_programs(args.jax_cache_dir)
+    join_hosts(args.distributed, args.coordinator, args.num_processes, args.process_id)
+
+
+def place(args: argparse.Namespace, contents: Contents, *, many: bool) -> Placement:
+    """The placement that the flags ask for, for one edit or for many."""
+    return choose_placement(
+        contents,
+        many=many,
+        mesh=args.mesh,
+        spread=args.spread_weights,
+        attention=args.attention,
+        vae_tiles=args.vae_tiles,
+    )
+
+
+def compiler(args: argparse.Namespace, placed: Placement) -> Compiler:
+    """The compiler of a command's programs."""
+    return compiler_for(placed, args.jax_cache_dir)
+
+
+def load_model(
+    args: argparse.Namespace,
+    contents: Contents,
+    placed: Placement,
+    on_shapes: Callable[[Model], None] = lambda model: None,
+) -> Model:
+    """Loads the model that the flags name and prints what was loaded."""
+    dtype, where = DTYPES[args.dtype], dataclasses.asdict(placed)
+    model = load(args.ckpt_dir, dtype, **where, on_shapes=on_shapes)
+    say("loaded", f"{args.ckpt_dir}: {summary(contents)}, computing in {args.dtype}")
+    say("on", str(placed))
+    return model
+
+
+def summary(contents: Contents) -> str:
+    """Family, size and dtypes of a checkpoint in a few words."""
+    parameters = sum(model.parameters for model in contents.models.values())
+    dtypes = sorted({dtype for model in contents.models.values() for dtype in model.dtypes})
+    return f"{contents.family}, {parameters:,} parameters in {', '.join(dtypes)}"

@@ -1,0 +1,357 @@
+"""What an edit costs on paper: memory and arithmetic, from the sizes of the model alone.
+
+Nothing here touches an array. Arithmetic is that of the matrix products, two operations for each
+multiply-add; of a block of 1.3B at 81 frames of 480x832 the rest is under 2 % of it, as XLA counts
+(exponentials apart). Costs are those of one device where a `Layout` is asked for, and of one group
+of devices that shares its edits' tokens: a further mesh axis of other edits multiplies nothing but
+their number.
+
+Attention is taken to keep its logits on the chip, as a kernel that works in blocks does: at 81
+frames of 480x832 those of one block and row of 1.3B would be 48 GiB.
+"""
+
+import dataclasses
+import math
+
+from kvlock_jax.errors import ConfigError
+from kvlock_jax.models.wan.block import FEED_FORWARD_TOKENS
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.parallel.padding import token_block
+from kvlock_jax.settings.schema import LockConfig
+from kvlock_jax.shapes import VAE_STRIDES
+
+TEXT_TOKENS = 512
+"""Length that Wan 2.1 pads every text to."""
+
+FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Edits that run together, and the model that makes them.
+
+    Attributes:
+      config: of the transformer.
+      frames: of each video as the model takes it, 4n + 1.
+      height: of each video, in pixels, a multiple of the VAE's stride times the patch; so `width`.
+      width: see `height`.
+      batch: edits `B`.
+      references: pictures of a VACE edit, a latent frame each (METHOD.md section 11).
+      text_tokens: `S`.
+      dtype_bytes: of a number in matrix products and in the cache: 2 for bfloat16.
+      weight_bytes: of a stored parameter, on average.
+    """
+
+    config: WanConfig
+    frames: int
+    height: int
+    width: int
+    batch: int = 1
+    references: int = 0
+    text_tokens: int = TEXT_TOKENS
+    dtype_bytes: int = 2
+    weight_bytes: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "batch", "text_tokens", "dtype_bytes"):
+            _require(getattr(self, name) > 0, self, name, "over 0")
+        _require(self.references >= 0, self, "references", "0 or more")
+        time, rows, columns = (
+            s * p for s, p in zip(VAE_STRIDES, self.config.patch_size, strict=True)
+        )
+        _require((self.frames - 1) % time == 0, self, "frames", f"1 more than a multiple of {time}")
+        _require(self.height % rows == 0, self, "height", f"a multiple of {rows}")
+        _require(self.width % columns == 0, self, "width", f"a multiple of {columns}")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Latent frames (of references too), rows and columns `T H W`."""
+        time, rows, columns = VAE_STRIDES
+        frames = (self.frames - 1) // time + 1 + self.references
+        return frames, self.height // rows, self.width // columns
+
+    @property
+    def tokens(self) -> int:
+        """Tokens `L` of one edit, without padding."""
+        return math.prod(self.latent_shape) // math.prod(self.config.patch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How edits lie on the devices that share their tokens.
+
+    Attributes:
+      devices: how many; each has as many tokens as any other, the last of them padding.
+      shard_weights: whether each holds an equal part of the weights and gathers the rest block by
+        block, or holds all.
+      block: tokens of one device are a multiple of it.
+    """
+
+    devices: int = 1
+    shard_weights: bool = False
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "block"):
+            _require(getattr(self, name) > 0, self, name, "over 0")
+
+    @classmethod
+    def of(cls, devices: int, shard_weights: bool, tokens: int) -> "Layout":
+        """The layout of a number of devices, with the padding that a program of as many has."""
+        return cls(devices, shard_weights, token_block(tokens, devices))
+
+    def local(self, tokens: int) -> int:
+        """Tokens of one device, with padding; times `devices` it is what keys are padded to."""
+        return -(-tokens // (self.devices * self.block)) * self.block
+
+
+def _require(ok: bool, owner: Workload | Layout, name: str, expected: str) -> None:
+    if not ok:
+        found = getattr(owner, name)
+        raise ConfigError(f"{type(owner).__name__}.{name} must be {expected}, found {found}")
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Parameters of a transformer by part.
+
+    Attributes:
+      patch_embedding: latents to tokens.
+      time: embedding of the timestep, and the modulation made of it.
+      text: embedding of the text.
+      blocks: all main blocks.
+      head: tokens to velocity.
+      vace: context blocks and what feeds them; 0 without VACE.
+    """
+
+    patch_embedding: int
+    time: int
+    text: int
+    blocks: int
+    head: int
+    vace: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+def parameters(config: WanConfig) -> Parameters:
+    """How many parameters a transformer has, exactly."""
+    wide, cells = config.dim, math.prod(config.patch_size)
+    square = _linear(wide, wide)
+    context = len(config.vace_layers)
+    control = _linear(cells * config.vace_in_channels, wide) + square
+    return Parameters(
+        patch_embedding=_linear(cells * config.in_channels, wide),
+        time=_linear(config.freq_dim, wide) + square + _linear(wide, 6 * wide),
+        text=_linear(config.text_dim, wide) + square,
+        blocks=config.num_layers * _block_parameters(config),
+        head=_linear(wide, cells * config.out_channels) + 2 * wide,
+        vace=(control + context * (_block_parameters(config) + square)) if context else 0,
+    )
+
+
+def _linear(c_in: int, c_out: int) -> int:
+    return c_in * c_out + c_out
+
+
+def _block_parameters(config: WanConfig) -> int:
+    wide = config.dim
+    attention = 4 * _linear(wide, wide) + 2 * wide  # with the norms of queries and keys
+    norm = 2 * wide if config.cross_attn_norm else 0
+    feed_forward = _linear(wide, config.ffn_dim) + _linear(config.ffn_dim, wide)
+    return 2 * attention + norm + feed_forward + 6 * wide
+
+
+def pass_parameters(config: WanConfig) -> int:
+    """How many of the parameters a pass reads.
+
+    The others turn texts and the control video into what all passes share, before the loop.
+    """
+    parts, wide = parameters(config), config.dim
+    text = 2 * _linear(wide, wide) + wide  # of each block: keys, their norm, values
+    blocks = config.num_layers + len(config.vace_layers)
+    unread = parts.text + blocks * text
+    if config.vace_layers:
+        cells = math.prod(config.patch_size)
+        unread += _linear(cells * config.vace_in_channels, wide) + _linear(wide, wide)
+    return parts.total - unread
+
+
+def weight_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of the transformer's weights that lie on a device."""
+    total = parameters(workload.config).total * workload.weight_bytes
+    return math.ceil(total / (layout.devices if layout.shard_weights else 1))
+
+
+def keys_values_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of the source's keys and values on a device: its part of `layers B L N K` twice."""
+    config = workload.config
+    numbers = config.num_layers * workload.batch * layout.local(workload.tokens) * config.dim
+    return 2 * numbers * workload.dtype_bytes
+
+
+def cache_bytes(workload: Workload, layout: Layout, lock: LockConfig) -> int:
+    """Bytes of them that a loop with such a lock keeps on a device: of all blocks, or of one."""
+    if not lock.enabled:
+        return 0
+    blocks = 1 if lock.cache == "carried" else workload.config.num_layers
+    return keys_values_bytes(workload, layout) // blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Bytes on a device beside weights and cache, by part; those of the block are the largest's.
+
+    Attributes:
+      latents: source, noise, the edit's, the solver's three, and 10 clean estimates, float32.
+      text: keys and values of all cross-attentions, of the edit's rows and the source's, whole on
+        each device, in the compute dtype.
+      control: control tokens of a VACE edit and of its source, float32.
+      positions: cosines and sines of every token, float32.
+      stream: the residual stream before a block and after, float32; of the edit's rows, and of the
+        source's where they go through the blocks beside.
+      carried: the same of the control tokens that the context blocks hand on.
+      block: what lives between the two (`activations`).
+      weights: of the block that is running, gathered from all devices where they are sharded.
+    """
+
+    latents: int
+    text: int
+    control: int
+    positions: int
+    stream: int
+    carried: int
+    block: int
+    weights: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+def activations(workload: Workload, layout: Layout, lock: LockConfig) -> Activations:
+    """What a step of the loop takes on a device beside weights and cache, every token computed.
+
+    Both guidance branches of `B` edits run as one pass of `R = 2 B` rows. The source has `B` rows,
+    which a block takes before the others, or, where the cache is carried, a pass before. With `n`
+    tokens on each of `P` devices, `D` and `F` the widths and `a` bytes of the compute dtype, a
+    block holds at most the largest of
+
+    - `R n D (a + 3 * 4)`: input, and queries, keys and values before they are cast;
+    - `R n D (3 a + 4) + 2 a R P n D`: all three, the result, and every device's keys and values,
+      where there are several;
+    - `R n D (a + 4) + m F (4 + a)`: the feed-forward's input and output, and of `m` tokens, at most
+      `FEED_FORWARD_TOKENS`, its hidden layer, and that again cast.
+
+    It is an estimate: a compiler may keep less, by doing a part at a time, or more, by fetching
+    weights ahead. Attention's logits stay on the chip.
+    """
+    config, number, edits = workload.config, workload.dtype_bytes, workload.batch
+    wide, rows, local = config.dim, 2 * workload.batch, layout.local(workload.tokens)
+    tokens, contexts = rows * local, len(config.vace_layers)
+    text = (config.num_layers + contexts) * (rows + edits) * workload.text_tokens * wide
+    gathered = 2 * number * layout.devices * wide if layout.devices > 1 else 0
+    cells = local * math.prod(config.patch_size) * config.in_channels
+    stream = tokens + (edits * local if lock.enabled and lock.cache == "fused" else 0)
+    hidden = min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim
+    return Activations(
+        latents=16 * FLOAT32 * edits * cells,
+        text=2 * number * text,
+        control=2 * FLOAT32 * edits * local * wide if contexts else 0,
+        positions=FLOAT32 * local * config.attention_head_dim,
+        stream=2 * FLOAT32 * stream * wide,
+        carried=2 * FLOAT32 * stream * wide if contexts else 0,
+        block=max(
+            tokens * wide * (number + 3 * FLOAT32),
+            tokens * (wide * (3 * number + FLOAT32) + gathered),
+            tokens * wide * (number + FLOAT32) + hidden * (FLOAT32 + number),
+        ),
+        weights=math.ceil(workload.weight_bytes * _block_parameters(config))
+        if layout.shard_weights
+        else 0,
+    )
+
+
+# --- arithmetic -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations of a pass by part.
+
+    Attributes:
+      projections: of both attentions, of the main blocks.
+      self_attention: products of queries with keys, and of weights with values.
+      cross_attention: the same, with the text's keys and values.
+      feed_forward: of the main blocks.
+      context: context blocks of VACE and their hints; 0 without.
+      embedding: latents to tokens, timestep to modulation.
+      head: tokens to velocity.
+    """
+
+    projections: int
+    self_attention: int
+    cross_attention: int
+    feed_forward: int
+    context: int
+    embedding: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+def pass_flops(workload: Workload, rows: int, layout: Layout | None = None) -> Flops:
+    """Operations of one pass over `rows` videos, on all devices together, padding included.
+
+    With `L` queries and as many keys, `S` of the text, width `D` and feed-forward width `F`, a
+    block multiplies and adds `6 L D^2` times in projections (keys and values of the text come from
+    before the loop), `2 L^2 D` and `2 L S D` in attention, `2 L D F` in the feed-forward.
+    """
+    layout = layout or Layout()
+    config, wide = workload.config, workload.config.dim
+    tokens = layout.devices * layout.local(workload.tokens)
+    cells = math.prod(config.patch_size)
+    projections = 12 * tokens * wide**2
+    self_attention = 4 * tokens**2 * wide
+    cross_attention = 4 * tokens * workload.text_tokens * wide
+    feed_forward = 4 * tokens * wide * config.ffn_dim
+    block = projections + self_attention + cross_attention + feed_forward
+    layers, time = rows * config.num_layers, config.freq_dim * wide + 7 * wide**2
+    return Flops(
+        projections=layers * projections,
+        self_attention=layers * self_attention,
+        cross_attention=layers * cross_attention,
+        feed_forward=layers * feed_forward,
+        context=rows * len(config.vace_layers) * (block + 2 * tokens * wide**2),
+        embedding=rows * 2 * (tokens * cells * config.in_channels * wide + time),
+        head=rows * 2 * tokens * cells * config.out_channels * wide,
+    )
+
+
+def source_flops(workload: Workload, layout: Layout | None = None) -> int:
+    """Operations of one pass of the source branch, whose velocity nobody takes (METHOD.md 3)."""
+    flops = pass_flops(workload, workload.batch, layout)
+    return flops.total - flops.head
+
+
+def edit_flops(workload: Workload, layout: Layout | None = None) -> int:
+    """Operations of the edit's pass of a step, over its conditional and unconditional branch."""
+    return pass_flops(workload, 2 * workload.batch, layout).total
+
+
+def source_share(lock: LockConfig, steps: int) -> float:
+    """The part of a run's steps with a source pass: those on which alpha can be over 0."""
+    window = min(lock.kappa, steps)
+    inside = lock.adapt_fusion_ratio or lock.fusion_ratio > 0
+    before = lock.warmup_fusion_ratio > 0
+    return lock.enabled * (window * inside + (steps - window) * before) / steps

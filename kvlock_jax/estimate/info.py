@@ -1,0 +1,184 @@
+"""What a checkpoint holds, and what an edit with it needs, as text."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from kvlock_jax.checkpoints.format import Contents
+from kvlock_jax.estimate import costs, roofline
+from kvlock_jax.estimate.costs import Layout, Workload
+from kvlock_jax.estimate.roofline import CHIPS
+from kvlock_jax.media.fit import Fit
+from kvlock_jax.parallel import sharding
+from kvlock_jax.pipeline.settings import Settings
+from kvlock_jax.settings.schema import LockConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The edit that a checkpoint's needs are told for.
+
+    Attributes:
+      video: frames, height and width, padded as `edit` pads them.
+      devices: that share the edit's tokens, 1 or more.
+      dtype: of matrix products and the cache, by name.
+      dtype_bytes: of a number of it.
+      chip: what the devices are, one of `CHIPS`, or None for memory alone.
+    """
+
+    video: Fit
+    devices: int
+    dtype: str
+    dtype_bytes: int
+    chip: str | None = None
+
+
+def holds(contents: Contents) -> Iterator[str]:
+    """Lines that say what a checkpoint holds, and of a converted one what it was made of.
+
+    The SHA-256 of its source's files are written as `sha256sum --check` reads them.
+    """
+    wan = contents.configs.transformer
+    yield _line("family", contents.family)
+    for name, model in contents.models.items():
+        sizes = f"{model.parameters:,} parameters, {', '.join(model.dtypes)}, {_bytes(model.size)}"
+        yield _line(name, sizes)
+    heads = f"{wan.num_attention_heads} heads of {wan.attention_head_dim}"
+    sizes = f"{wan.num_layers} layers, width {wan.dim}, {heads}, feed-forward {wan.ffn_dim}"
+    if wan.vace_layers:
+        sizes += f", context blocks at {', '.join(map(str, wan.vace_layers))}"
+    yield _line("sizes", sizes)
+    yield _line("weights", _bytes(_weights(contents)))
+    if contents.source:
+        yield from _origin(contents)
+
+
+def _origin(contents: Contents) -> Iterator[str]:
+    """Where a checkpoint comes from, as far as it says so in our words; others may have made it."""
+    source = contents.source if isinstance(contents.source, Mapping) else {}
+    folder, layout = source.get("folder", "an unknown folder"), source.get("layout", "unknown")
+    yield _line("converted", f"by kvlock_jax {contents.version} from {folder}, {layout} layout")
+    files = source.get("files")
+    for name, digest in files.items() if isinstance(files, Mapping) else ():
+        yield f"  {digest}  {name}"
+
+
+def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
+    """Lines that say what one edit needs of each device, and at least how long its steps take.
+
+    Weights lie on several devices as `edit.load` puts them there: the VAE's on each, a part of the
+    text encoder's, and of the transformer's a part where the chip is named and they would take much
+    of its memory (`sharding.worth_spreading`).
+
+    Args:
+      contents: of the checkpoint.
+      settings: of the edit; its preset and its steps decide how often the source branch runs.
+      plan: size and devices.
+    """
+    stored = contents.models["transformer"]
+    workload = Workload(
+        contents.configs.transformer,
+        *plan.video.model_shape,
+        dtype_bytes=plan.dtype_bytes,
+        weight_bytes=stored.size / stored.parameters,
+    )
+    frames, height, width = plan.video.model_shape
+    tokens = f"{workload.tokens:,} tokens of {frames} frames of {width}x{height}"
+    cache, lock = costs.cache_bytes(workload, Layout(), settings.lock), settings.lock
+    of = "all blocks" if lock.cache == "carried" else "a block"
+    yield _line("cache", f"{_bytes(cache)} in {plan.dtype}, of {of}: {tokens}")
+
+    memory = CHIPS[plan.chip].memory if plan.chip else None
+    several = plan.devices > 1
+    spread = several and memory is not None and sharding.worth_spreading(stored.size, memory)
+    layout = Layout.of(plan.devices, spread, workload.tokens)
+    parts = _per_device(contents, workload, layout, lock)
+    yield ""
+    yield from _table(parts, workload, layout, plan, memory)
+    if plan.chip:
+        yield ""
+        yield from _bound(workload, layout, settings, plan)
+
+
+def _weights(contents: Contents) -> int:
+    return sum(model.size for model in contents.models.values())
+
+
+def _per_device(
+    contents: Contents, workload: Workload, layout: Layout, lock: LockConfig
+) -> dict[str, int]:
+    """Bytes on a device."""
+    sizes = {name: model.size for name, model in contents.models.items()}
+    shared = sizes["text_encoder"] + sizes["transformer"] * layout.shard_weights
+    return {
+        "weights": sum(sizes.values()) - shared + -(-shared // layout.devices),
+        "cache": costs.cache_bytes(workload, layout, lock),
+        "activations": costs.activations(workload, layout, lock).total,
+    }
+
+
+def _table(
+    parts: dict[str, int], workload: Workload, layout: Layout, plan: Plan, memory: int | None
+) -> Iterator[str]:
+    local = layout.local(workload.tokens)
+    weights = "of transformer, VAE and text encoder"
+    if layout.devices > 1:
+        whole, parted = ("VAE", "transformer and text encoder")
+        if not layout.shard_weights:
+            whole, parted = ("transformer and VAE", "text encoder")
+        weights = f"of {whole}, and 1/{layout.devices} of {parted}"
+    notes = {
+        "weights": weights,
+        "cache": f"{local:,} tokens",
+        "activations": "of the sampling loop: an estimate",
+    }
+    if layout.devices > 1:
+        notes["cache"] += f" of {layout.devices * local:,}"
+    if layout.devices * local > workload.tokens:
+        notes["cache"] += ", padding and all"
+    yield f"per device, of {plan.devices} {plan.chip or 'in all'}"
+    for name, size in parts.items():
+        yield _row(name, size, notes[name])
+    total = sum(parts.values())
+    verdict = ""
+    if memory:
+        fits = "fits in" if total <= memory else "does not fit in"
+        verdict = f"{fits} {_short(memory)}"
+    yield _row("total", total, verdict)
+
+
+def _bound(workload: Workload, layout: Layout, settings: Settings, plan: Plan) -> Iterator[str]:
+    run, chip = (settings.lock, settings.sample.steps), CHIPS[plan.chip]
+    bound = roofline.roofline(roofline.step(workload, layout, *run), chip)
+    sources = round(costs.source_share(*run) * settings.sample.steps)
+    share = f"{settings.preset}: {sources} of {settings.sample.steps} steps with a source pass"
+    share += ", every token computed"
+    yield _line("step", f"at least {bound.seconds:.3g} s, by {bound.binds} ({share})")
+    for name, seconds in dataclasses.asdict(bound).items():
+        yield _line(f"  {name}", f"{seconds:.3g} s")
+    yield _line("all steps", f"at least {bound.seconds * settings.sample.steps:.3g} s")
+    devices = roofline.interconnect_binds_from(
+        workload, *run, chip, shard_weights=layout.shard_weights
+    )
+    binds = f"from {devices} chips on" if devices else "at no number of chips"
+    yield _line("scaling", f"the interconnect binds {binds}")
+
+
+def _line(what: str, text: str) -> str:
+    return f"{what:14} {text}"
+
+
+def _row(what: str, size: int, note: str) -> str:
+    return f"  {what:12} {_short(size):>10}  {note}".rstrip()
+
+
+def _short(size: int) -> str:
+    """A number of bytes in a unit that can be read."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.1f} {unit}"
+    return f"{size:,} bytes"
+
+
+def _bytes(size: int) -> str:
+    """The same, and the number itself."""
+    return f"{_short(size)} ({size:,} bytes)" if size >= 1 << 10 else _short(size)

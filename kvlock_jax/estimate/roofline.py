@@ -1,0 +1,162 @@
+"""A lower bound of a step's seconds on paper: its costs over a chip's published peaks."""
+
+import dataclasses
+
+from kvlock_jax.estimate import costs
+from kvlock_jax.estimate.costs import Layout, Workload
+from kvlock_jax.settings.schema import LockConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of one chip.
+
+    Attributes:
+      flops: operations per second on dense bfloat16 matrices.
+      memory: bytes of its own memory.
+      bandwidth: bytes per second to and from that memory.
+      interconnect: bytes per second that all its links to other chips receive. Publishers give both
+        directions together; this is half of it.
+    """
+
+    flops: float
+    memory: int
+    bandwidth: float
+    interconnect: float
+
+
+CHIPS = {
+    # docs.cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB at 819 GBps, ICI 400 GBps bidirectional.
+    "v5e": Chip(197e12, 16 * 10**9, 819e9, 200e9),
+    # docs.cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB at 1638 GBps, ICI 800 GBps.
+    "v6e": Chip(918e12, 32 * 10**9, 1638e9, 400e9),
+    # docs.cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GiB at 2765 GBps, ICI 1200 GBps.
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
+    # NVIDIA H100 data sheet, SXM: 1979 TFLOPS with sparsity, half of it dense; 80 GB at 3.35 TB/s,
+    # NVLink 900 GB/s.
+    "h100": Chip(989e12, 80 * 10**9, 3350e9, 450e9),
+    # NVIDIA A100 data sheet, 80GB SXM: 312 TFLOPS, 80 GB at 2039 GB/s, NVLink 600 GB/s.
+    "a100": Chip(312e12, 80 * 10**9, 2039e9, 300e9),
+}
+"""Chips by name; each with the public source of its peaks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What each device does in a step of the loop, on average over a run.
+
+    Attributes:
+      flops: operations.
+      memory: bytes to and from its memory.
+      interconnect: bytes from other devices.
+    """
+
+    flops: float
+    memory: float
+    interconnect: float
+
+
+def step(workload: Workload, layout: Layout, lock: LockConfig, steps: int) -> Step:
+    """What a step of a run takes of each device.
+
+    Memory: each pass reads its weights once, and one over source and edits does so for both; matrix
+    products and attention are kernels that read their inputs and write their outputs once, and all
+    else happens inside them. The edit's pass reads the source's keys and values, which its own pass
+    writes. What comes from other devices is written once.
+
+    Interconnect: of every block and row the other devices' keys and values, and where weights are
+    sharded, of every pass the other devices' part of them.
+    """
+    carried = lock.cache == "carried"
+    share = costs.source_share(lock, steps) / lock.cache_every
+    flops = costs.edit_flops(workload, layout) + share * costs.source_flops(workload, layout)
+    edit_rows, source_rows = 2 * workload.batch, share * workload.batch
+    read = costs.source_share(lock, steps)
+    cache = costs.keys_values_bytes(workload, layout) * (read + share)
+    passes = 1 + share * carried
+    weights = costs.pass_parameters(workload.config) * workload.weight_bytes * passes
+    gathered = (edit_rows + source_rows) * _gathered(workload, layout)
+    if layout.shard_weights:
+        gathered += weights * (1 - 1 / layout.devices)
+    traffic = (edit_rows + source_rows) * _traffic(workload, layout)
+    return Step(flops / layout.devices, weights + gathered + traffic + cache, gathered)
+
+
+def _gathered(workload: Workload, layout: Layout) -> int:
+    """Bytes of keys and values that a device receives, in a pass over one row."""
+    config = workload.config
+    others = (layout.devices - 1) * layout.local(workload.tokens)
+    blocks = config.num_layers + len(config.vace_layers)
+    return 2 * blocks * others * config.dim * workload.dtype_bytes
+
+
+def _traffic(workload: Workload, layout: Layout) -> int:
+    """Bytes that a device reads and writes of tokens, in a pass over one row."""
+    config, number = workload.config, workload.dtype_bytes
+    local = layout.local(workload.tokens)
+    keys = layout.devices * local
+    # Each of a block's three parts reads the residual stream, and later reads it and writes it.
+    stream = 9 * costs.FLOAT32 * local * config.dim
+    # Written and read: queries and result of both attentions; written: own keys and values.
+    attention = (8 + 2) * number * local * config.dim
+    read = 2 * number * (keys + workload.text_tokens) * config.dim
+    hidden = 2 * number * local * config.ffn_dim
+    blocks = config.num_layers + len(config.vace_layers)
+    return blocks * (stream + attention + read + hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that a step needs at a chip's published peaks.
+
+    Attributes:
+      compute: for the arithmetic.
+      memory: for the traffic to the chip's own memory.
+      interconnect: for what comes from other chips.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @property
+    def seconds(self) -> float:
+        """No step is faster: all three at once, each at its peak."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def binds(self) -> str:
+        """Which of the three takes longest."""
+        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]
+
+
+def roofline(cost: Step, peaks: Chip) -> Roofline:
+    """The bound of a step on a chip."""
+    return Roofline(
+        cost.flops / peaks.flops,
+        cost.memory / peaks.bandwidth,
+        cost.interconnect / peaks.interconnect,
+    )
+
+
+def interconnect_binds_from(
+    workload: Workload,
+    lock: LockConfig,
+    steps: int,
+    peaks: Chip,
+    *,
+    shard_weights: bool = False,
+    most: int = 1024,
+) -> int | None:
+    """The smallest number of chips, at least 2, whose bound is the interconnect; None up to `most`.
+
+    What a chip computes falls with their number, while the keys and values that it receives tend to
+    those of the whole video. It is a figure of the model, not of a run on as many chips: tokens are
+    taken to divide with as little padding as they can (blocks of `TOKEN_BLOCK` would make compute
+    bind again at some numbers above), and weights to be sharded, or not, at every number alike.
+    """
+    for devices in range(2, most + 1):
+        cost = step(workload, Layout(devices, shard_weights), lock, steps)
+        if roofline(cost, peaks).binds == "interconnect":
+            return devices
+    return None

@@ -1,0 +1,1 @@
+"""Measuring an edit against its source (METHOD.md section 13)."""

@@ -1,0 +1,1 @@
+"""Videos, pictures and masks: reading, writing and resizing them, on local and remote paths."""

@@ -1,0 +1,54 @@
+"""Rotary positions along time, height and width."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kvlock_jax.shapes import Heads
+
+Rope = tuple[Float[Array, "*B L K2"], Float[Array, "*B L K2"]]
+"""Cosines and sines, float32, one of each per pair of a head's numbers (`K2 = K / 2`); of all rows,
+or of each."""
+
+_THETA = 10_000.0
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """How many numbers of a head turn with time, rows and columns (Wan 2.1)."""
+    space = 2 * (head_dim // 6)
+    return head_dim - 2 * space, space, space
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int) -> Rope:
+    """The angles by which each token's keys and queries are turned, as cosines and sines.
+
+    Pair i of an axis with d numbers turns by `position * 10000^(-2i / d)`; time comes first in a
+    head, then rows, then columns. The angles are computed in float64 as published.
+
+    Args:
+      grid: tokens `T H W`.
+      head_dim: `K`, even.
+    """
+    parts = []
+    for axis, (length, numbers) in enumerate(zip(grid, rope_axes(head_dim), strict=True)):
+        frequency = _THETA ** (-np.arange(0, numbers, 2, dtype=np.float64) / numbers)
+        angle = np.outer(np.arange(length), frequency)
+        shape = [1, 1, 1, frequency.size]
+        shape[axis] = length
+        parts.append((angle.reshape(shape), (*grid, frequency.size)))
+
+    def table(function: np.ufunc) -> Float[Array, "L K2"]:
+        """Cosines or sines of all tokens."""
+        # Broadcast on the device: at full size the table is 8 MB, too much for a constant.
+        axes = [jnp.broadcast_to(jnp.asarray(function(a), jnp.float32), s) for a, s in parts]
+        return jnp.concatenate(axes, axis=-1).reshape(-1, head_dim // 2)
+
+    return table(np.cos), table(np.sin)
+
+
+def rotate(x: Heads, rope: Rope) -> Heads:
+    """Turns neighbouring pairs of every head by the token's angles; float32 in and out."""
+    cos, sin = (t[..., None, :] for t in rope)
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)

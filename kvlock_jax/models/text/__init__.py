@@ -1,0 +1,1 @@
+"""Text: the tokenizer, the UMT5 encoder, and prompts to contexts."""

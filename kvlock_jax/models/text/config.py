@@ -1,0 +1,25 @@
+"""Sizes of the text encoder."""
+
+import dataclasses
+
+from kvlock_jax.settings.fields import require, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class UMT5Config:
+    """Sizes of a UMT5 encoder; names are those of the Transformers `config.json`."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require_positive(self)
+        buckets = self.relative_attention_num_buckets
+        require(buckets % 4 == 0, self, "relative_attention_num_buckets", "a multiple of 4")

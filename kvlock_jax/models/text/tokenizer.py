@@ -1,0 +1,164 @@
+"""Prompts to token ids, and prompts to the text context that Wan's transformer attends to."""
+
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+import ftfy
+import numpy as np
+import tokenizers
+from etils import epath
+from jaxtyping import Bool, Int
+
+from kvlock_jax.errors import CheckpointError, InputError
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+"""T5's special tokens, with ids 0, 1 and 2 in a vocabulary of `write_word_tokenizer`."""
+
+
+def clean(prompt: str) -> str:
+    """A prompt as the publisher cleans it.
+
+    Broken encodings mended, full-width characters made plain and quotes straight (ftfy), HTML
+    entities resolved twice over, every run of white space one space, none at the ends.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class Tokenizer:
+    """The tokenizer of a Diffusers folder (`tokenizer/`) or an original one (`google/umt5-xxl/`).
+
+    What the user types is text, with one exception that the publisher's code has too: a special
+    token written out, such as `</s>` or `<extra_id_0>`, is that token.
+
+    Attributes:
+      text_len: length to which ids are padded or cut.
+      vocab_size: one more than the largest id.
+    """
+
+    def __init__(self, folder: epath.PathLike, text_len: int = 512):
+        """Opens `tokenizer.json` and `tokenizer_config.json`.
+
+        Args:
+          folder: where they are; local, or of a scheme that etils knows, such as `gs://`.
+          text_len: tokens of a prompt, with the end token; the model's own maximum where smaller.
+
+        Raises:
+          CheckpointError: if a file is missing or damaged, or the tokenizer ends no prompt.
+        """
+        folder = epath.Path(folder)
+        settings = _read_settings(folder)
+        inner = _read_tokenizer(folder)
+        pad = settings.get("pad_token", PAD)
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        pad_id = inner.token_to_id(pad)
+        if pad_id is None:
+            raise CheckpointError(f"{folder / 'tokenizer.json'} has no padding token {pad!r}")
+        inner.no_padding()
+        # an empty prompt is its end token; with no token at all attention would have no keys
+        if not inner.encode("").ids:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'} must add an end token to a prompt, found none: "
+                "its post_processor is missing"
+            )
+        self.text_len = min(text_len, settings.get("model_max_length") or text_len)
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        inner.enable_truncation(self.text_len)
+        inner.enable_padding(length=self.text_len, pad_id=pad_id, pad_token=pad)
+        self._inner, self._unknown = inner, inner.token_to_id(UNKNOWN)
+
+    def __call__(
+        self, prompts: Sequence[str]
+    ) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
+        """Ids of cleaned prompts, and a mask that is true up to the end token.
+
+        Both are `text_len` long; longer prompts are cut and keep their end token.
+
+        Raises:
+          InputError: if `prompts` is one string, or holds something that is not a string.
+        """
+        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+            raise InputError(f"prompts must be a sequence of strings, found {prompts!r}")
+        encoded = self._inner.encode_batch([clean(prompt) for prompt in prompts])
+        ids = np.array([e.ids for e in encoded], np.int32).reshape(-1, self.text_len)
+        mask = np.array([e.attention_mask for e in encoded], bool).reshape(ids.shape)
+        return ids, mask
+
+    def unknown(self, prompt: str) -> list[str]:
+        """What of a prompt the vocabulary does not hold, as typed."""
+        text = clean(prompt)
+        found = self._inner.encode(text)
+        spans = zip(found.ids, found.offsets, strict=True)
+        words = [text[first:last] for token, (first, last) in spans if token == self._unknown]
+        return list(dict.fromkeys(words))
+
+
+def write_word_tokenizer(folder: epath.PathLike, words: Iterable[str], text_len: int) -> None:
+    """Writes a tokenizer of whole words, for models with a small vocabulary of their own.
+
+    Letters are lowered and punctuation is dropped; a word that is not listed becomes `<unk>`. Ids
+    are `<pad>` 0, `</s>` 1, `<unk>` 2, then the words in order. The folder loads in Transformers
+    and in Diffusers' pipelines as well.
+
+    Raises:
+      InputError: if a word is listed twice, or is more than one lower-case word.
+    """
+    words = list(words)
+    fits = re.compile(r"[^\W_]+").fullmatch
+    if bad := [w for w in words if not fits(w) or w != w.lower() or words.count(w) > 1]:
+        raise InputError(f"words must be single, lower-case and unlike each other, found {bad}")
+    vocabulary = {word: i for i, word in enumerate((PAD, END, UNKNOWN, *words))}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    inner.normalizer = tokenizers.normalizers.Lowercase()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.WhitespaceSplit(),
+            tokenizers.pre_tokenizers.Punctuation("removed"),
+        ]
+    )
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, vocabulary[END])]
+    )
+    inner.add_special_tokens([PAD, END, UNKNOWN])
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(inner.to_str(pretty=True))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": text_len,
+        "pad_token": PAD,
+        "eos_token": END,
+        "unk_token": UNKNOWN,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _read_settings(folder: epath.Path) -> dict:
+    """`tokenizer_config.json`, which may be left out."""
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not hold a JSON object: {error}") from error
+
+
+def _read_tokenizer(folder: epath.Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        message = f"{folder} has no tokenizer.json"
+        if (folder / "spiece.model").exists():
+            # Not "write it with Transformers": its converter of T5 drops UMT5's byte fallback,
+            # and characters outside the vocabulary would all become `<unk>`.
+            message += (
+                ", only spiece.model: copy tokenizer.json from the published tokenizer "
+                "(google/umt5-xxl)"
+            )
+        raise CheckpointError(message)
+    try:
+        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error

@@ -1,0 +1,1 @@
+"""Wan's causal video VAE."""

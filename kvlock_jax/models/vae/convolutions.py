@@ -1,0 +1,197 @@
+"""Convolutions of Wan 2.1's causal VAE."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kvlock_jax.models.vae import filtering
+from kvlock_jax.parallel import sharding
+
+Feature = Float[Array, "B T H W C"]
+Cache = Any
+"""A pytree of the frames that a module needs of the chunk before; `None` before the first chunk."""
+
+_WIDE, _LARGE = 96, 512
+"""Channels and cells of a frame from which filtered rows and columns are faster on CPU than XLA's
+convolution: of fewer cells, bringing the kernel to its filtered form takes too much of the time."""
+
+_NARROW = 32
+"""Channels up to which XLA's convolution on CPU is faster over three frames' than three times."""
+
+_THIN = 64
+"""Channels in times channels out up to which sums and not products take the time: unfiltered."""
+
+_KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def _conv2d(x: Feature, kernel: Float[Array, "h w I O"], stride: int, padding: Any) -> Feature:
+    """A 2-D convolution of every frame."""
+    batch, frames = x.shape[:2]
+    y = jax.lax.conv_general_dilated(
+        x.reshape(batch * frames, *x.shape[2:]),
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y.reshape(batch, frames, *y.shape[1:])
+
+
+def _same(x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+    """A 2-D convolution of every frame to as many rows and columns."""
+    return _conv2d(x, kernel, 1, "SAME")
+
+
+def _padded(x: Feature) -> Feature:
+    """With a row or column of zeros on every side."""
+    return jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def _planes(x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+    """What `_same` does, as is fastest on CPU."""
+    if kernel.shape[0] == 1:
+        return x @ kernel[0, 0]
+    if not _filtered(x, kernel):
+        return _same(x, kernel)
+    rows = functools.partial(_product_of_rows, form=filtering.TWO)
+    return filtering.convolve(_padded(x), kernel.swapaxes(0, 1), rows, filtering.FOUR, axis=3)
+
+
+def _filtered(x: Feature, kernel: Float[Array, "*t h w I O"]) -> bool:
+    """Whether `_planes` filters rows and columns."""
+    large = x.shape[2] * x.shape[3] >= _LARGE
+    return kernel.shape[-3] > 1 and large and _wide(x, kernel)
+
+
+def _wide(x: Feature, kernel: Float[Array, "*t h w I O"]) -> bool:
+    """Whether products of channels take most of a convolution's time, in a dtype that can sum."""
+    return min(kernel.shape[-2:]) >= _WIDE and x.dtype == jnp.float32
+
+
+def _each(x: Feature, kernel: Float[Array, "*t h w I O"]) -> filtering.Each:
+    """How products of planes are made: in a loop where each is a filter of many more."""
+    return filtering.looped if _filtered(x, kernel) else filtering.unrolled
+
+
+def _product_of_rows(x: Feature, taps: Float[Array, "h I O"], form: filtering.Filter) -> Feature:
+    each = filtering.stacked
+    return filtering.convolve(x, taps, jnp.matmul, form, axis=2, each=each)
+
+
+def _doubled(x: Feature) -> Feature:
+    """Every cell four times; a broadcast, since the gradient of `jnp.repeat` is a slow scatter."""
+    batch, frames, height, width, channels = x.shape
+    wide = jnp.broadcast_to(
+        x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, channels)
+    )
+    return wide.reshape(batch, frames, 2 * height, 2 * width, channels)
+
+
+class _Conv2d(nnx.Module):
+    """A 3x3 convolution of every frame."""
+
+    def __init__(self, c_in: int, c_out: int, *, rngs):
+        self.kernel = nnx.Param(_KERNEL_INIT(rngs.params(), (3, 3, c_in, c_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
+
+    def __call__(self, x: Feature) -> Feature:
+        """Convolves; float32 parameters are brought to the dtype of `x`."""
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
+        return self._convolve(x, kernel) + bias
+
+
+class HalvingConv2d(_Conv2d):
+    """A 3x3 convolution of every frame to half as many rows and columns."""
+
+    def _convolve(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+        return _conv2d(x, kernel, 2, ((0, 1), (0, 1)))
+
+
+class DoublingConv2d(_Conv2d):
+    """A 3x3 convolution of every frame whose rows and columns were doubled before.
+
+    On CPU one of wide channels is never made: most of its products would be the same.
+    """
+
+    def _convolve(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+        forms = {"cpu": self._filtered, "default": self._whole}
+        return jax.lax.platform_dependent(x, kernel, **forms)
+
+    def _filtered(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+        if not _wide(x, kernel):
+            return self._whole(x, kernel)
+        form, each = filtering.DOUBLED, filtering.looped
+        rows = functools.partial(_product_of_rows, form=form)
+        return filtering.convolve(_padded(x), kernel.swapaxes(0, 1), rows, form, axis=3, each=each)
+
+    def _whole(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+        return _same(_doubled(x), kernel)
+
+
+class CausalConv3d(nnx.Module):
+    """A 3-D convolution that sees no later frame.
+
+    On CPU its steps in time are filtered, so that products are 2-D convolutions of frames. A single
+    frame is the sum of three such, or of few channels one of three frames' at once. Elsewhere it is
+    one convolution: several would each fetch the edges of neighbouring chips for themselves.
+    """
+
+    def __init__(self, c_in: int, c_out: int, size: int = 3, time_stride: int = 1, *, rngs):
+        shape = (3, size, size, c_in, c_out)
+        self.kernel = nnx.Param(_KERNEL_INIT(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
+        self.time_stride = time_stride
+
+    def valid(self, x: Feature) -> Feature:
+        """Convolves without padding in time: two frames fewer come out than go in."""
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
+        forms = {"cpu": self._by_frames, "default": self._whole}
+        return jax.lax.platform_dependent(x, kernel, **forms) + bias
+
+    def _by_frames(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
+        # else XLA would filter the kernels of all layers before a scan over chunks, and hold them
+        x, kernel = jax.lax.optimization_barrier((x, kernel))
+        made, (c_in, c_out) = range(0, x.shape[1] - 2, self.time_stride), kernel.shape[3:]
+        plain = len(made) == 1 or self.time_stride > 1 or c_in * c_out <= _THIN
+        if not plain and x.dtype == jnp.float32:
+            form = filtering.TWO if len(made) == 2 else filtering.FOUR
+            return filtering.convolve(x, kernel, _planes, form, axis=1, each=_each(x, kernel))
+        frames, taps = jnp.split(x, x.shape[1], axis=1), list(kernel)
+        if c_in <= _NARROW:
+            taps = [jnp.concatenate(taps, axis=-2)]
+        y = []
+        for first in made:
+            seen = frames[first : first + 3]
+            seen = [jnp.concatenate(seen, axis=-1)] if len(taps) == 1 else seen
+            y.append(sum(_planes(s, t) for s, t in zip(seen, taps, strict=True)))
+        return jnp.concatenate(y, axis=1)
+
+    def _whole(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
+        beside = kernel.shape[1] // 2
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.time_stride, 1, 1),
+            ((0, 0), (beside, beside), (beside, beside)),
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        )
+
+    def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
+        """Convolves a chunk after the two frames in `cache`, zeros before the first chunk."""
+        whole = jnp.concatenate([past(x) if cache is None else cache, x], axis=1)
+        if cache is None and x.shape[1] == 1:  # of the three steps in time two see zeros
+            kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
+            forms = {"cpu": _planes, "default": _same}
+            y = jax.lax.platform_dependent(x, kernel[2], **forms) + bias
+        else:
+            y = self.valid(whole)
+        return sharding.spread_space(y), whole[:, -2:]
+
+
+def past(x: Feature) -> Feature:
+    """The two frames of zeros that stand before a clip."""
+    return jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)

@@ -1,0 +1,210 @@
+"""A block of Wan 2.1's transformer, and a stack of them as one module."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kvlock_jax.lock import KVCache, Lock
+from kvlock_jax.models.attention.rope import Rope, rotate
+from kvlock_jax.models.attention.sharded import Attend, replicated_keys
+from kvlock_jax.models.layout import gathered_layer
+from kvlock_jax.models.linear import Linear, together
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.parallel import sharding
+
+FEED_FORWARD_TOKENS = 4096
+"""That a device's feed-forward layer takes at a time, for the memory of so many."""
+
+
+def over_tokens(
+    run: Callable[[Float[Array, "B n D"]], Float[Array, "B n D"]],
+    x: Float[Array, "B L D"],
+    most: int,
+) -> Float[Array, "B L D"]:
+    """`run(x)` of at most so many tokens of a device at a time; it takes each token by itself."""
+    rows, length, width = x.shape
+    ways = sharding.shards("L")
+    own, each = length // ways, max(1, most // (rows // sharding.shards("B")))
+    if own <= each:
+        return run(x)
+    parts = -(-own // each)
+    size = -(-own // parts)
+    x = x.reshape(rows, ways, own, width)
+
+    def part(number: int, made: Float[Array, "B ways own D"]) -> Float[Array, "B ways own D"]:
+        """Adds what is made of some tokens."""
+        start = number * size  # clamped where too few are left: some are made again
+        some = jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
+        done = run(some.reshape(rows, ways * size, width)).reshape(some.shape)
+        return jax.lax.dynamic_update_slice_in_dim(made, done, start, axis=2)
+
+    start = sharding.constrain(jnp.zeros_like(x), "B L own D")
+    return jax.lax.fori_loop(0, parts, part, start).reshape(rows, length, width)
+
+
+Tokens = Float[Array, "B L D"]
+Modulation = Float[Array, "B six D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """Where tokens are, and how they attend to each other.
+
+    Attributes:
+      rope: of every token, padding included.
+      keys: how many of the tokens are real; `None` if all.
+      attend: self-attention from `B L N K` queries, keys and values, and `keys`.
+    """
+
+    rope: Rope
+    keys: int | None = dataclasses.field(metadata={"static": True})
+    attend: Attend = dataclasses.field(metadata={"static": True})
+
+
+def layer_norm(config: WanConfig, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A layer norm over channels, float32; with a scale and a shift of its own where `affine`."""
+    return nnx.LayerNorm(
+        config.dim,
+        epsilon=config.eps,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    """Projections of an attention; its norms of queries and keys span all heads at once."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.heads, self.dtype = config.num_attention_heads, dtype
+        wide = config.dim
+        self.to_q = Linear(wide, wide, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(wide, wide, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(wide, wide, dtype=dtype, rngs=rngs)
+        self.to_out = Linear(wide, wide, dtype=dtype, rngs=rngs)
+        norm = dict(epsilon=config.eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+        self.norm_q = nnx.RMSNorm(wide, **norm)
+        self.norm_k = nnx.RMSNorm(wide, **norm)
+
+    def queries(self, x: Tokens) -> Float[Array, "B L N K"]:
+        """Normalised queries, float32."""
+        return self._split(self.norm_q(self.to_q(x)))
+
+    def queries_keys_values(self, x: Tokens) -> tuple[Array, Array, Array]:
+        """What `queries` and `keys_values` make of the same tokens."""
+        q, k, v = together((self.to_q, self.to_k, self.to_v), x)
+        return self._split(self.norm_q(q)), self._split(self.norm_k(k)), self._split(v)
+
+    def keys_values(self, x: Tokens) -> tuple[Array, Array]:
+        """Normalised keys, float32, and values, each `B S N K`."""
+        return self._split(self.norm_k(self.to_k(x))), self._split(self.to_v(x))
+
+    def attend(self, attend: Attend, q: Array, k: Array, v: Array, *keys: int | None) -> Tokens:
+        """Attention in the compute dtype, and its output projection."""
+        y = attend(*(x.astype(self.dtype) for x in (q, k, v)), *keys)
+        return self.to_out(y.reshape(*y.shape[:2], -1))
+
+    def _split(self, x: Tokens) -> Float[Array, "B L N K"]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """`net_2(gelu(net_0 x))`, with the tanh form of gelu."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.net_0 = Linear(config.dim, config.ffn_dim, dtype=dtype, rngs=rngs)
+        self.net_2 = Linear(config.ffn_dim, config.dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Tokens) -> Tokens:
+        """Applies the layer to every token."""
+        return self.net_2(jax.nn.gelu(self.net_0(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(config, False, rngs)
+        self.attn1 = Attention(config, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(config, True, rngs) if config.cross_attn_norm else None
+        self.attn2 = Attention(config, dtype=dtype, rngs=rngs)
+        self.norm3 = layer_norm(config, False, rngs)
+        self.ffn = FeedForward(config, dtype=dtype, rngs=rngs)
+        init = nnx.initializers.normal(config.dim**-0.5)
+        self.scale_shift_table = nnx.Param(init(rngs.params(), (6, config.dim), jnp.float32))
+
+    def __call__(
+        self,
+        x: Tokens,
+        modulation: Modulation,
+        text: KVCache,
+        positions: Positions,
+        lock: Lock | None,
+    ) -> tuple[Tokens, KVCache]:
+        """Runs the block on the float32 residual stream.
+
+        Returns its output and the keys (after norm and RoPE) and values that its self-attention
+        attended to: fused ones where there is a lock.
+        """
+        table = modulation + self.scale_shift_table[...].astype(jnp.float32)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            m[:, None] for m in jnp.moveaxis(table, 1, 0)
+        )
+
+        y = self.norm1(x) * (1 + scale1) + shift1
+        q, k, v = self.attn1.queries_keys_values(y)
+        q, k = rotate(q, positions.rope), rotate(k, positions.rope)
+        k, v = k.astype(self.attn1.dtype), v.astype(self.attn1.dtype)
+        if lock is not None:
+            if lock.computed is not None:  # they lie anywhere in the video
+                k, v = sharding.constrain((k, v), "BSNK")
+            k, v = lock.lead(k, lock.cache.k), lock.lead(v, lock.cache.v)
+            k, v = sharding.constrain((k, v), "BLNK")
+        x = x + self.attn1.attend(positions.attend, q, k, v, positions.keys) * gate1
+
+        y = self.norm2(x) if self.norm2 else x
+        x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
+
+        def fed_forward(x: Tokens) -> Tokens:
+            """Tokens after the feed-forward layer, each by itself."""
+            y = self.norm3(x) * (1 + scale2) + shift2
+            return x + self.ffn(y) * gate2
+
+        x = sharding.constrain(over_tokens(fed_forward, x, FEED_FORWARD_TOKENS), "BLD")
+        return x, sharding.constrain(KVCache(k=k, v=v), "BLNK")
+
+
+def stacked(
+    kind: type[Block], layers: int, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs
+) -> Block:
+    """Blocks as one module; each of its parameters has a leading axis of `layers`."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap
+    def build(rngs: nnx.Rngs) -> Block:
+        """One of them."""
+        return kind(config, dtype=dtype, rngs=rngs)
+
+    return build(rngs)
+
+
+def text_cache(blocks: Block, text: Float[Array, "B S D"]) -> KVCache:
+    """Cross-attention's keys and values of stacked blocks, `layers B S N K`."""
+    graph, params = nnx.split(blocks.attn2)
+
+    def of_layer(layer: Any) -> KVCache:
+        """Keys and values of one block."""
+        attention = nnx.merge(graph, gathered_layer(layer))
+        k, v = attention.keys_values(text)
+        cache = KVCache(k=k.astype(attention.dtype), v=v.astype(attention.dtype))
+        return sharding.constrain(cache, "BSNK")
+
+    return jax.lax.map(of_layer, params)

@@ -1,0 +1,44 @@
+"""Sizes of Wan's transformers."""
+
+import dataclasses
+import itertools
+
+from kvlock_jax.settings.fields import require, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan 2.1 transformer; names are those of the Diffusers `config.json`.
+
+    `vace_layers` are the blocks after which VACE adds a hint (METHOD.md section 11), increasing and
+    from 0; none is the text-to-video model, to which `vace_in_channels` says nothing.
+    """
+
+    num_attention_heads: int
+    attention_head_dim: int
+    num_layers: int
+    ffn_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_max_seq_len: int = 1024
+    vace_layers: tuple[int, ...] = ()
+    vace_in_channels: int = 96
+
+    def __post_init__(self) -> None:
+        require_positive(self)
+        require(self.attention_head_dim % 2 == 0, self, "attention_head_dim", "even")
+        layers = self.vace_layers
+        expected = f"empty, or increasing from 0 and under num_layers, {self.num_layers}"
+        first = tuple(layers[:1]) in ((), (0,))
+        increasing = all(a < b for a, b in itertools.pairwise((*layers, self.num_layers)))
+        require(first and increasing, self, "vace_layers", expected)
+
+    @property
+    def dim(self) -> int:
+        """Width `D = N K` of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim

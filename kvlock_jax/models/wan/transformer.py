@@ -1,0 +1,293 @@
+"""Wan 2.1's text-to-video transformer.
+
+One pass turns noisy latents, a timestep and a text into a velocity. It can hand out every block's
+self-attention keys and values (METHOD.md section 3) and take such a cache to fuse its own with
+(section 4). Layout and arithmetic are those of the published checkpoint (Wan-Video/Wan2.1,
+`WanTransformer3DModel` in Diffusers); attributes keep its names, except that the blocks are one
+stacked module with a leading layer axis, which a `lax.scan` runs over.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kvlock_jax.grid import Grid, Patches
+from kvlock_jax.lock import KVCache, Lock, SourcePass, take
+from kvlock_jax.models.attention.rope import rope_table
+from kvlock_jax.models.attention.sharded import Attend, gathered
+from kvlock_jax.models.layout import gathered_layer
+from kvlock_jax.models.linear import Linear
+from kvlock_jax.models.wan.block import (
+    Block,
+    Modulation,
+    Positions,
+    Tokens,
+    layer_norm,
+    stacked,
+    text_cache,
+)
+from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.parallel import sharding
+from kvlock_jax.shapes import PerEdit
+
+Context = Float[Array, "B S text_dim"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """What a pass needs beside latents and timestep; computed once, before the sampling loop."""
+
+    text: KVCache  # cross-attention's, layers B S N K
+    positions: Positions
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """What a pass needs of the timestep of each row."""
+
+    embedding: Float[Array, "*rows D"]
+    modulation: Float[Array, "*rows six D"]  # of a block
+
+
+class Projection(nnx.Module):
+    """Two linear layers with a nonlinearity between."""
+
+    def __init__(self, c_in: int, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.linear_1 = Linear(c_in, config.dim, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(config.dim, config.dim, dtype=dtype, rngs=rngs)
+
+
+class ConditionEmbedder(nnx.Module):
+    """Timestep to modulation, text embeddings to the width of the model."""
+
+    def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.freq_dim = config.freq_dim
+        # Modulation multiplies every activation, so its small products stay float32.
+        self.time_embedder = Projection(config.freq_dim, config, dtype=jnp.float32, rngs=rngs)
+        self.time_proj = Linear(config.dim, 6 * config.dim, dtype=jnp.float32, rngs=rngs)
+        self.text_embedder = Projection(config.text_dim, config, dtype=dtype, rngs=rngs)
+
+    def time(self, timestep: Float[Array, "rows"]) -> Time:
+        """The embedding of timesteps (0-1000), and six modulations of a block from each."""
+        half = self.freq_dim // 2
+        frequency = jnp.exp(-jnp.log(10_000.0) / half * jnp.arange(half, dtype=jnp.float32))
+        angle = timestep.astype(jnp.float32)[:, None] * frequency
+        x = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        x = self.time_embedder.linear_2(jax.nn.silu(self.time_embedder.linear_1(x)))
+        return Time(x, self.time_proj(jax.nn.silu(x)).reshape(x.shape[0], 6, -1))
+
+    def text(self, context: Context) -> Float[Array, "B S D"]:
+        """Text embeddings at the width of the model."""
+        x = jax.nn.gelu(self.text_embedder.linear_1(context), approximate=True)
+        return self.text_embedder.linear_2(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What runs beside the blocks; after each it may change the residual stream.
+
+    Attributes:
+      state: what it starts from, a tree of arrays.
+      layers: its inputs, a tree of arrays with a leading axis of layers.
+      after: from the stream after a block, the state, and the block's part of `layers` to the
+        stream that the next block takes, and the next state.
+    """
+
+    state: Any = None
+    layers: Any = None
+    after: Callable[[Tokens, Any, Any], tuple[Tokens, Any]] = lambda x, state, layer: (x, state)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stream:
+    """Rows of tokens on their way through the blocks.
+
+    Attributes:
+      start: tokens, and the state of what runs beside.
+      layers: the text's keys and values, and the inputs of what runs beside, of all layers.
+      modulation: of the timestep.
+      positions: of the tokens.
+      after: of `Side`.
+    """
+
+    start: tuple[Tokens, Any]
+    layers: tuple[KVCache, Any]
+    modulation: Modulation
+    positions: Positions
+    after: Callable[[Tokens, Any, Any], tuple[Tokens, Any]]
+
+    def block(
+        self, run: Block, carry: tuple[Tokens, Any], layer: tuple[KVCache, Any], lock: Lock | None
+    ) -> tuple[tuple[Tokens, Any], KVCache]:
+        """One block and what runs beside it; gives the next carry, and keys and values."""
+        (x, state), (text, side_layer) = carry, layer
+        x, kv = run(x, self.modulation, text, self.positions, lock)
+        return self.after(x, state, side_layer), kv
+
+
+class WanTransformer(nnx.Module):
+    """The transformer; every parameter of `blocks` has a leading axis of `config.num_layers`.
+
+    Args:
+      config: sizes.
+      dtype: compute dtype of matrix products and of the K/V cache; norms, modulation, RoPE,
+        softmax and the residual stream are float32.
+      unroll: blocks that one turn of the scan runs. More compile longer; XLA on CPU compiles
+        gradients of a loop's body badly, so a small model trains faster with all in one turn.
+      attend: self-attention among tokens that devices share: `gathered` or `ring`.
+      rngs: source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        dtype: Any = jnp.float32,
+        unroll: int = 1,
+        attend: Attend = gathered,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype, self.unroll, self.attend = config, dtype, unroll, attend
+        cells = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.patch_embedding = Linear(
+            cells * config.in_channels, config.dim, dtype=dtype, rngs=rngs
+        )
+        self.condition_embedder = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
+        self.blocks = stacked(Block, config.num_layers, config, dtype=dtype, rngs=rngs)
+        self.norm_out = layer_norm(config, False, rngs)
+        init = nnx.initializers.normal(config.dim**-0.5)
+        self.scale_shift_table = nnx.Param(init(rngs.params(), (2, config.dim), jnp.float32))
+        self.proj_out = Linear(config.dim, cells * config.out_channels, dtype=dtype, rngs=rngs)
+
+    def condition(self, context: Context, grid: Grid) -> Conditioning:
+        """Cross-attention's keys and values of a text, and the positions of a token grid.
+
+        Args:
+          context: text embeddings, zeros after the last token; all `S` positions are attended to,
+            as published.
+          grid: of the latents.
+        """
+        text = text_cache(self.blocks, self.condition_embedder.text(context))
+        padding = [(0, grid.length - grid.tokens), (0, 0)]
+        tables = rope_table(grid.axes, self.config.attention_head_dim)
+        cos, sin = (sharding.constrain(jnp.pad(t, padding), "LK") for t in tables)
+        keys = grid.tokens if grid.tokens < grid.length else None
+        return Conditioning(text, Positions((cos, sin), keys, self.attend))
+
+    def times(self, timestep: Float[Array, "rows"]) -> Time:
+        """What passes need of timesteps `1000 sigma`, such as those of all steps."""
+        return self.condition_embedder.time(timestep)
+
+    def __call__(
+        self,
+        latents: Patches,
+        time: Time | PerEdit,
+        conditioning: Conditioning,
+        lock: Lock | None = None,
+    ) -> Patches:
+        """The velocity `v = eps - x` of noisy latents (METHOD.md section 1), float32.
+
+        Args:
+          latents: normalised, at noise level sigma.
+          time: of each row, of `times`, or the timestep `1000 sigma` itself.
+          conditioning: of `condition`.
+          lock: cache of all layers, or the pass that makes it, and what to fuse where; rows as
+            `kvlock_jax.lock.fuse` takes them. `None` runs the plain model.
+        """
+        return self._run(latents, time, conditioning, lock, None)[0]
+
+    def empty_cache(self, latents: Patches) -> KVCache:
+        """Zeros for `keys_values` of such latents to write into, `layers B L N K`."""
+        config = self.config
+        heads = (config.num_attention_heads, config.attention_head_dim)
+        shape = (config.num_layers, *latents.shape[:2], *heads)
+        return sharding.constrain(KVCache.zeros(shape, self.dtype), "layers B L N K")
+
+    def keys_values(
+        self,
+        latents: Patches,
+        time: Time | PerEdit,
+        conditioning: Conditioning,
+        lock: Lock | None = None,
+        into: KVCache | None = None,
+    ) -> tuple[Patches, KVCache]:
+        """The velocity, and all blocks' self-attention keys and values, `layers B L N K`.
+
+        They are written `into` a cache, in place where a compiled loop carries it: the loop then
+        never holds two.
+        """
+        into = self.empty_cache(latents) if into is None else into
+        return self._run(latents, time, conditioning, lock, into)
+
+    def _run(self, latents, time, conditioning, lock, kept):
+        graph, params = nnx.split(self.blocks)
+        time = time if isinstance(time, Time) else self.times(time)
+        own = self._stream(latents, time, conditioning, lock)
+        cache, beside = lock and lock.cache, None
+        if isinstance(cache, SourcePass):
+            given = cache.latents, cache.time, cache.conditioning
+            beside, cache = self._stream(*given, None), None
+
+        def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
+            """A turn of the scan: the source's rows, then the edit's."""
+            (stream, source, kept), (index, weights, own_layer, source_layer, cache) = carry, layer
+            run = nnx.merge(graph, gathered_layer(weights))
+            if beside is not None:
+                source, cache = beside.block(run, source, source_layer, None)
+            held = lock and dataclasses.replace(lock, cache=cache)
+            stream, kv = own.block(run, stream, own_layer, held)
+            if kept is not None:
+                write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+                kept = jax.tree.map(write, kept, kv)
+            return (stream, source, kept), None
+
+        index = jnp.arange(self.config.num_layers)
+        carry = (own.start, beside and beside.start, kept)
+        layers = (index, params, own.layers, beside and beside.layers, cache)
+        ((x, _), _, kept), _ = jax.lax.scan(block, carry, layers, unroll=self.unroll)
+
+        table = self.scale_shift_table[...].astype(jnp.float32) + time.embedding[:, None]
+        shift, scale = jnp.moveaxis(table, 1, 0)
+        x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
+        x = x.reshape(*x.shape[:2], latents.shape[2], -1)
+        return sharding.constrain(x, "B L cells C"), kept
+
+    def _stream(
+        self, latents: Patches, time: Time, conditioning: Conditioning, lock: Lock | None
+    ) -> "_Stream":
+        """What goes through the blocks."""
+        x = self.patch_embedding(latents.reshape(*latents.shape[:2], -1))
+        x = sharding.constrain(x, "BLD")
+        positions, index = conditioning.positions, lock and lock.computed and lock.tokens
+        if index is not None:
+            rope = (jnp.broadcast_to(t, (len(x), *t.shape)) for t in positions.rope)
+            positions = dataclasses.replace(positions, rope=tuple(take(t, index) for t in rope))
+
+        def some(tokens: Tokens) -> Tokens:
+            """The tokens that are computed."""
+            return tokens if index is None else sharding.constrain(take(tokens, index), "BLD")
+
+        side = self._side(x, time.modulation, conditioning, some)
+        start, layers = (some(x), side.state), (conditioning.text, side.layers)
+        return _Stream(start, layers, time.modulation, positions, side.after)
+
+    def _side(
+        self,
+        x: Tokens,
+        modulation: Modulation,
+        conditioning: Conditioning,
+        some: Callable[[Tokens], Tokens],
+    ) -> Side:
+        """What runs beside the blocks of a pass over the patch-embedded latents `x`.
+
+        The blocks have `some` of the tokens.
+        """
+        return Side()

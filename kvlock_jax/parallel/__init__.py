@@ -1,0 +1,1 @@
+"""Several devices and several hosts: the mesh, the rules of sharding, padding, agreement."""

@@ -1,0 +1,116 @@
+"""Loads a model to edit with, from any checkpoint that the package knows."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from kvlock_jax import demo
+from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints.format import Contents
+from kvlock_jax.checkpoints.registry import Checkpoint
+from kvlock_jax.errors import CheckpointError
+from kvlock_jax.media.storage import FilePath
+from kvlock_jax.models import layout
+from kvlock_jax.models.attention.sharded import Attend, gathered
+from kvlock_jax.models.text.tokenizer import Tokenizer
+from kvlock_jax.pipeline.settings import config, default_config_name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded checkpoint, ready to edit with; or its shapes, to compile by.
+
+    Attributes:
+      name: what it was loaded from.
+      checkpoint: its three networks and their configs.
+      tokenizer: of its text encoder.
+      mesh: the devices it lies on; `None` is the first.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    mesh: Mesh | None = None
+
+    def on_mesh(self) -> AbstractContextManager:
+        """The mesh as the ambient one, in which its programs must be compiled and run."""
+        return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
+
+
+_DEMO = Path(demo.__file__).parent / "weights"
+
+
+def load(
+    source: FilePath,
+    dtype: Any = jnp.float32,
+    *,
+    mesh: Mesh | None = None,
+    spread: bool = False,
+    attend: Attend = gathered,
+    vae_tiles: int = 1,
+    on_shapes: Callable[[Model], None] = lambda model: None,
+) -> Model:
+    """Loads a model to edit with.
+
+    Args:
+      source: `"demo"` for the embedded model, a published folder, or a converted checkpoint.
+      dtype: compute dtype of matrix products; the parameters keep the checkpoint's.
+      mesh: of `sharding.make_mesh`, to spread an edit over devices; `None` takes the first.
+      spread: whether the transformer's weights are spread over the mesh's `frames` too, each layer
+        gathered when it is used: for models that would not fit on each device.
+      attend: how tokens on several devices attend to each other: `gathered`, or `ring`, which
+        never holds all keys and values at once.
+      vae_tiles: of columns that the VAE makes a frame in, for the memory of one of them; the result
+        is the same.
+      on_shapes: told of the model before its weights are read, with shapes in their place.
+
+    Raises:
+      CheckpointError: if it is none of these, or is damaged.
+      ConfigError: the mesh does not divide the model's heads.
+    """
+    reader, folder = _reader(source)
+    place = functools.partial(layout.place, mesh, spread=spread) if mesh else None
+
+    def model(found: Checkpoint) -> Model:
+        """The model of a checkpoint, or of its shapes."""
+        found.transformer.attend, found.vae.tiles = attend, vae_tiles
+        return Model(os.fspath(source), found, Tokenizer(found.tokenizer), mesh)
+
+    told = {"on_shapes": lambda found: on_shapes(model(found))}
+    return model(reader.load(folder, compute_dtype=dtype, place=place, **told))
+
+
+def describe(source: FilePath) -> Contents:
+    """What a checkpoint of `load` holds, without reading its weights; errors as in `load`."""
+    reader, folder = _reader(source)
+    return reader.describe(folder)
+
+
+def _reader(source: FilePath) -> tuple[ModuleType, epath.Path]:
+    """The module that reads a checkpoint, and the checkpoint's folder."""
+    from kvlock_jax.convert import source as published
+
+    folder = epath.Path(_DEMO if os.fspath(source) == "demo" else source).expanduser()
+    try:
+        found = folder.is_dir()
+    except ImportError as error:  # of gs:// without gcsfs; it says what to install
+        raise CheckpointError(f"{source}: {error}") from error
+    if not found:
+        raise CheckpointError(f"{source}: no such folder; give 'demo' or a checkpoint's folder")
+    return (published if published.is_published(folder) else format), folder
+
+
+def default_config(model: Model) -> ConfigDict:
+    """The settings for a model that was loaded: the publisher's for its size."""
+    return config(default_config_name(model.name, model.checkpoint.configs))

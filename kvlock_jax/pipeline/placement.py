@@ -1,0 +1,96 @@
+"""How a model lies on devices: the mesh, spread weights, the kind of attention, VAE tiles."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from kvlock_jax.checkpoints.format import Contents
+from kvlock_jax.errors import ConfigError
+from kvlock_jax.models.attention.sharded import Attend, gathered, ring
+from kvlock_jax.parallel import sharding
+from kvlock_jax.parallel.mesh import make_mesh, parse_mesh
+from kvlock_jax.runtime.compile_cache import CachingCompiler, Compiler
+
+ATTENTION = {"gathered": gathered, "ring": ring}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a model lies on devices; what `edit.load` takes.
+
+    Attributes:
+      mesh: of the devices; `None` is the first alone.
+      spread: whether the transformer's weights are spread over the mesh's `frames`.
+      attend: how tokens on several devices attend to each other.
+      vae_tiles: of columns that the VAE makes a frame in.
+    """
+
+    mesh: Mesh | None
+    spread: bool
+    attend: Attend
+    vae_tiles: int = 1
+
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return str(jax.devices()[0].device_kind)
+        sizes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+        weights = ", weights spread" if self.spread else ""
+        return f"{self.mesh.size} devices{hosts}: {sizes}{weights}"
+
+
+def choose_placement(
+    contents: Contents,
+    *,
+    many: bool,
+    mesh: str | None = None,
+    spread: bool | None = None,
+    attention: str = "gathered",
+    vae_tiles: int = 1,
+) -> Placement:
+    """How a checkpoint's transformer is laid out.
+
+    Args:
+      contents: of the checkpoint.
+      many: whether the devices are for many edits, or for one.
+      mesh: sizes of the axes, such as `"frames=8"`; by default all devices are on one axis.
+      spread: whether the transformer's weights are spread; by default where they are large.
+      attention: a key of `ATTENTION`.
+      vae_tiles: tiles of columns for the VAE, 1 or more.
+
+    Raises:
+      ConfigError: the mesh cannot be, or does not divide the heads; or there would be no tile.
+    """
+    if vae_tiles < 1:
+        raise ConfigError(f"--vae_tiles must be 1 or more, found {vae_tiles}")
+    config = contents.configs.transformer
+    if spread is None:
+        stats: Any = jax.local_devices()[0].memory_stats() or {}
+        memory = stats.get("bytes_limit", float("inf"))
+        spread = sharding.worth_spreading(contents.models["transformer"].size, memory)
+    if mesh:
+        devices = parse_mesh(mesh)
+    else:  # weights are spread over `frames`, so those that must be decide for it
+        devices = make_mesh(**{"data" if many and not spread else "frames": jax.device_count()})
+    ways = devices.shape["model"]
+    heads, wide = config.num_attention_heads, config.ffn_dim
+    if heads % ways or wide % ways:
+        known = [n for n in range(1, heads + 1) if heads % n == 0 and wide % n == 0]
+        raise ConfigError(
+            f"--mesh model={ways} does not divide the model's {heads} heads: "
+            f"use one of {', '.join(map(str, known))}"
+        )
+    if devices.size == 1:
+        return Placement(None, False, gathered, vae_tiles)
+    spread = spread and devices.shape["frames"] > 1
+    return Placement(devices, spread, ATTENTION[attention], vae_tiles)
+
+
+def compiler_for(placed: Placement, cache_dir: str) -> Compiler:
+    """A compiler that reuses what earlier runs traced, where one device runs the programs."""
+    if placed.mesh or not cache_dir or not jax.config.jax_enable_compilation_cache:
+        return Compiler()
+    return CachingCompiler(epath.Path(cache_dir) / "traced")

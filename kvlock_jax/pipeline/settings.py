@@ -1,0 +1,74 @@
+"""A run's settings: the files that there are, and what becomes of one once it is checked."""
+
+import dataclasses
+import importlib
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from kvlock_jax import lock
+from kvlock_jax.checkpoints.registry import Configs
+from kvlock_jax.errors import ConfigError
+from kvlock_jax.settings.fields import from_config_dict
+from kvlock_jax.settings.schema import EditConfig, LockConfig, SampleConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A run's settings, checked; what `ConfigDict`s become."""
+
+    preset: str
+    sample: SampleConfig
+    lock: LockConfig
+    edit: EditConfig
+
+
+def config(name: str) -> ConfigDict:
+    """The settings in `configs/NAME.py`, to be changed at will.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    try:
+        module = importlib.import_module(f"kvlock_jax.configs.{name}")
+    except ModuleNotFoundError as error:
+        folder = Path(importlib.import_module("kvlock_jax.configs").__path__[0])
+        known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+        raise ConfigError(f"no config {name!r}; there are {', '.join(known)}") from error
+    return module.get_config()
+
+
+def default_config_name(source: str | os.PathLike, configs: Configs) -> str:
+    """Which of the settings there are (`config`) are a checkpoint's.
+
+    The video's size is not known yet: 14B gets the settings for 720p, which the publisher's
+    `generate.py` takes at 480p too; `config("t2v_14b_480p")` is the README's milder shift.
+    """
+    if os.fspath(source) == "demo":
+        return "demo"
+    family = "vace" if configs.transformer.vace_layers else "t2v"
+    return f"{family}_{'14b_720p' if configs.transformer.dim >= 5120 else '1_3b_480p'}"
+
+
+def resolve_settings(run: ConfigDict) -> Settings:
+    """Checks a run's settings, and fills the lock's from its preset.
+
+    Raises:
+      ConfigError: naming the key that is unknown, of the wrong type, or out of range.
+    """
+    parts = ("preset", "sample", "edit", "kvlock")
+    for key in run:
+        if key not in parts:
+            raise ConfigError(f"unknown key {key!r} of the config; it has {', '.join(parts)}")
+    if absent := [part for part in parts if part not in run]:
+        raise ConfigError(f"the config has no {', '.join(absent)}; it must have {', '.join(parts)}")
+    sampling = from_config_dict(SampleConfig, run.sample)
+    preset = dataclasses.asdict(lock.preset(run.preset, sampling.guidance_scale))
+    changed = {name: value for name, value in run.kvlock.items() if value is not None}
+    return Settings(
+        preset=run.preset,
+        sample=sampling,
+        lock=from_config_dict(LockConfig, preset | changed),
+        edit=from_config_dict(EditConfig, run.edit),
+    )

@@ -1,0 +1,200 @@
+"""The settings of a run: sampling, lock and guidance, and the edit.
+
+A run is described by a nested `ml_collections.ConfigDict`, which `configs/*.py` and the command
+line build; `fields.from_config_dict` turns each of its parts into one of these dataclasses.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from kvlock_jax.settings.fields import from_config_dict, require
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How a video is sampled.
+
+    Attributes:
+      steps: solver steps; the only setting here whose change compiles again.
+      shift: `s` of METHOD.md section 1, over 0; more spends more steps on high noise.
+      guidance_scale: `omega_0` of METHOD.md section 6; 1 is no guidance.
+      solver: `"unipc"`, `"euler"` or `"dpm++"`.
+      seed: of the noise an edit starts from.
+    """
+
+    steps: int = 50
+    shift: float = 5.0
+    guidance_scale: float = 5.0
+    solver: str = "unipc"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, self, "steps", "at least 1")
+        require(0 < self.shift < math.inf, self, "shift", "over 0, and finite")
+        scale = self.guidance_scale
+        require(0 <= scale < math.inf, self, "guidance_scale", "0 or more, and finite")
+        require(
+            self.solver in ("unipc", "euler", "dpm++"),
+            self,
+            "solver",
+            "'unipc', 'euler' or 'dpm++'",
+        )
+        require(0 <= self.seed < 2**32, self, "seed", "between 0 and 4294967295")
+
+
+@dataclasses.dataclass(frozen=True)
+class LockConfig:
+    """The lock and the guidance of one run (METHOD.md sections 4 to 8); presets are filled-in ones.
+
+    Attributes:
+      enabled: whether the source branch runs and keys and values are fused at all.
+      warmup_fusion_ratio: alpha before the scheduled window, 0 to 1.
+      adapt_fusion_ratio: whether alpha follows the statistic inside the window.
+      fusion_ratio: alpha inside the window where it does not follow the statistic, 0 to 1.
+      adapt_guidance: whether omega follows the statistic inside the window.
+      omega_floor: lower bound of omega / omega_0 in the window; published 0.
+      omega_ceiling: upper bound `b` of omega / omega_0 in the window; published 2.
+      rescale_uncond: whether the unconditional velocity is scaled by s* (METHOD.md section 7).
+      background: `"model"`, or `"source"` to pin the background latents (METHOD.md section 8).
+      detection: `"local"` averages the statistic over the foreground, `"global"` over everything.
+      tau: the statistic at which alpha reaches 1, over 0.
+      window: number of clean estimates in the statistic, 2 or more.
+      kappa: how many of the last steps are scheduled.
+      guidance: `"cfg"` or `"apg"` (METHOD.md section 10).
+      zero_init_steps: first steps with zero velocity (CFG-Zero*).
+      apg_eta: share of the parallel part kept by APG.
+      apg_norm: bound on the norm of APG's difference; infinity for none.
+      apg_momentum: momentum of APG's buffer.
+      cache: `"fused"` makes the source's keys and values block by block beside the edit's, and
+        keeps none; `"carried"` keeps those of all blocks from step to step.
+      cache_every: steps that a carried cache serves, 1 or more.
+      skip_background: whether tokens are left out where nothing that is computed of them reaches
+        the result (METHOD.md section 8).
+    """
+
+    enabled: bool = True
+    warmup_fusion_ratio: float = 0.0
+    adapt_fusion_ratio: bool = True
+    fusion_ratio: float = 1.0
+    adapt_guidance: bool = True
+    omega_floor: float = 0.0
+    omega_ceiling: float = 2.0
+    rescale_uncond: bool = True
+    background: str = "model"
+    detection: str = "local"
+    tau: float = 0.01
+    window: int = 10
+    kappa: int = 20
+    guidance: str = "cfg"
+    zero_init_steps: int = 0
+    apg_eta: float = 0.0
+    apg_norm: float = float("inf")
+    apg_momentum: float = 0.0
+    cache: str = "fused"
+    cache_every: int = 1
+    skip_background: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_fusion_ratio", "fusion_ratio"):
+            require(0 <= getattr(self, name) <= 1, self, name, "between 0 and 1")
+        require(
+            0 <= self.omega_floor <= self.omega_ceiling,
+            self,
+            "omega_floor",
+            "between 0 and omega_ceiling",
+        )
+        for name in ("omega_ceiling", "apg_eta", "apg_momentum"):
+            require(math.isfinite(getattr(self, name)), self, name, "finite")
+        require(self.background in ("model", "source"), self, "background", "'model' or 'source'")
+        require(self.detection in ("local", "global"), self, "detection", "'local' or 'global'")
+        require(self.tau > 0, self, "tau", "over 0")
+        require(self.window >= 2, self, "window", "2 or more")
+        require(self.kappa >= 0, self, "kappa", "0 or more")
+        require(self.guidance in ("cfg", "apg"), self, "guidance", "'cfg' or 'apg'")
+        # APG has no factor of the unconditional velocity: s* would be traced and never applied.
+        require(
+            self.guidance == "cfg" or not self.rescale_uncond,
+            self,
+            "rescale_uncond",
+            "off with guidance 'apg'",
+        )
+        require(self.zero_init_steps >= 0, self, "zero_init_steps", "0 or more")
+        require(self.apg_norm > 0, self, "apg_norm", "over 0")
+        require(self.cache in ("fused", "carried"), self, "cache", "'fused' or 'carried'")
+        require(self.cache_every >= 1, self, "cache_every", "1 or more")
+        require(
+            self.cache == "carried" or self.cache_every == 1,
+            self,
+            "cache_every",
+            "1 with cache 'fused', which keeps nothing",
+        )
+
+    @property
+    def uses_source(self) -> bool:
+        """Whether anything of the result comes from the source's latents."""
+        return self.enabled or self.background == "source"
+
+
+@dataclasses.dataclass(frozen=True)
+class EditConfig:
+    """What is done with one video, its mask and its texts.
+
+    Attributes:
+      negative_prompt: what guidance leads away from.
+      source_prompt: what the source branch is told (METHOD.md section 3).
+      invert_mask: whether black edits instead of white.
+      dilate: pixels by which the mask grows, before anything else is done with it.
+      composite: whether pixels outside the mask are the source's own in the result.
+      size: `"832*480"` (width, height) to work at another size; empty keeps the video's.
+      frame_num: frames to take from the start of the video; 0 takes all.
+      context_scale: how much of a VACE model's hints is added, 0 or more; published 1.
+      show_masked: whether a VACE model is shown what is under the mask, which it then keeps to, as
+        to a sketch; the publisher's inpainting hands it over blank.
+    """
+
+    negative_prompt: str = ""
+    source_prompt: str = ""
+    invert_mask: bool = False
+    dilate: int = 0
+    composite: bool = False
+    size: str = ""
+    frame_num: int = 0
+    context_scale: float = 1.0
+    show_masked: bool = False
+
+    def __post_init__(self) -> None:
+        scale = self.context_scale
+        require(0 <= scale < math.inf, self, "context_scale", "0 or more, and finite")
+        require(self.dilate >= 0, self, "dilate", "0 or more pixels")
+        require(self.frame_num >= 0, self, "frame_num", "0 or more frames")
+        sides = self.size.replace("x", "*").split("*") if self.size else ["1", "1"]
+        is_size = len(sides) == 2 and all(side.isdecimal() and int(side) > 0 for side in sides)
+        require(is_size, self, "size", "width*height, such as 832*480")
+
+    @property
+    def height_width(self) -> tuple[int, int] | None:
+        """The size to work at, or `None` for the video's own."""
+        if not self.size:
+            return None
+        width, height = (int(side) for side in self.size.replace("x", "*").split("*"))
+        return height, width
+
+
+def run_config(preset: str, **sample: Any) -> ConfigDict:
+    """The `ConfigDict` of a run: a preset, and `SampleConfig` with some settings of its own.
+
+    Its parts are `preset`, `sample`, `edit` and `kvlock` (a `ConfigDict` has a method `lock`); what
+    is None in `kvlock` is as the preset says (METHOD.md section 9).
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(LockConfig)}
+    return ConfigDict(
+        {
+            "preset": preset,
+            "sample": dataclasses.asdict(from_config_dict(SampleConfig, sample)),
+            "edit": dataclasses.asdict(EditConfig()),
+            "kvlock": {name: config_dict.placeholder(kind) for name, kind in kinds.items()},
+        }
+    )
