@@ -18,7 +18,7 @@ from manifests import all_frames, failures, names, poor, write
 from kvlock_jax.batch import runner as batch_runner
 from kvlock_jax.batch.manifest import Common
 from kvlock_jax.batch.resume import find_work
-from kvlock_jax.batch.runner import Summary, _publish, _Reader, edit_key, run, video
+from kvlock_jax.batch.runner import Summary, _publish, _Reader, edit_key, run
 from kvlock_jax.errors import CheckpointError, InputError
 from kvlock_jax.media import decode, encode, storage
 from kvlock_jax.pipeline import report
@@ -89,7 +89,7 @@ def test_edits_of_one_source_share_its_frames(folder, monkeypatch):
     shared, decoded = [], []
     read_video = decode.read_video
     monkeypatch.setattr(
-        video,
+        decode,
         "read_video",
         lambda path, *more: decoded.append(path) or read_video(path, *more),
     )
