@@ -7,7 +7,7 @@ size 1.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,8 @@ from kvlock_jax.convert.weights import files as weight_files
 from kvlock_jax.convert.weights import open_folder, read_json
 from kvlock_jax.errors import CheckpointError, ConfigError
 from kvlock_jax.models.text.config import UMT5Config
-from kvlock_jax.models.text.umt5 import UMT5Encoder
-from kvlock_jax.models.vae.autoencoder import WanVAE
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.config import WanConfig
-from kvlock_jax.models.wan.vace import wan_transformer
 from kvlock_jax.settings.fields import from_config_dict
 
 WAN: Table = (
@@ -85,7 +82,6 @@ class Component:
       family: class that its `config.json` must name.
       config: dataclass of its sizes; every field but the `absent` must be in `config.json`.
       fixed: what our module holds fixed; another value in `config.json` is another architecture.
-      model: makes the module of a config, `dtype` and `rngs`.
       table: its layout.
       absent: fields of `config` that this family does not have.
     """
@@ -95,7 +91,6 @@ class Component:
     family: str
     config: type
     fixed: Mapping[str, Any]
-    model: Callable[..., nnx.Module]
     table: Table
     absent: tuple[str, ...] = ()
 
@@ -111,7 +106,6 @@ TRANSFORMER = Component(
         "added_kv_proj_dim": None,
         "pos_embed_seq_len": None,
     },
-    wan_transformer,
     WAN,
     absent=("vace_layers", "vace_in_channels"),
 )
@@ -131,7 +125,6 @@ AUTOENCODER = Component(
         "is_residual": False,
         "patch_size": None,
     },
-    WanVAE,
     VAE,
 )
 
@@ -141,7 +134,6 @@ TEXT_ENCODER = Component(
     "UMT5EncoderModel",
     UMT5Config,
     {"feed_forward_proj": "gated-gelu"},
-    UMT5Encoder,
     UMT5,
 )
 
@@ -258,4 +250,4 @@ def load_model(
 
 def abstract(component: Component, config: Any, compute_dtype: Any = jnp.float32) -> nnx.Module:
     """The model of a component with shapes in place of parameters."""
-    return registry.abstract(component.model, config, compute_dtype)
+    return registry.abstract(config, compute_dtype)

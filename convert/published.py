@@ -35,7 +35,7 @@ class Published:
       layout: `"diffusers"` or `"original"`.
       folder: where it lies.
       configs: sizes of its models.
-      weights: of each of `checkpoint.MODELS`.
+      weights: of each of `registry.NETWORKS`.
       tokenizer: folder of its tokenizer.
       files: all that it is read from.
     """
@@ -86,7 +86,7 @@ class Published:
 
         Args:
           dtype: as in `parameters`.
-          compute_dtype: of the modules' matrix products, but of `checkpoint.WIDE`.
+          compute_dtype: of the modules' matrix products.
           place: where each parameter goes from the host; None is the first device.
           on_shapes: as in `checkpoint.load`.
 
@@ -112,8 +112,7 @@ class Published:
         return Checkpoint(self.configs, **models, tokenizer=self.tokenizer)
 
     def _abstract(self, name: str, compute_dtype: Any = jnp.float32) -> nnx.Module:
-        _, kind = registry.MODELS[name]
-        return registry.abstract(kind, getattr(self.configs, name), compute_dtype)
+        return registry.abstract(getattr(self.configs, name), compute_dtype)
 
 
 def _under(name: str, function: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:

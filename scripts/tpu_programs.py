@@ -26,11 +26,10 @@ from kvlock_jax.models import layout
 from kvlock_jax.models.attention.sharded import gathered, ring
 from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.text.prompts import encode_ids
-from kvlock_jax.models.text.umt5 import UMT5Encoder
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.config import WanConfig
-from kvlock_jax.models.wan.vace import VACEContext, wan_transformer
+from kvlock_jax.models.wan.vace import VACEContext
 from kvlock_jax.parallel import padding, sharding
 from kvlock_jax.parallel.mesh import make_mesh
 from kvlock_jax.sampling import solvers
@@ -147,7 +146,7 @@ def loop(mesh: Mesh, row: Row, spread: bool):
     """The whole sampling loop, lowered."""
     config, latent = MODELS[row.model], row.workload.latent_shape
     attend = ring if row.ring else gathered
-    model = registry.abstract(wan_transformer, config, jnp.bfloat16)
+    model = registry.abstract(config, jnp.bfloat16)
     model.attend = attend
     model = abstract(mesh, "transformer", model, jnp.bfloat16, spread)
     grid = Grid(latent, padding.padded(Grid.of(latent).tokens, sharding.shards("L")))
@@ -177,7 +176,7 @@ def loop(mesh: Mesh, row: Row, spread: bool):
 
 def text_encoder(mesh: Mesh, row: Row):
     """The text encoder over the three texts of every edit, lowered."""
-    model = registry.abstract(UMT5Encoder, TEXT_ENCODER, jnp.bfloat16)
+    model = registry.abstract(TEXT_ENCODER, jnp.bfloat16)
     model = abstract(mesh, "text_encoder", model, jnp.bfloat16, True)
     shape = (3 * row.batch, costs.TEXT_TOKENS)
     tokens = (array(mesh, shape, "R S", kind) for kind in (jnp.int32, jnp.bool_))
@@ -186,7 +185,7 @@ def text_encoder(mesh: Mesh, row: Row):
 
 def networks(mesh: Mesh):
     """The VAE, abstract."""
-    model = registry.abstract(autoencoder.WanVAE, VAE, jnp.float32)
+    model = registry.abstract(VAE, jnp.float32)
     return abstract(mesh, "vae", model, jnp.float32, False)
 
 
@@ -245,14 +244,14 @@ def measure(lowered) -> dict:
 
 def held(mesh: Mesh, spread: bool, config: WanConfig) -> dict[str, int]:
     """Bytes of each network's weights on a chip."""
-    kinds = {
-        "transformer": (wan_transformer, config, jnp.bfloat16),
-        "text_encoder": (UMT5Encoder, TEXT_ENCODER, jnp.bfloat16),
-        "vae": (autoencoder.WanVAE, VAE, jnp.float32),
+    networks = {
+        "transformer": (config, jnp.bfloat16),
+        "text_encoder": (TEXT_ENCODER, jnp.bfloat16),
+        "vae": (VAE, jnp.float32),
     }
     found = {}
-    for name, (kind, sizes, dtype) in kinds.items():
-        model = abstract(mesh, name, registry.abstract(kind, sizes, dtype), dtype, spread)
+    for name, (sizes, dtype) in networks.items():
+        model = abstract(mesh, name, registry.abstract(sizes, dtype), dtype, spread)
         leaves = jax.tree.leaves(nnx.state(model))
         found[name] = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves

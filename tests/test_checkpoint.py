@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kvlock_jax.checkpoints import format, registry, store
-from kvlock_jax.checkpoints.registry import MODELS, Checkpoint, Configs
+from kvlock_jax.checkpoints.registry import NETWORKS, Checkpoint, Configs
 from kvlock_jax.checkpoints.store import Parameter
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.models.text.config import UMT5Config
@@ -51,8 +51,7 @@ def values(model) -> dict:
 def random_model(name: str, seed: int) -> nnx.Module:
     """Parameters in float32, kernels in bfloat16, none alike."""
     rng = np.random.default_rng(seed)
-    config, kind = getattr(CONFIGS, name), MODELS[name][1]
-    graph, state = nnx.split(registry.abstract(kind, config))
+    graph, state = nnx.split(registry.abstract(getattr(CONFIGS, name)))
     full = [
         (
             path,
@@ -70,7 +69,7 @@ def random_model(name: str, seed: int) -> nnx.Module:
 
 
 def random_checkpoint(tokenizer, seed: int) -> Checkpoint:
-    return Checkpoint(CONFIGS, **{n: random_model(n, seed) for n in MODELS}, tokenizer=tokenizer)
+    return Checkpoint(CONFIGS, **{n: random_model(n, seed) for n in NETWORKS}, tokenizer=tokenizer)
 
 
 def in_memory(array: np.ndarray) -> Parameter:
@@ -81,7 +80,7 @@ def in_memory(array: np.ndarray) -> Parameter:
 def save(folder, models: Checkpoint, on_bytes=lambda _: None) -> None:
     parameters = {
         name: {path: in_memory(array) for path, array in values(getattr(models, name)).items()}
-        for name in MODELS
+        for name in NETWORKS
     }
     format.save(folder, models.configs, parameters, models.tokenizer, lambda: SOURCE, on_bytes)
 
@@ -112,7 +111,7 @@ def folder(saved, tmp_path):
 
 
 def assert_same(got: Checkpoint, want: Checkpoint) -> None:
-    for name in MODELS:
+    for name in NETWORKS:
         left, right = values(getattr(got, name)), values(getattr(want, name))
         assert left.keys() == right.keys()
         for path in right:
@@ -151,7 +150,7 @@ def test_restored_models_compute_the_same(folder, original):
 
 def test_dtypes(folder, original):
     got = format.load(folder, jnp.bfloat16, compute_dtype=jnp.bfloat16)
-    for name in MODELS:
+    for name in NETWORKS:
         wide = name == "vae"  # as the publisher and Diffusers run it
         assert getattr(got, name).dtype == (jnp.float32 if wide else jnp.bfloat16)
         want = values(getattr(original, name))
@@ -177,7 +176,7 @@ def test_parameters_go_where_they_are_placed(folder, original):
 
     got = format.load(folder, place=place)
     assert_same(got, original)
-    for name in MODELS:
+    for name in NETWORKS:
         for path, variable in nnx.to_flat_state(nnx.state(getattr(got, name))):
             assert variable.sharding == asked.pop(".".join(map(str, (name, *path))))
     assert not asked
@@ -206,7 +205,7 @@ def test_describe(folder, original):
     got = format.describe(folder)
     assert (got.family, got.configs, got.source) == ("wan2.1-t2v", CONFIGS, SOURCE)
     assert got.version == importlib.metadata.version("kvlock-jax")
-    for name in MODELS:
+    for name in NETWORKS:
         arrays = values(getattr(original, name)).values()
         assert got.models[name].parameters == sum(array.size for array in arrays)
         assert got.models[name].size == sum(array.nbytes for array in arrays)
@@ -376,11 +375,11 @@ def test_files_are_checked_while_they_are_read(folder, monkeypatch):
     monkeypatch.setattr(store, "check", slow)
     monkeypatch.setattr(store, "read", noted)
     format.load(folder)
-    assert len(order) == len(MODELS)
+    assert len(order) == len(NETWORKS)
     (data_of(folder) / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer\.json has CRC-32"):
         format.load(folder)
-    assert len(order) == 2 * len(MODELS)
+    assert len(order) == 2 * len(NETWORKS)
     (data_of(folder) / "vae" / "_METADATA").write_text("{")
     with pytest.raises(CheckpointError, match=r"not as it was written: vae/_METADATA has"):
         format.load(folder)

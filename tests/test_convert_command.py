@@ -22,7 +22,7 @@ from peers import relative_l2
 from rich.console import Console
 
 from kvlock_jax.checkpoints import format
-from kvlock_jax.checkpoints.registry import MODELS
+from kvlock_jax.checkpoints.registry import NETWORKS
 from kvlock_jax.cli import convert as convert_command
 from kvlock_jax.cli import main
 from kvlock_jax.convert import source, table
@@ -41,7 +41,7 @@ def values(model) -> dict:
 
 
 def assert_same(got, want) -> None:
-    for name in MODELS:
+    for name in NETWORKS:
         left, right = values(getattr(got, name)), values(getattr(want, name))
         assert left.keys() == right.keys()
         for path in right:
@@ -176,7 +176,7 @@ def test_killed_at_random_moments(tiny_checkpoint, tmp_path, capsys):
         with capsys.disabled():
             print(f"\nkilled at {moments[i]:.2f} of a conversion: {dtype}, {', '.join(left)}")
         kept = format.load(target)
-        for name in MODELS:  # the old one or the new one, and nothing of the other
+        for name in NETWORKS:  # the old one or the new one, and nothing of the other
             theirs = values(getattr(want, name))
             for path, array in values(getattr(kept, name)).items():
                 kind = dtype_of(f"{name}.{path}", theirs[path].dtype, dtype)

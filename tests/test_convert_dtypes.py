@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kvlock_jax.checkpoints import format, registry
-from kvlock_jax.checkpoints.registry import MODELS
+from kvlock_jax.checkpoints.registry import NETWORKS
 from kvlock_jax.convert import converter, source
 from kvlock_jax.models.layout import dtype_of
 from kvlock_jax.models.text.config import UMT5Config
@@ -100,7 +100,7 @@ def test_converted(tiny_vace_checkpoint, tmp_path, dtype):
     kinds = {name: set(model.dtypes) for name, model in contents.models.items()}
     assert kinds == {"transformer": expected, "vae": {"float32"}, "text_encoder": expected}
     got, want = format.load(tmp_path / "own"), source.load(tiny_vace_checkpoint)
-    for name in MODELS:
+    for name in NETWORKS:
         theirs, kept = values(getattr(want, name)), set()
         for path, array in values(getattr(got, name)).items():
             np.testing.assert_array_equal(array, theirs[path].astype(array.dtype))
@@ -123,7 +123,7 @@ def test_an_edit_in_bfloat16_has_its_vae_in_float32(low, tiny_vace_checkpoint, t
     converter.convert(tiny_vace_checkpoint, tmp_path / "own")
     restored = format.load(tmp_path / "own", compute_dtype=jnp.bfloat16)
     for models in (low, restored):
-        kinds = {name: jnp.dtype(getattr(models, name).dtype) for name in MODELS}
+        kinds = {name: jnp.dtype(getattr(models, name).dtype) for name in NETWORKS}
         assert kinds == {"transformer": LOW, "vae": WIDE, "text_encoder": LOW}
 
 
@@ -146,8 +146,9 @@ def test_bytes_of_the_islands_of_published_sizes(name):
     """Counted on the publisher's own names: two bytes more for each number of an island."""
     listed = json.loads((Path(__file__).parent / f"data/layouts/{name}.original.json").read_text())
     config = SIZES[name]
-    field, kind = next((n, k) for n, (of, k) in MODELS.items() if isinstance(config, of))
-    model = registry.abstract(kind, config)
+    networks = registry.FAMILIES[0].networks
+    field = next(n for n, network in networks.items() if isinstance(config, network.config))
+    model = registry.abstract(config)
     stored = sum(
         math.prod(v.shape) * dtype_of(f"{field}.{'.'.join(map(str, p))}", WIDE, LOW).itemsize
         for p, v in nnx.to_flat_state(nnx.state(model))
@@ -178,7 +179,7 @@ def test_a_published_folder_goes_where_it_is_placed(tiny_vace_checkpoint):
 
     got, want = (source.load(tiny_vace_checkpoint, place=p) for p in (place, None))
     inner = 0
-    for name in MODELS:
+    for name in NETWORKS:
         theirs = values(getattr(want, name))
         for path, variable in nnx.to_flat_state(nnx.state(getattr(got, name))):
             dotted, array = ".".join(map(str, path)), variable[...]

@@ -71,7 +71,7 @@ def test_original_folder(tmp_path, family):
     on_disk = {path for path in (tmp_path / "wan").rglob("*") if path.is_file()}
     assert set(opened.files) == on_disk and len(opened.files) == len(on_disk)
     parameters = opened.parameters()
-    assert {name for name in parameters} == set(registry.MODELS)
+    assert {name for name in parameters} == set(registry.NETWORKS)
     tensors = load_file(originals.DATA / f"{family}.safetensors")
     kernel = parameters["transformer"]["blocks.ffn.net_0.kernel"]
     want = np.stack([tensors[f"blocks.{i}.ffn.0.weight"].T for i in range(3)])

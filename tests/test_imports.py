@@ -43,7 +43,7 @@ ROWS = (
 ORDER = {
     "settings": "fields schema",
     "parallel": "padding mesh sharding processes agreement",
-    "models": "layout linear attention vae wan text",
+    "models": "family layout linear attention text vae wan",
     "checkpoints": "store registry format",
     "media": "storage decode encode fit masks",
     "pipeline": "settings overrides inputs load encode stages background placement api report",

@@ -89,7 +89,7 @@ def test_the_text_encoder_lies_on_all_devices(mesh):
 
 def test_a_layer_is_gathered_for_its_products(mesh):
     config = WanConfig(4, 12, 3, 40, 4, 4, 16, 8)
-    state = nnx.state(registry.abstract(wan_transformer, config))
+    state = nnx.state(registry.abstract(config))
     blocks = state["blocks"]
 
     def first_layer(blocks):

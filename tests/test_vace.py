@@ -30,7 +30,7 @@ from kvlock_jax.convert import diffusers, original, table, weights
 from kvlock_jax.lock import KVCache, Lock
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.transformer import WanTransformer
-from kvlock_jax.models.wan.vace import VACEBlock, VACEContext, WanVACETransformer, wan_transformer
+from kvlock_jax.models.wan.vace import VACEBlock, VACEContext, WanVACETransformer
 
 # -- parity --------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ def published():
         vace_layers=tuple(sizes["vace_layers"]),
         vace_in_channels=sizes["vace_in_dim"],
     )
-    graph, abstract = nnx.split(registry.abstract(wan_transformer, config))
+    graph, abstract = nnx.split(registry.abstract(config))
     tensors = weights.open_file(ORIGINAL / "vace.safetensors")
     model = nnx.merge(graph, table.fill(abstract, tensors, original.WAN, "vace"))
     with np.load(ORIGINAL / "vace_io.npz") as data:
@@ -96,7 +96,7 @@ def test_equals_the_publisher(scale, key):
 def main_model(model: WanVACETransformer) -> WanTransformer:
     """The text-to-video model of the same main weights."""
     config = dataclasses.replace(model.config, vace_layers=())
-    graph, abstract = nnx.split(registry.abstract(wan_transformer, config, model.dtype))
+    graph, abstract = nnx.split(registry.abstract(config, model.dtype))
     mine = dict(nnx.to_flat_state(nnx.state(model)))
     own = nnx.from_flat_state([(path, mine[path]) for path, _ in nnx.to_flat_state(abstract)])
     return nnx.merge(graph, own)
@@ -212,7 +212,7 @@ def test_gradients_of_context_blocks_equal_the_peers(name, unroll):
 def test_program_does_not_grow_with_layers():
     def size(layers: int, hints: tuple[int, ...]) -> int:
         config = WanConfig(2, 12, layers, 20, 4, 4, 16, 8, vace_layers=hints, vace_in_channels=6)
-        graph, params = nnx.split(registry.abstract(wan_transformer, config))
+        graph, params = nnx.split(registry.abstract(config))
         context = VACEContext(jnp.zeros((1, 3, 16)), jnp.zeros((1, 1, 2, 4, 6)), jnp.ones(1))
         latents = jnp.zeros((1, 1, 2, 4, 4))
 
@@ -267,7 +267,7 @@ FULL = {
 @pytest.mark.parametrize("size", FULL)
 def test_published_size_without_memory(size):
     config, gibibytes = FULL[size]
-    model = registry.abstract(wan_transformer, config, jnp.bfloat16)
+    model = registry.abstract(config, jnp.bfloat16)
     latents, timestep, *context = (
         jax.ShapeDtypeStruct(shape, jnp.float32)
         for shape in ((1, 21, 60, 104, 16), (1,), (1, 512, 4096), (1, 21, 60, 104, 96), (1,))

@@ -25,13 +25,14 @@ from flax import nnx
 from kvlock_jax.checkpoints import store
 from kvlock_jax.checkpoints.registry import (
     FAMILIES,
-    MODELS,
+    NETWORKS,
     Checkpoint,
     Configs,
     OnShapes,
     Place,
     abstract,
     family,
+    family_named,
     fill,
     on_first_device,
 )
@@ -58,7 +59,7 @@ class Metadata:
     """What `kvlock.json` says.
 
     Attributes:
-      family: the architecture, one of `FAMILIES`.
+      family: the architecture, a name of `registry.FAMILIES`.
       version: of the package that wrote the checkpoint.
       source: what it was converted from: `layout`, `folder`, and SHA-256 by file under `files`.
       configs: sizes of the models, and the published scheduler.
@@ -94,16 +95,16 @@ class Contents:
 def contents(configs: Configs, arrays: Mapping[str, Iterable[Any]]) -> Contents:
     """What there is of each model, of arrays (or anything with their shape and dtype) on disk."""
     models = {}
-    for name, (_, kind) in MODELS.items():
+    for name in NETWORKS:
         # An array on disk may be another one's copy, so what the model has is counted.
-        model = nnx.state(abstract(kind, getattr(configs, name)))
+        model = nnx.state(abstract(getattr(configs, name)))
         found = list(arrays[name])
         models[name] = Stored(
             sum(leaf.size for leaf in jax.tree.leaves(model)),
             tuple(sorted({str(array.dtype) for array in found})),
             sum(math.prod(array.shape) * array.dtype.itemsize for array in found),
         )
-    return Contents(family(configs.transformer), configs, models)
+    return Contents(family(configs.transformer).name, configs, models)
 
 
 def describe(folder: epath.PathLike) -> Contents:
@@ -139,7 +140,7 @@ def save(
     Args:
       folder: local, or of a scheme that etils knows, such as `gs://`; made if missing.
       configs: what the parameters fit.
-      parameters: of each of `MODELS`, by dotted path; read one after the other.
+      parameters: of each of `NETWORKS`, by dotted path; read one after the other.
       tokenizer: folder of the tokenizer, whose files are copied.
       source: gives `Metadata.source`; asked last, so that it may be found out meanwhile.
       on_bytes: told of bytes of parameters on their way to the disk.
@@ -154,13 +155,13 @@ def save(
         _remove_data(folder, keep=_current(folder))
         data = folder / f"kvlock-{uuid.uuid4().hex[:8]}"
         data.mkdir()
-        for name in MODELS:
+        for name in NETWORKS:
             store.write(data / name, parameters[name], on_bytes)
         (data / "tokenizer").mkdir()
         for name, content in _files(epath.Path(tokenizer)).items():
             (data / "tokenizer" / name).write_bytes(content)
         metadata = Metadata(
-            family(configs.transformer),
+            family(configs.transformer).name,
             importlib.metadata.version("kvlock-jax"),
             source(),
             configs,
@@ -195,21 +196,22 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
     names = [field.name for field in dataclasses.fields(Metadata)]
     if absent := [name for name in names if name not in values]:
         raise CheckpointError(f"{path} has no {', '.join(absent)}")
-    if values["family"] not in FAMILIES:
-        expected = " or ".join(map(repr, FAMILIES))
+    known = family_named(values["family"])
+    if known is None:
+        expected = " or ".join(repr(family.name) for family in FAMILIES)
         raise CheckpointError(f"{path} is of family {values['family']!r}, expected {expected}")
     try:
         given = values["configs"]
-        configs = {n: from_config_dict(kind, given[n]) for n, (kind, _) in MODELS.items()}
+        configs = {n: from_config_dict(known.networks[n].config, given[n]) for n in NETWORKS}
         values["configs"] = Configs(**configs, scheduler=given["scheduler"])
-        found = {name: dict(values["models"][name]) for name in MODELS}
+        found = {name: dict(values["models"][name]) for name in NETWORKS}
         values["models"] = {
             n: Stored(**m | {"dtypes": tuple(m["dtypes"])}) for n, m in found.items()
         }
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError) as error:
-        message = f"{path} does not describe {', '.join(MODELS)} in full: {error!r}"
+        message = f"{path} does not describe {', '.join(NETWORKS)} in full: {error!r}"
         raise CheckpointError(message) from error
     return Metadata(**{name: values[name] for name in names})
 
@@ -226,7 +228,7 @@ def load(
     Args:
       folder: what `save` wrote.
       dtype: of the parameters that `dtype_of` lets be rounded; None keeps each as it was saved.
-      compute_dtype: of the modules' matrix products, but of `WIDE`.
+      compute_dtype: of the modules' matrix products.
       place: where each parameter goes, straight from its file; None is the first device.
       on_shapes: told of it before it is read, with shapes, dtypes and shardings for parameters.
 
@@ -239,10 +241,9 @@ def load(
     filled = {}
     with _checked(data, metadata.files):
         models = {
-            name: abstract(kind, getattr(metadata.configs, name), compute_dtype)
-            for name, (_, kind) in MODELS.items()
+            name: abstract(getattr(metadata.configs, name), compute_dtype) for name in NETWORKS
         }
-        stored = {name: store.describe(data / name) for name in MODELS}
+        stored = {name: store.describe(data / name) for name in NETWORKS}
         problems = [
             line
             for name, model in models.items()

@@ -10,25 +10,14 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
-from kvlock_jax.models.text.config import UMT5Config
-from kvlock_jax.models.text.umt5 import UMT5Encoder
-from kvlock_jax.models.vae.autoencoder import WanVAE
-from kvlock_jax.models.vae.config import VAEConfig
-from kvlock_jax.models.wan.config import WanConfig
-from kvlock_jax.models.wan.transformer import WanTransformer
-from kvlock_jax.models.wan.vace import wan_transformer
+from kvlock_jax.models.family import Family, Network
+from kvlock_jax.models.wan.families import TEXT_TO_VIDEO, VACE
 
-FAMILIES = ("wan2.1-t2v", "wan2.1-vace")
+FAMILIES: tuple[Family, ...] = (TEXT_TO_VIDEO, VACE)
+"""The model families that checkpoints may hold; a new one adds its line here."""
 
-MODELS: Mapping[str, tuple[type, Callable[..., nnx.Module]]] = {
-    "transformer": (WanConfig, wan_transformer),
-    "vae": (VAEConfig, WanVAE),
-    "text_encoder": (UMT5Config, UMT5Encoder),
-}
-"""Config of each field of `Configs` and `Checkpoint`, and what makes a module of it."""
-
-WIDE = (WanVAE,)
-"""What computes in float32 whatever is asked for, as the publisher and Diffusers run it."""
+NETWORKS = ("transformer", "vae", "text_encoder")
+"""The networks of every family; fields of `Configs` and `Checkpoint`."""
 
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """From a parameter's name, such as `transformer.proj_out.kernel`, and shape to its sharding."""
@@ -43,9 +32,9 @@ def on_first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
 class Configs:
     """What a checkpoint says about itself; `scheduler` is the published JSON as it stands."""
 
-    transformer: WanConfig
-    vae: VAEConfig
-    text_encoder: UMT5Config
+    transformer: Any
+    vae: Any
+    text_encoder: Any
     scheduler: Mapping[str, Any]
 
 
@@ -54,9 +43,9 @@ class Checkpoint:
     """Models in memory; `tokenizer` is the folder that `text.Tokenizer` opens."""
 
     configs: Configs
-    transformer: WanTransformer
-    vae: WanVAE
-    text_encoder: UMT5Encoder
+    transformer: nnx.Module
+    vae: nnx.Module
+    text_encoder: nnx.Module
     tokenizer: epath.PathLike
 
 
@@ -64,22 +53,36 @@ OnShapes = Callable[[Checkpoint], None]
 """Told of a checkpoint that is about to be read."""
 
 
-def family(config: WanConfig) -> str:
-    """The one of `FAMILIES` whose transformer a config describes."""
-    return FAMILIES[bool(config.vace_layers)]
+def family(config: Any) -> Family:
+    """The family whose transformer a config describes."""
+    return next(known for known in FAMILIES if known.describes(config))
 
 
-def abstract(
-    kind: Callable[..., nnx.Module], config: Any, compute_dtype: Any = jnp.float32
-) -> nnx.Module:
-    """A model with shapes in place of parameters; those of `WIDE` compute in float32."""
-    return nnx.merge(*_traced(kind, config, jnp.float32 if kind in WIDE else compute_dtype))
+def family_named(name: str) -> Family | None:
+    """The family of a name, if it is known."""
+    return next((known for known in FAMILIES if known.name == name), None)
+
+
+def network(config: Any) -> Network:
+    """The network that a config of its sizes describes."""
+    networks = (network for known in FAMILIES for network in known.networks.values())
+    return next(found for found in networks if isinstance(config, found.config))
+
+
+def abstract(config: Any, compute_dtype: Any = jnp.float32) -> nnx.Module:
+    """The network of a config with shapes in place of parameters.
+
+    It multiplies in `compute_dtype`, unless its family has it compute in float32 always.
+    """
+    return nnx.merge(*_traced(config, jnp.dtype(compute_dtype)))
 
 
 @functools.lru_cache
-def _traced(kind: Callable[..., nnx.Module], config: Any, dtype: Any) -> tuple:
-    """Structure and shapes of a model; tracing one takes a good part of a second."""
-    return nnx.split(nnx.eval_shape(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0))))
+def _traced(config: Any, dtype: jnp.dtype) -> tuple:
+    """Structure and shapes of a network; tracing one takes most of a second."""
+    found = network(config)
+    dtype = jnp.float32 if found.float32 else dtype
+    return nnx.split(nnx.eval_shape(lambda: found.build(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def fill(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:

@@ -49,7 +49,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
 
 def _begin(bar: contextlib.ExitStack, published: Published, total: int) -> OnBytes:
     """Says what is converted; on a terminal, shows how far it is."""
-    kind = registry.family(published.configs.transformer)
+    kind = registry.family(published.configs.transformer).name
     print(f"source   {published.folder}: {kind}, {published.layout} layout", flush=True)
     shown = bar.enter_context(
         progress.Progress(

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from kvlock_jax.checkpoints.registry import family
 from kvlock_jax.errors import InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
 from kvlock_jax.media.fit import Fit
@@ -141,8 +142,9 @@ def run_batch(
     """
     first, networks = settings[0], model.checkpoint
     references = len(inputs[0].references)
-    if references and not networks.configs.transformer.vace_layers:
-        raise InputError("reference pictures need a VACE model, this one is text-to-video")
+    kind = family(networks.configs.transformer)
+    if references and not kind.conditioner.takes_references:
+        raise InputError(f"reference pictures need a VACE model, this one is {kind.name}")
     for given in inputs:
         if words := ", ".join(model.tokenizer.unknown(given.prompt)):
             told = f"{given.prompt!r} has words that the text encoder does not know: {words}"

@@ -1,49 +1,28 @@
 """From videos, masks and texts to what the sampling loop is given."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from kvlock_jax import lock
-from kvlock_jax.checkpoints.registry import Checkpoint
+from kvlock_jax.checkpoints.registry import Checkpoint, family
 from kvlock_jax.errors import InputError
 from kvlock_jax.grid import Grid
 from kvlock_jax.media.fit import Fit
+from kvlock_jax.models.family import Conditioner, Encoded
 from kvlock_jax.models.vae import autoencoder
-from kvlock_jax.models.wan.conditioning import control
-from kvlock_jax.models.wan.vace import VACEContext
 from kvlock_jax.parallel import padding, sharding
 from kvlock_jax.pipeline.inputs import EditInputs
 from kvlock_jax.pipeline.load import Model
 from kvlock_jax.runtime.compile_cache import Call, call
 from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.settings.schema import EditConfig
-from kvlock_jax.shapes import VAE_STRIDES, Latents
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Encoded:
-    """Latents of a row of clips, of which equal ones were encoded once."""
-
-    parts: Sequence[Latents]
-    index: Int[np.ndarray, "rows"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape `rows T H W C`."""
-        return (len(self.index), *self.parts[0].shape[1:])
-
-    def rows(self) -> Latents:
-        """All of them, one for each clip; inside a compiled program."""
-        return jnp.concatenate(self.parts)[self.index]
-
-
-jax.tree_util.register_dataclass(Encoded, ["parts", "index"], [])
+from kvlock_jax.shapes import VAE_STRIDES
 
 
 def encode_clips(
@@ -105,10 +84,9 @@ def encode_edits(
       InputError: the noise has another shape than the latents.
     """
     made = functools.partial(encode_clips, networks.vae, run=run)
-    sources, every = list(video), len(mask) // len(video)
-    whole, blank = np.ones_like(mask[0]), np.zeros_like(mask[0])
-    vace = networks.configs.transformer.vace_layers
-    if uses_source or vace:
+    sources, whole = list(video), np.ones_like(mask[0])
+    conditioner = family(networks.configs.transformer).conditioner
+    if uses_source or conditioner.sees_source:
         latents = made(sources, [whole] * len(sources))
     else:
         latents = Encoded([np.zeros_like(noise[:1])], np.zeros(len(sources), int))
@@ -120,45 +98,41 @@ def encode_edits(
     if noise.shape != (wanted := (len(sources), *space, latents.shape[-1])):
         raise InputError(f"noise must have the shape {wanted}, found {noise.shape}")
     grid = Grid(space, padding.padded(Grid.of(space).tokens, sharding.shards("L")))
-    told = None
-    if vace:
-        of_edits, nothing = [x for x in sources for _ in range(every)], made(sources[:1], [blank])
-        under = made(of_edits, mask) if settings.show_masked else nothing
-        told = (made(of_edits, ~mask), under, nothing, np.float32(settings.context_scale))
-    return run(_edits, latents, shown, mask, noise, context, told, grid=grid)
+    encoded = conditioner.encode(
+        made,
+        sources,
+        mask,
+        scale=settings.context_scale,
+        show_masked=settings.show_masked,
+    )
+    static = {"conditioner": conditioner, "grid": grid}
+    return run(_edits, latents, shown, mask, noise, context, encoded, **static)
 
 
-@functools.partial(jax.jit, static_argnames="grid")
+@functools.partial(jax.jit, static_argnames=("conditioner", "grid"))
 def _edits(
     latents: Encoded,
     shown: Sequence[Encoded],
     mask: Bool[Array, "B frames height width"],
     noise: Float[Array, "sources T H W C"],
     context: Float[Array, "R S D"],
-    told: tuple[Encoded, Encoded, Encoded, Float[Array, ""]] | None,
+    encoded: Any,
     *,
+    conditioner: Conditioner,
     grid: Grid,
 ) -> Edits:
-    """Puts together what was encoded; `told` is what VACE is shown: kept, masked, blank, scale.
+    """Puts encoded clips, masks, noise and contexts together as the loop takes them.
 
     A program of its own: on several hosts nothing may happen to an array outside of one.
     """
     latents, shown = latents.rows(), [picture.rows() for picture in shown]
-    sources, every = len(latents), len(mask) // len(latents)
+    sources = len(latents)
     source = jnp.concatenate([*reversed(shown), latents], axis=1)
     foreground = lock.to_latent_mask(mask)
     foreground = jnp.pad(foreground, [(0, 0), (len(shown), 0), (0, 0), (0, 0)])
-    texts, source_texts = context[:-sources], context[-sources:]
-    if told is not None:
-        inactive, reactive, nothing = (x.rows() for x in told[:3])
-        scale = told[3]
-        reactive = jnp.broadcast_to(reactive, inactive.shape)
-        of_edits = control(inactive, reactive, mask, [jnp.repeat(s, every, axis=0) for s in shown])
-        # with nothing masked, what is kept is the source itself
-        empty = jnp.zeros_like(mask[:sources])
-        whole = control(latents, jnp.broadcast_to(nothing, latents.shape), empty, shown)
-        texts = VACEContext(texts, grid.split(of_edits), jnp.full(len(mask), scale))
-        source_texts = VACEContext(source_texts, grid.split(whole), jnp.full(sources, scale))
+    texts, source_texts = conditioner.contexts(
+        context[:-sources], context[-sources:], latents, shown, mask, encoded, grid
+    )
     cells = (grid.split(x) for x in (source, noise.astype(jnp.float32), foreground))
     return Edits(*cells, texts, source_texts, grid, len(shown))
 

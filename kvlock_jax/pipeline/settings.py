@@ -8,7 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from kvlock_jax import lock
-from kvlock_jax.checkpoints.registry import Configs
+from kvlock_jax.checkpoints.registry import Configs, family
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.settings.fields import from_config_dict
 from kvlock_jax.settings.schema import EditConfig, LockConfig, SampleConfig
@@ -40,15 +40,10 @@ def config(name: str) -> ConfigDict:
 
 
 def default_config_name(source: str | os.PathLike, configs: Configs) -> str:
-    """Which of the settings there are (`config`) are a checkpoint's.
-
-    The video's size is not known yet: 14B gets the settings for 720p, which the publisher's
-    `generate.py` takes at 480p too; `config("t2v_14b_480p")` is the README's milder shift.
-    """
+    """The name of a checkpoint's default settings, for `config`."""
     if os.fspath(source) == "demo":
         return "demo"
-    family = "vace" if configs.transformer.vace_layers else "t2v"
-    return f"{family}_{'14b_720p' if configs.transformer.dim >= 5120 else '1_3b_480p'}"
+    return family(configs.transformer).settings(configs.transformer)
 
 
 def resolve_settings(run: ConfigDict) -> Settings:

@@ -10,7 +10,7 @@ _T = TypeVar("_T")
 
 
 def require(ok: bool, owner: Any, field: str, expected: str) -> None:
-    """Raises a `ConfigError` that names the field of `owner`, what is expected and what was found."""
+    """Raises a `ConfigError` that names the field, the expected and the found, unless `ok`."""
     if not ok:
         value = getattr(owner, field)
         raise ConfigError(f"{type(owner).__name__}.{field} must be {expected}, found {value!r}")

@@ -5,6 +5,7 @@ each through the VAE, and the mask itself. Origin: `prepare_video_latents` and `
 Diffusers' `WanVACEPipeline`, after the publisher's VACE code.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +13,60 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
+from kvlock_jax.grid import Grid
+from kvlock_jax.models.family import Clips, EncodeClips, Encoded
+from kvlock_jax.models.wan.vace import VACEContext
 from kvlock_jax.shapes import VAE_STRIDES, Latents
+
+
+@dataclasses.dataclass(frozen=True)
+class VACEConditioner:
+    """The `Conditioner` of VACE: text, and the control channels of the clip and its mask."""
+
+    takes_references: bool = True
+    sees_source: bool = True
+
+    def encode(
+        self,
+        encode: EncodeClips,
+        sources: Clips,
+        mask: Bool[np.ndarray, "B frames height width"],
+        *,
+        scale: float,
+        show_masked: bool,
+    ) -> tuple[Encoded, Encoded, Encoded, np.float32]:
+        """Encodes each clip outside its mask, under its mask (blank unless shown), and blank."""
+        edits = len(mask) // len(sources)
+        clips = [clip for clip in sources for _ in range(edits)]
+        blank = encode(sources[:1], [np.zeros_like(mask[0])])
+        reactive = encode(clips, mask) if show_masked else blank
+        return encode(clips, ~mask), reactive, blank, np.float32(scale)
+
+    def contexts(
+        self,
+        texts: Float[Array, "R S D"],
+        source_texts: Float[Array, "sources S D"],
+        latents: Float[Array, "sources T H W C"],
+        references: Sequence[Float[Array, "sources 1 H W C"]],
+        mask: Bool[Array, "B frames height width"],
+        encoded: tuple[Encoded, Encoded, Encoded, Float[Array, ""]],
+        grid: Grid,
+    ) -> tuple[VACEContext, VACEContext]:
+        """The text and the control channels of every row; a source's mask is empty."""
+        inactive, reactive, blank = (clips.rows() for clips in encoded[:3])
+        scale, sources = encoded[3], len(latents)
+        edits = len(mask) // sources
+        reactive = jnp.broadcast_to(reactive, inactive.shape)
+        channels = control(
+            inactive, reactive, mask, [jnp.repeat(r, edits, axis=0) for r in references]
+        )
+        # with nothing masked, the inactive clip is the source itself
+        empty = jnp.zeros_like(mask[:sources])
+        whole = control(latents, jnp.broadcast_to(blank, latents.shape), empty, references)
+        return (
+            VACEContext(texts, grid.split(channels), jnp.full(len(mask), scale)),
+            VACEContext(source_texts, grid.split(whole), jnp.full(sources, scale)),
+        )
 
 
 def control(

@@ -1,0 +1,153 @@
+"""The protocol of a model family: everything that the rest of the package asks of one.
+
+A family is a folder of `models/` that defines a `Family`, a table of `convert/` for each published
+layout, and a line of `checkpoints/registry.py`. `docs/new-model.md` builds a small one with joint
+attention from nothing. Its transformer follows `sampling.loop.Denoiser`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from kvlock_jax.grid import Grid
+from kvlock_jax.shapes import Latents
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """Latents of a row of clips; equal clips were encoded once."""
+
+    parts: Sequence[Latents]
+    index: Int[np.ndarray, "rows"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape `rows T H W C`."""
+        return (len(self.index), *self.parts[0].shape[1:])
+
+    def rows(self) -> Latents:
+        """The latents, one row for each clip; to be called inside a compiled program."""
+        return jnp.concatenate(self.parts)[self.index]
+
+
+jax.tree_util.register_dataclass(Encoded, ["parts", "index"], [])
+
+Clips = Sequence[UInt8[np.ndarray, "frames height width 3"]]
+Shown = Sequence[Bool[np.ndarray, "frames height width"]]
+
+EncodeClips = Callable[[Clips, Shown], Encoded]
+"""Encodes clips by the VAE; pixels outside a clip's mask are blank."""
+
+
+class Conditioner(Protocol):
+    """Turns prompts, clips, masks and reference pictures into a transformer's context.
+
+    Its attributes are constants: it is a static argument of compiled programs.
+
+    Attributes:
+      takes_references: whether the transformer can be shown reference pictures.
+      sees_source: whether the context holds the source's latents, even where no lock needs them.
+    """
+
+    takes_references: bool
+    sees_source: bool
+
+    def encode(
+        self,
+        encode: EncodeClips,
+        sources: Clips,
+        mask: Bool[np.ndarray, "B frames height width"],
+        *,
+        scale: float,
+        show_masked: bool,
+    ) -> Any:
+        """Encodes what the context shows of the clips; the result is handed to `contexts`.
+
+        Args:
+          encode: the VAE.
+          sources: clips of the sources; each has equally many edits, one after another.
+          mask: true where an edit generates.
+          scale: weight of the context, `edit.context_scale`.
+          show_masked: whether pixels under the mask are shown, `edit.show_masked`.
+        """
+
+    def contexts(
+        self,
+        texts: Float[Array, "R S D"],
+        source_texts: Float[Array, "sources S D"],
+        latents: Float[Array, "sources T H W C"],
+        references: Sequence[Float[Array, "sources 1 H W C"]],
+        mask: Bool[Array, "B frames height width"],
+        encoded: Any,
+        grid: Grid,
+    ) -> tuple[Any, Any]:
+        """The contexts of the edits' rows and of the sources' rows, for `Denoiser.condition`.
+
+        Runs inside a compiled program.
+
+        Args:
+          texts: embedded prompt and negative prompt of each edit.
+          source_texts: embedded prompt of each source.
+          latents: encoded sources.
+          references: encoded reference pictures, a latent frame each.
+          mask: true where an edit generates.
+          encoded: the result of `encode`.
+          grid: tokens of a row, references included.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOnly:
+    """The `Conditioner` of a text-to-video transformer: its context is the text alone."""
+
+    takes_references: bool = False
+    sees_source: bool = False
+
+    def encode(self, encode: EncodeClips, sources: Clips, mask: Any, **settings: Any) -> None:
+        """Encodes nothing."""
+
+    def contexts(
+        self, texts: Array, source_texts: Array, *others: Any
+    ) -> tuple[Float[Array, "R S D"], Float[Array, "sources S D"]]:
+        """The texts."""
+        return texts, source_texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One network of a family.
+
+    Attributes:
+      config: dataclass of its sizes.
+      build: constructor, called with a config, `dtype` and `rngs`.
+      float32: whether it computes in float32, whatever dtype the user asks for.
+    """
+
+    config: type
+    build: Callable[..., nnx.Module]
+    float32: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+      name: name in checkpoints and in `kvlock info`, such as `"wan2.1-vace"`.
+      networks: the networks `transformer`, `vae` and `text_encoder`.
+      describes: whether a transformer's config belongs to this family.
+      conditioner: the transformer's context.
+      settings: from a transformer's config to the name of its default settings in `configs/`.
+    """
+
+    name: str
+    networks: Mapping[str, Network]
+    describes: Callable[[Any], bool]
+    conditioner: Conditioner
+    settings: Callable[[Any], str]
