@@ -1,4 +1,4 @@
-"""Speed and memory beside the peers, as ratios of one run, and docs/benchmarks.md of them.
+"""Measures speed and memory beside the peers, as ratios of one run, and writes docs/benchmarks.md.
 
     python scripts/bench.py [--only block] [--rounds 5] [--page docs/benchmarks.md]
 
@@ -32,7 +32,7 @@ SIDES = ("ours", "peer")
 
 
 def measure(row: Row, rounds: int) -> dict:
-    """Runs both in turn; medians in seconds, and the ratios of all rounds."""
+    """Runs both sides in turn; returns medians in seconds and the ratio of each round."""
     both = [row.ours(), row.peer()]
     for run in both:
         run()
@@ -43,24 +43,24 @@ def measure(row: Row, rounds: int) -> dict:
 
 
 def timed(run: Run) -> float:
-    """Seconds of a run."""
+    """The seconds that one run takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def peak(row: Row, side: str) -> int:
-    """Peak resident size of a process that makes one side of a row and runs it once."""
+    """Peak resident size of a process that builds one side of a row and runs it once."""
     argv = [sys.executable, __file__, "--alone", row.name, side]
     told = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout
     return int(told.split()[-1])
 
 
 def alone(name: str, side: str) -> None:
-    """What `peak` runs."""
+    """The process that `peak` starts."""
     (row,) = (row for row in ROWS if row.name == name)
     {"ours": row.ours, "peer": row.peer}[side]()()
-    # not `ru_maxrss`, which starts from what the parent had
+    # not `ru_maxrss`, which starts from the parent's
     status = pathlib.Path("/proc/self/status").read_text()
     print(int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024)
 
@@ -118,7 +118,7 @@ The fastest bare product: {best}.
 
 
 def page(found: dict, before: str) -> str:
-    """The report, with what the page of before says of other machines."""
+    """The page: this machine's section, and the sections of other machines from the old page."""
     share = bucket(round(0.2 * 1950), grid := Grid.of(GRIDS[1950])) / grid.length
     floor = (1 + 2 * share) / 2  # a source, and two branches, over two
     head = HEAD.format(threads=THREADS, steps=STEPS, share=share, floor=floor)
@@ -129,7 +129,7 @@ def page(found: dict, before: str) -> str:
 
 
 def section(found: dict) -> str:
-    """What is said of this machine."""
+    """The section of this machine."""
     peers, memory = [], []
     for row in (row for row in ROWS if row.name in found):
         told = found[row.name]
@@ -165,7 +165,7 @@ def section(found: dict) -> str:
 
 
 def commit() -> str:
-    """Of the sources that are measured; with a plus sign where they were changed since."""
+    """The commit of the measured sources; a plus sign marks uncommitted changes."""
     git = ["git", "-C", str(ROOT)]
     name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
     changed = subprocess.check_output([*git, "status", "--porcelain", "kvlock_jax", "scripts"])
@@ -173,7 +173,7 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """What this runs on."""
+    """The processor's name, cores and instruction set."""
     told = pathlib.Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", told)
     kinds = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
@@ -185,13 +185,13 @@ def machine() -> str:
 
 
 def table(head: str, lines: list[list[str]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     rule = "|" + "---|" * (head.count("|") + 1)
     return "\n".join([f"| {head} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def main() -> None:
-    """Measures rows, prints them, and writes the page."""
+    """Measures the rows, prints them and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows with such a name (a regex); or 'parts'")
     parser.add_argument("--rounds", type=int, default=5)

@@ -31,7 +31,7 @@ CONVERT = """
 import sys, time
 import jax
 
-def memory(name):  # not ru_maxrss, which a process has from the one that started it
+def memory(name):  # not ru_maxrss, which a process inherits from its parent
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith(name))
 
@@ -45,7 +45,7 @@ print(time.perf_counter() - start, memory("VmHWM") - before)
 
 
 def write_transformer(folder: Path) -> None:
-    """Shards, their index, and random numbers: parts of one array, as nothing looks at values."""
+    """Writes shards and their index, filled from slices of one random array."""
     shapes = {key: tuple(shape) for key, shape in json.loads(LAYOUT.read_text()).items()}
     rng = np.random.default_rng(0)
     pool = (0.02 * rng.standard_normal(1 << 24, np.float32)).astype(ml_dtypes.bfloat16)
@@ -70,7 +70,7 @@ def write_transformer(folder: Path) -> None:
 
 
 def write_folder(folder: Path) -> None:
-    """The Diffusers folder; its small parts are written by Diffusers."""
+    """Writes the Diffusers folder; Diffusers itself writes the small parts."""
     import torch
     import transformers
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
@@ -90,14 +90,14 @@ def write_folder(folder: Path) -> None:
 
 
 def copied(folder: Path, target: Path) -> float:
-    """Seconds that a plain copy of the files takes."""
+    """The seconds that a plain copy of the files takes."""
     start = time.perf_counter()
     shutil.copytree(folder, target)
     return time.perf_counter() - start
 
 
 def converted(folder: Path, target: Path) -> tuple[float, float]:
-    """Seconds, and bytes of memory over the interpreter with JAX imported."""
+    """The seconds of a conversion, and its bytes of memory over those of an idle interpreter."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", CONVERT, str(folder), str(target)]
     ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -119,7 +119,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{size / 1e9:.2f} GB in {SHARDS} shards")
         for _ in range(args.rounds):
-            os.sync()  # what one writes is not to be written to the disk in the other's time
+            os.sync()  # so that neither waits for the disk writes of the other
             copies.append(size / 1e6 / copied(folder, target))
             shutil.rmtree(target)
             os.sync()

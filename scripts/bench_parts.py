@@ -1,4 +1,4 @@
-"""Where the time of a block goes, and of the VAE's convolutions: operations over seconds."""
+"""Rates of a block's parts and of the VAE's convolutions: operations over seconds."""
 
 import dataclasses
 import statistics
@@ -14,11 +14,11 @@ from kvlock_jax.models.vae.convolutions import CausalConv3d
 
 TOKENS, ROWS = 1950, 2
 CHUNK = ((1, 30, 52, 384), (2, 60, 104, 384), (4, 120, 208, 192), (4, 240, 416, 96))
-"""Of a clip of 240x416: what a convolution of each level makes of a chunk."""
+"""Features that a convolution of each level returns for one chunk of a 240x416 clip."""
 
 
 def measure(rounds: int) -> dict:
-    """Parts of a block with seconds, share, rate and efficiency; convolutions with both rates."""
+    """Seconds, share, rate and efficiency of a block's parts; both rates of each convolution."""
     config = dataclasses.replace(WIDE, num_layers=1)
     flops = costs.pass_flops(costs.Workload(config, 17, 240, 416), ROWS)
     bare = costs.pass_flops(costs.Workload(WIDE, 17, 240, 416), ROWS).total
@@ -41,13 +41,13 @@ def measure(rounds: int) -> dict:
 
 
 def line(name: str, flops: int, seconds: float, whole: float, best: float) -> list[str]:
-    """A line of the table."""
+    """A row of the table."""
     rate = flops / seconds / 1e9
     return [name, f"{seconds:.3f}", f"{seconds / whole:.0%}", f"{rate:.0f}", f"{rate / best:.2f}"]
 
 
 def median(run: Run, rounds: int) -> float:
-    """Seconds of a run, once it is warm."""
+    """The seconds of a warm run."""
     run()
     found = []
     for _ in range(rounds):
@@ -58,14 +58,14 @@ def median(run: Run, rounds: int) -> float:
 
 
 def projections() -> Run:
-    """The six of both attentions whose input are a block's tokens."""
+    """The six projections of both attentions that take a block's tokens."""
     x, w = normal(ROWS, TOKENS, WIDE.dim), normal(6, WIDE.dim, WIDE.dim)
     run = jax.jit(lambda x, w: [x @ one for one in w])
     return lambda: jax.block_until_ready(run(x, w))
 
 
 def attention(keys: int) -> Run:
-    """Attention of all tokens to so many keys."""
+    """Attention of all tokens to a number of keys."""
     heads = (WIDE.num_attention_heads, WIDE.attention_head_dim)
     q, k, v = (normal(ROWS, length, *heads) for length in (TOKENS, keys, keys))
     run = jax.jit(attend)
@@ -73,7 +73,7 @@ def attention(keys: int) -> Run:
 
 
 def feed_forward() -> Run:
-    """Both products, and what is between."""
+    """Both products of a feed-forward layer and the nonlinearity between them."""
     x, up = normal(ROWS, TOKENS, WIDE.dim), normal(WIDE.dim, WIDE.ffn_dim)
     down, bias = normal(WIDE.ffn_dim, WIDE.dim), normal(WIDE.ffn_dim)
     run = jax.jit(lambda x: jax.nn.gelu(x @ up + bias, approximate=True) @ down)
@@ -81,7 +81,7 @@ def feed_forward() -> Run:
 
 
 def convolution(shape: tuple[int, int, int, int], rounds: int) -> list[str]:
-    """A causal convolution that makes such features, ours and PyTorch's."""
+    """A causal convolution with features of this shape, ours and PyTorch's."""
     torch = torch_with_threads()
     frames, rows, columns, channels = shape
     x, layer = normal(1, frames + 2, *shape[1:]), CausalConv3d(channels, channels, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""What `bench.py` measures: pairs of programs, ours and a peer's or another of ours.
+"""The rows of `bench.py`: pairs of programs, ours and a peer's or another of ours.
 
 Each is made by itself, so that its memory can be measured in a process of its own.
 """
@@ -37,18 +37,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
 DEMO = pathlib.Path(kvl.__file__).parent / "demo"
-WIDE = WanConfig(12, 128, 2, 8960)  # the widths of 1.3B, of its 30 layers two
+WIDE = WanConfig(12, 128, 2, 8960)  # the widths of 1.3B, and two of its 30 layers
 GRIDS = {195: (5, 6, 26), 1950: (5, 30, 52), 8000: (5, 64, 100)}
-"""Latent frames, rows and columns of so many tokens."""
+"""Latent frames, rows and columns for each number of tokens."""
 TEXT, STEPS, THREADS = 512, 50, 2
 
 Run = Callable[[], None]
-"""Runs once, and waits for the result."""
+"""Runs a program once and waits for its result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Two programs that are compared.
+    """Two programs to compare.
 
     Attributes:
       name: what of.
@@ -71,7 +71,7 @@ class Row:
 
 
 def normal(*shape: int) -> jax.Array:
-    """Numbers that do not matter."""
+    """Random numbers of a shape; no row depends on their values."""
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
 
 
@@ -87,7 +87,7 @@ def torch_with_threads():
 
 
 def passes(tokens: int, layers: int) -> Run:
-    """Ours over two rows: what happens in each step."""
+    """Our transformer over two rows, as in one sampling step."""
     grid = Grid.of(GRIDS[tokens])
     model = wan_transformer(dataclasses.replace(WIDE, num_layers=layers), rngs=nnx.Rngs(0))
     told = jax.jit(lambda m, t: m.condition(t, grid))(model, normal(2, TEXT, 4096))
@@ -113,7 +113,7 @@ def peers_passes(tokens: int, layers: int) -> Run:
 
 
 def products(library: str) -> Run:
-    """Bare products of as many operations as `passes(1950, 2)` has, a feed-forward's."""
+    """Bare feed-forward products with the operations of `passes(1950, 2)`."""
     flops = costs.pass_flops(costs.Workload(WIDE, 17, 240, 416), 2).total
     sizes = (3900, 1536), (1536, 8960)
     times = round(flops / (2 * 3900 * 1536 * 8960))
@@ -137,7 +137,7 @@ def products(library: str) -> Run:
 
 
 def decode(frames: int, height: int, width: int, demo: bool) -> Run:
-    """Our decoder, the demo model's or at the published widths."""
+    """Our decoder, at the demo model's widths or the published ones."""
     z = normal(1, (frames - 1) // 4 + 1, height // 8, width // 8, 16)
     network = (
         kvl.load("demo").checkpoint.vae
@@ -185,7 +185,7 @@ def text_to_video() -> str:
 
 
 def pipeline() -> Run:
-    """Ours, with a mask that is everything."""
+    """Our pipeline, with a mask of the whole video."""
     model = kvl.load(text_to_video())
     config = run_config("cfg", steps=STEPS, shift=3.0, guidance_scale=5.0, solver="unipc")
     blank, mask = np.zeros((9, 96, 96, 3), np.uint8), np.ones((96, 96), bool)
@@ -211,7 +211,7 @@ def peers_pipeline() -> Run:
 
 
 def loop(preset: str, context: bool, count: int = 1, tokens: int = 195) -> Run:
-    """A whole sampling loop over edits of one source, with a fifth of the tokens to edit."""
+    """A whole sampling loop over edits of one source that edit a fifth of the tokens."""
     config = dataclasses.replace(WIDE, vace_layers=(0,)) if context else WIDE
     grid = Grid.of(GRIDS[tokens])
     model = wan_transformer(config, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""The demo model's sizes, and how the training scripts pass its parts on."""
+"""The demo model's sizes, and the files by which the training scripts hand on its parts."""
 
 import dataclasses
 import pathlib
@@ -35,12 +35,12 @@ WORDS = ("a", *COLOURS, *SHAPES)
 
 
 def text_encoder() -> UMT5Encoder:
-    """A small encoder with random weights: it only has to tell a dozen words apart."""
+    """A small text encoder with random weights, enough to distinguish a dozen words."""
     return UMT5Encoder(TEXT_ENCODER, rngs=nnx.Rngs(7))
 
 
 def save_params(path: pathlib.Path, state: nnx.State) -> None:
-    """Writes parameters as one `.npz`, whole or not at all."""
+    """Writes parameters to one `.npz`, whole or not at all."""
     flat = {".".join(map(str, k)): np.asarray(v[...]) for k, v in nnx.to_flat_state(state)}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.npz")
@@ -49,7 +49,7 @@ def save_params(path: pathlib.Path, state: nnx.State) -> None:
 
 
 def load_params(path: pathlib.Path, state: nnx.State) -> nnx.State:
-    """Parameters of `save_params`, in the structure of `state`."""
+    """Reads the parameters of `save_params` into the structure of `state`."""
     with np.load(path) as saved:
         flat = [
             (k, v.replace(np.asarray(saved[".".join(map(str, k))])))

@@ -36,21 +36,21 @@ MARGIN = 4
 
 
 def box_mask(scene: Scene) -> np.ndarray:
-    """A square around the object in every frame, so that the mask does not tell the shape."""
+    """A square around the object in every frame, so that the mask does not give the shape away."""
     y, x = np.mgrid[:96, :96]
     reach = scene.radius + MARGIN
     return np.stack([np.maximum(abs(x - cx), abs(y - cy)) <= reach for cx, cy in scene.centres])
 
 
 def another(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same scene with another colour and another shape."""
+    """The same scene with another colour and shape."""
     colour = rng.choice([c for c in COLOURS if c != scene.colour])
     shape = rng.choice([s for s in SHAPES if s != scene.shape])
     return dataclasses.replace(scene, colour=str(colour), shape=str(shape))
 
 
 def generate(model, config, scenes, seeds, clips, masks):
-    """Edits of clips to what scenes say, batch by batch, and the traces' means in the window."""
+    """Edits clips to match scenes; returns the edits and the traces' means in the window."""
     settings = resolve_settings(config)
     networks = model.checkpoint
     table = solvers.table(settings.sample.solver, settings.sample.steps, settings.sample.shift)
@@ -74,13 +74,13 @@ def generate(model, config, scenes, seeds, clips, masks):
 
 
 def round_trip(model, clips) -> np.ndarray:
-    """The clips through the VAE and back."""
+    """The clips after a round trip through the VAE."""
     networks = model.checkpoint
     return np.asarray(autoencoder.decode(networks.vae, autoencoder.encode(networks.vae, clips))[0])
 
 
 def score(videos, scenes) -> tuple[float, float]:
-    """Shares of videos with the right colour and shape, and with the right colour."""
+    """The shares of videos with the right colour and shape, and with the right colour."""
     verdicts = [judge(video) for video in videos]
     colour = [v.colour == s.colour for v, s in zip(verdicts, scenes, strict=True)]
     both = [

@@ -19,7 +19,7 @@ SEED = 920_000_007  # neither trained nor evaluated on
 
 
 def main() -> None:
-    """Writes both files, losslessly."""
+    """Writes the clip and its mask losslessly."""
     scene = random_scene(SEED, held_out=True)
     scene = dataclasses.replace(scene, shape="circle", colour="red")
     white = np.repeat(box_mask(scene)[..., None], 3, -1).astype(np.uint8) * 255

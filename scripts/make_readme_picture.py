@@ -1,4 +1,4 @@
-"""Draws `docs/demo.png` from what `scripts/demo.sh` wrote: three frames and the run's curves.
+"""Draws `docs/demo.png` from the results of `scripts/demo.sh`: three frames and the run's curves.
 
 python scripts/make_readme_picture.py
 """

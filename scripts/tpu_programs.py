@@ -1,4 +1,4 @@
-"""The real programs for TPUs that are not here: of which sizes, and what the compiler says of them.
+"""The real programs for TPUs, lowered and compiled without one, and the compiler's figures.
 
 They are lowered from abstract weights of the published sizes and compiled by libtpu's own compiler
 for a topology; its memory analysis is what a chip would hold.
@@ -87,38 +87,38 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its file."""
         parts = [*dataclasses.astuple(self)[:-2], self.preset]
         parts += [self.cache] if self.cache == "carried" else []
         return re.sub(r"[^a-z0-9.]+", "_", "_".join(map(str, parts)).lower()).strip("_")
 
     @property
     def workload(self) -> costs.Workload:
-        """What the roofline is of."""
+        """The workload of the roofline."""
         size = (self.frames, self.height, self.width)
         return costs.Workload(MODELS[self.model], *size, batch=self.batch)
 
 
 def spreads(row: Row) -> bool:
-    """Whether `kvlock` would spread the weights."""
+    """Whether `kvlock` spreads the weights by default."""
     size = row.workload.weight_bytes * costs.parameters(MODELS[row.model]).total
     return sharding.worth_spreading(size, chip_of(row).memory)
 
 
 def settings_of(row: Row) -> LockConfig:
-    """Of the lock: the model's default preset, or the row's."""
+    """The settings of the lock: those of the row's preset, or of the model's default."""
     default = "kvlock" if MODELS[row.model].vace_layers else "kvlock_anchor"
     settings = lock.preset(row.preset or default, 5.0)
     return dataclasses.replace(settings, cache=row.cache)
 
 
 def chip_of(row: Row) -> roofline.Chip:
-    """Published peaks of a row's chips."""
+    """The published peaks of a row's chips."""
     return roofline.CHIPS[row.slice.split("-")[0]]
 
 
 def mesh_of(row: Row) -> Mesh:
-    """The mesh of a row, of devices that only the compiler knows."""
+    """The mesh of a row, over devices that only the compiler knows."""
     os.environ["TPU_ACCELERATOR_TYPE"] = row.slice.replace("v5e", "v5litepod")
     devices = topologies.get_topology_desc(TOPOLOGIES[row.slice], platform="tpu").devices
     return make_mesh(*(row.mesh or (1, len(devices), 1)), devices=devices)
@@ -143,7 +143,7 @@ def array(mesh: Mesh, shape, letters: str, dtype=jnp.float32) -> jax.ShapeDtypeS
 
 
 def loop(mesh: Mesh, row: Row, spread: bool):
-    """The whole sampling loop, lowered."""
+    """The lowered sampling loop."""
     config, latent = MODELS[row.model], row.workload.latent_shape
     attend = ring if row.ring else gathered
     model = registry.abstract(config, jnp.bfloat16)
@@ -175,7 +175,7 @@ def loop(mesh: Mesh, row: Row, spread: bool):
 
 
 def text_encoder(mesh: Mesh, row: Row):
-    """The text encoder over the three texts of every edit, lowered."""
+    """The lowered text encoder, over three texts for each edit."""
     model = registry.abstract(TEXT_ENCODER, jnp.bfloat16)
     model = abstract(mesh, "text_encoder", model, jnp.bfloat16, True)
     shape = (3 * row.batch, costs.TEXT_TOKENS)
@@ -184,19 +184,19 @@ def text_encoder(mesh: Mesh, row: Row):
 
 
 def networks(mesh: Mesh):
-    """The VAE, abstract."""
+    """The abstract VAE."""
     model = registry.abstract(VAE, jnp.float32)
     return abstract(mesh, "vae", model, jnp.float32, False)
 
 
 def decoder(mesh: Mesh, row: Row):
-    """The VAE's decoder, lowered."""
+    """The lowered decoder of the VAE."""
     latents = array(mesh, (row.batch, *row.workload.latent_shape, VAE.z_dim), "b T H W C")
     return autoencoder.decode.lower(networks(mesh), latents)
 
 
 def collectives(text: str) -> dict[str, list[int]]:
-    """Of each kind, how many a program has and the bytes of their results; loops count once."""
+    """The number of collectives of each kind and the bytes of their results; loops count once."""
     found = collections.defaultdict(lambda: [0, 0])
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     sizes = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1, "s8": 1, "f16": 2}
@@ -215,7 +215,7 @@ def collectives(text: str) -> dict[str, list[int]]:
 
 
 def measure(lowered) -> dict:
-    """Compiles a lowered program; bytes of a chip, or what the compiler says it lacks."""
+    """Compiles a lowered program; returns its bytes on a chip, or the compiler's refusal."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -243,7 +243,7 @@ def measure(lowered) -> dict:
 
 
 def held(mesh: Mesh, spread: bool, config: WanConfig) -> dict[str, int]:
-    """Bytes of each network's weights on a chip."""
+    """The bytes of each network's weights on a chip."""
     networks = {
         "transformer": (config, jnp.bfloat16),
         "text_encoder": (TEXT_ENCODER, jnp.bfloat16),

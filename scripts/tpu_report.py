@@ -1,4 +1,4 @@
-"""Compiles the real programs for TPUs that are not here, and writes what they need to docs/tpu.md.
+"""Compiles the real programs for TPUs without one, and writes its figures to docs/tpu.md.
 
     python scripts/tpu_report.py [--only v6e] [--runs runs/tpu] [--page docs/tpu.md]
 
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def rows() -> list[Row]:
-    """What is published; 210 frames are 213 to the model."""
+    """The published sizes; 210 frames are 213 to the model."""
     sizes = ((480, 832, 81), (720, 1280, 81))
     found = [Row(m, *size, s) for s in TOPOLOGIES for size in sizes for m in MODELS]
     found += [Row(m, 480, 832, 213, s) for s in TOPOLOGIES for m in MODELS if "1.3B" in m]
@@ -38,7 +38,7 @@ def rows() -> list[Row]:
 
 
 def key(row: Row, program: str) -> str:
-    """Name of a program's file; rows share those that do not depend on the transformer."""
+    """The name of a program's file; rows share programs that do not depend on the transformer."""
     same = {"model": "any", "ring": False, "cache": "fused", "preset": ""}
     if program == "text":
         same |= {"height": 0, "width": 0, "frames": 0}
@@ -47,7 +47,7 @@ def key(row: Row, program: str) -> str:
 
 
 def compiled(row: Row, program: str, runs: pathlib.Path, only: str) -> dict | None:
-    """What is known of a program; compiled now where it is not and its name holds `only`."""
+    """The figures of a program; compiles it if it has none and its name contains `only`."""
     file = runs / f"{key(row, program)}.json"
     if not file.exists():
         if not re.search(only, file.stem):
@@ -202,7 +202,7 @@ def page(found: list[tuple[Row, dict]]) -> str:
 
 
 def lock_adds(temporaries: dict[Row, int]) -> tuple[str, list[list[str]]]:
-    """What the lock adds to the loop in either way, where the plain loop was compiled too."""
+    """The memory that the lock adds to the loop, where the plain loop was compiled too."""
     plain = next(row for row in temporaries if row.preset == "cfg")
     ways = [dataclasses.replace(plain, preset="", cache=way) for way in ("fused", "carried")]
     fused, carried = (temporaries[way] - temporaries[plain] for way in ways)
@@ -214,13 +214,13 @@ def lock_adds(temporaries: dict[Row, int]) -> tuple[str, list[list[str]]]:
 
 
 def table(head: str, lines: list[list[str]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     rule = "|" + "---|" * (head.count("|") + 1)
     return "\n".join([f"| {head} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def described(row: Row) -> tuple[str, ...]:
-    """A row's first columns."""
+    """The first columns of a row."""
     mesh = "data {}, frames {}, model {}".format(*row.mesh) if row.mesh else "all on frames"
     more = (f", {row.batch} edits" if row.batch > 1 else "") + (", ring" if row.ring else "")
     more += f", {row.preset}" if row.preset else ", carried" * (row.cache == "carried")
@@ -233,7 +233,7 @@ def gb(size: float) -> str:
 
 
 def main() -> None:
-    """Compiles what is not compiled yet, and writes the page."""
+    """Compiles the missing programs and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="compiles what has such a name (a regex)")
     parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "tpu")

@@ -40,7 +40,7 @@ PROMPTS = [caption(s, c) for s in SHAPES for c in COLOURS]
 
 @jax.jit
 def encode(vae: WanVAE, video: jax.Array) -> jax.Array:
-    """Latents of clips, uint8 or in [-1, 1], not normalised: the statistics are not known yet."""
+    """Latents of clips, uint8 or in [-1, 1]; not normalised, since the statistics come later."""
     if video.dtype == jnp.uint8:
         video = video.astype(jnp.float32) / 127.5 - 1.0
     return vae.encode(video, chunk=2)
@@ -63,7 +63,7 @@ def encode_shard(vae: WanVAE, start: int, held_out: bool) -> dict[str, np.ndarra
 
 
 def encoded(vae: WanVAE, folder: pathlib.Path, shards: int) -> dict[str, np.ndarray]:
-    """All clips to train on, encoded once and kept in `folder`."""
+    """All training clips, encoded once and kept in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(-1, shards):  # shard -1 is held out
         path = folder / f"{i}.npz"
@@ -78,7 +78,7 @@ def encoded(vae: WanVAE, folder: pathlib.Path, shards: int) -> dict[str, np.ndar
 
 
 def contexts() -> jax.Array:
-    """Text contexts of all captions, and of the empty prompt last."""
+    """Text contexts of all captions, then of the empty prompt."""
     with tempfile.TemporaryDirectory() as folder:
         write_word_tokenizer(folder, demo_models.WORDS, demo_models.TEXT_LEN)
         tokenizer = Tokenizer(folder, demo_models.TEXT_LEN)

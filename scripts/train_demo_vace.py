@@ -38,11 +38,11 @@ from kvlock_jax.models.wan.conditioning import fold_mask
 from kvlock_jax.models.wan.vace import VACEContext, WanVACETransformer
 
 KINDS = {"exact": 0.15, "grown": 0.2, "box": 0.4, "frames": 0.08, "all": 0.12, "none": 0.05}
-"""Kinds of masks and their shares; with `all` it is text-to-video, with `none` it keeps."""
+"""Kinds of masks and their shares: `all` trains text-to-video, `none` trains keeping."""
 
 
 def mask_of(seed: int, *, held_out: bool = False, kind: str | None = None) -> np.ndarray:
-    """The pixels to inpaint in the clip of a seed; it draws the kind unless one is given."""
+    """The pixels to inpaint in the clip of a seed, of a kind that the seed draws by default."""
     rng = np.random.default_rng([seed, 1])
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     scene = random_scene(seed, held_out=held_out)
@@ -77,7 +77,7 @@ def inactive_shard(vae: WanVAE, start: int, held_out: bool) -> dict[str, np.ndar
 def encoded(
     vae: WanVAE, clips: pathlib.Path, folder: pathlib.Path, shards: int
 ) -> tuple[dict, dict]:
-    """What `train_demo_dit.py` encoded, with the inactive latents beside; the held-out ones too."""
+    """The latents of `train_demo_dit.py` and the inactive latents, held-out ones too."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for i in range(-1, shards):
@@ -112,7 +112,7 @@ def main() -> None:
         return
     stats = np.load(flags.dit / "latent_stats.npz")
     mean, std = stats["mean"], stats["std"]
-    # what the masked pixels are shown as: nothing
+    # masked pixels are shown blank
     blank = jnp.zeros((1, FRAMES, SIZE, SIZE, 3), jnp.float32)
     blank = (np.asarray(encode(vae, blank)) - mean) / std
     context = contexts()

@@ -28,7 +28,9 @@ BATCH, CROP = 4, 48
 HELD_OUT = range(900_000_000, 900_000_008)  # seeds that no training step reaches
 KL_WEIGHT = 1e-3
 BLEND = 4  # pixels around a splice that may change with it
-LEAK_WEIGHT = 1.5  # of what a splice changes outside of itself, against the reconstruction
+LEAK_WEIGHT = (
+    1.5  # weight of the change that a splice causes outside itself, beside the reconstruction
+)
 
 
 def initialise(vae: WanVAE, seed: int) -> None:
@@ -87,7 +89,7 @@ def batch(step: int) -> np.ndarray:
 
 
 def spliced(z: jax.Array, frames: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Every clip with a moving box of its neighbour in it: latents, and which pixels are outside.
+    """Splices a moving box of its neighbour into each clip; returns latents and the pixels outside.
 
     An edit's latents are such a splice, and inside the box they are a model's guess: too strong or
     too weak, and noisy. A decoder that has seen some keeps what lies outside; next to the box it

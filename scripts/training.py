@@ -1,4 +1,4 @@
-"""What both demo trainings share: a loop that saves, resumes, averages weights and logs.
+"""The loop that the demo trainings share: it saves, resumes, averages weights and logs.
 
 Import it before JAX: it makes one CPU device per core, over which `fit` splits every batch:
 much of XLA's CPU code runs on one thread of its device.
