@@ -83,7 +83,7 @@ fewer tokens. Tokens to edit are rounded up to a sixty-fourth of the video: a fi
 
 Memory is the peak resident size of a process that makes one of the two and runs it once, GB.
 
-Where the time goes: operations by hand (`kvlock_jax/costs.py`) over seconds measured, part by part,
+Where the time goes: operations by hand (`kvlock_jax/estimate/costs.py`) over seconds measured, part by part,
 each compiled by itself; `rate` is billions of operations a second, and the last column what part
 that is of the fastest bare product that the machine showed. Convolutions are of the VAE's decoder,
 and make such features (frames, rows, columns, channels); rates count the products that a

@@ -108,7 +108,7 @@ layers count once; the branch for layers with a hint is one more block.
 ## Roofline on paper
 
 Arithmetic, memory traffic and interconnect traffic of a step, from the model's own dimensions, over
-each chip's published peaks (`kvlock_jax/roofline.py` names them and their sources): no step that
+each chip's published peaks (`kvlock_jax/estimate/roofline.py` names them and their sources): no step that
 computes every token can be faster. `kvlock info` uses the same functions.
 
 {roofline}
