@@ -65,51 +65,51 @@ def compiled(row: Row, program: str, runs: pathlib.Path, only: str) -> dict | No
 
 PAGE = """# What the TPU's compiler says
 
-Written by `python scripts/tpu_report.py`; do not edit. JAX {jax}, libtpu {libtpu}, no TPU: each
-program is compiled ahead of time by libtpu from abstract weights of the published sizes, and what
-follows is the compiler's own memory analysis, per chip. {steps} steps with the lock, preset
-`kvlock` on VACE, `kvlock_anchor` on text-to-video, every token computed in every step.
+Written by `python scripts/tpu_report.py`; do not edit. JAX {jax}, libtpu {libtpu}, no TPU: libtpu
+compiles each program ahead of time from abstract weights of the published sizes, and the tables
+give the compiler's own memory analysis, per chip. Loops have {steps} steps with the lock, preset
+`kvlock` on VACE and `kvlock_anchor` on text-to-video, and compute every token in every step.
 
-`weights` are the transformer's, bfloat16 (spread over the chips, and gathered layer by layer, where
-a `*` stands). `cache` is what of the source's keys and values is kept, a part of
-the temporaries: those of a block, or of all where the cache is carried. `other` is what
-lies there meanwhile: the text encoder's weights, spread over all chips, and the VAE's; `peak` the
-largest of the programs, all weights in memory. Where the loop does not fit, the compiler says what
-its temporaries would take, and makes no program. What is not compiled has no row. Decimal
-gigabytes, as chips are sold.
+`weights` are the transformer's, in bfloat16; a `*` marks weights that are spread over the chips and
+gathered layer by layer. `cache` holds the source's keys and values and is a part of the
+temporaries: those of one block, or of all blocks where the cache is carried. `other` are the
+weights that stay in memory meanwhile: the text encoder's, spread over all chips, and the VAE's.
+`peak` is the largest of the programs with all weights in memory. Where the loop does not fit, the
+compiler reports its temporaries and returns no program. A program that was not compiled has no
+row. Gigabytes are decimal, as chips are sold.
 
 ## Memory
 
 {memory}
 
-## What the lock takes
+## Memory of the lock
 
 Temporaries of the loop per chip beside the same loop without a lock (`cfg`), {lock_case}: with one
-pass for all branches, and with a cache of all blocks carried from step to step. Both are a part of
-the table above. `fused / carried` is the ratio of what either adds.
+pass for all branches, and with a cache of all blocks carried from step to step. The table above
+includes both. `fused / carried` is the ratio of the memory that each adds.
 
 {lock}
 
 ## The other programs
 
-Temporaries of the text encoder over an edit's three texts and of the VAE's decoder, and seconds
-that it took to compile each program, on two cores that had other work at times. `-` is not
-compiled.
+Temporaries of the text encoder over an edit's three texts and of the VAE's decoder, and the
+seconds that each program took to compile, on two cores that had other work at times. `-` marks a
+program that was not compiled.
 
 {others}
 
 ## Collectives of the loop
 
-How many the compiled loop has and the bytes of their results, per chip. The loops over steps and
-layers count once; the branch for layers with a hint is one more block.
+The number of collectives in the compiled loop and the bytes of their results, per chip. The loops
+over steps and layers count once; the branch for layers with a hint is one more block.
 
 {collectives}
 
 ## Roofline on paper
 
-Arithmetic, memory traffic and interconnect traffic of a step, from the model's own dimensions, over
-each chip's published peaks (`kvlock_jax/estimate/roofline.py` names them and their sources): no step that
-computes every token can be faster. `kvlock info` uses the same functions.
+Arithmetic, memory traffic and interconnect traffic of a step, from the model's dimensions, divided by
+each chip's published peaks (`kvlock_jax/estimate/roofline.py` names them and their sources). No step
+that computes every token can be faster. `kvlock info` uses the same functions.
 
 {roofline}
 """
