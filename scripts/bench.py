@@ -69,24 +69,27 @@ def alone(name: str, side: str) -> None:
 
 HEAD = """# Benchmarks
 
-Written by `python scripts/bench.py`; do not edit. Each section names its machine and the commits that were
-measured. Everything is float32 on a CPU, with {threads} threads on both sides; weights are random except the
-demo model's; a loop has {steps} steps.
+Written by `python scripts/bench.py`; do not edit. Each section names its machine and the commits
+that were measured. Everything is float32 on a CPU, with {threads} threads on both sides; weights
+are random except the demo model's; a loop has {steps} steps.
 
-Ratios compare two programs that ran in turn: `median (least to most)` over the given number of rounds. Seconds are
-medians. They drift from row to row with the machine's clock, so read them as the size of a case, no more.
-The lock is measured at 1.3B's width with two blocks, and VACE's with one context block. Both loops run the whole
-source pass; in a model of 30 blocks the last block of that pass costs almost nothing. A block's weights are read once
-for the source's rows and once for the edit's, which weighs more with fewer tokens. Tokens to edit are rounded up to a
-sixty-fourth of the video: a fifth becomes {share:.0%}, and counting rows of tokens alone predicts {floor:.2f}.
+Ratios compare two programs that ran in turn: `median (least to most)` over the given number of
+rounds. Seconds are medians. They drift from row to row with the machine's clock, so read them as
+the size of a case, no more. The lock is measured at 1.3B's width with two blocks, and VACE's with
+one context block. Both loops run the whole source pass; in a model of 30 blocks the last block of
+that pass costs almost nothing. A block's weights are read once for the source's rows and once for
+the edit's, which weighs more with fewer tokens. Tokens to edit are rounded up to a sixty-fourth of
+the video: a fifth becomes {share:.0%}, and counting rows of tokens alone predicts {floor:.2f}.
 
-Memory is the peak resident size, in GB, of a process that builds one of the two programs and runs it once.
+Memory is the peak resident size, in GB, of a process that builds one of the two programs and runs
+it once.
 
-"Where the time goes" divides operations counted by hand (`kvlock_jax/estimate/costs.py`) by measured seconds, part
-by part, each part compiled by itself. `rate` is in billions of operations a second; the last column is its share of
-the fastest bare product that the machine showed. Convolutions are those of the VAE's decoder, with the features
-they return (frames, rows, columns, channels). Their rates count the products of an unfiltered convolution, so ours may
-exceed what the machine multiplies.
+"Where the time goes" divides operations counted by hand (`kvlock_jax/estimate/costs.py`) by
+measured seconds, part by part, each part compiled by itself. `rate` is in billions of operations a
+second; the last column is its share of the fastest bare product that the machine showed.
+Convolutions are those of the VAE's decoder, with the features they return (frames, rows, columns,
+channels). Their rates count the products of an unfiltered convolution, so ours may exceed what the
+machine multiplies.
 """
 
 SECTION = """

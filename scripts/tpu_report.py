@@ -107,9 +107,9 @@ over steps and layers count once; the branch for layers with a hint is one more 
 
 ## Roofline on paper
 
-Arithmetic, memory traffic and interconnect traffic of a step, from the model's dimensions, divided by
-each chip's published peaks (`kvlock_jax/estimate/roofline.py` names them and their sources). No step
-that computes every token can be faster. `kvlock info` uses the same functions.
+Arithmetic, memory traffic and interconnect traffic of a step, from the model's dimensions, divided
+by each chip's published peaks (`kvlock_jax/estimate/roofline.py` names them and their sources). No
+step that computes every token can be faster. `kvlock info` uses the same functions.
 
 {roofline}
 """
