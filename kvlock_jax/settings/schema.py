@@ -1,7 +1,7 @@
 """The settings of a run: sampling, lock and guidance, and the edit.
 
-A run is described by a nested `ml_collections.ConfigDict`, which `configs/*.py` and the command
-line build; `fields.from_config_dict` turns each of its parts into one of these dataclasses.
+`configs/*.py` and the command line describe a run as a nested `ml_collections.ConfigDict`;
+`fields.from_config_dict` checks each of its parts and turns it into one of these dataclasses.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from kvlock_jax.settings.fields import from_config_dict, require
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How a video is sampled.
+    """Solver, steps, guidance and seed of a run.
 
     Attributes:
-      steps: solver steps; the only setting here whose change compiles again.
-      shift: `s` of METHOD.md section 1, over 0; more spends more steps on high noise.
+      steps: number of solver steps; the only setting here whose change recompiles the loop.
+      shift: `s` of METHOD.md section 1, over 0; a higher one spends more steps on high noise.
       guidance_scale: `omega_0` of METHOD.md section 6; 1 is no guidance.
       solver: `"unipc"`, `"euler"` or `"dpm++"`.
-      seed: of the noise an edit starts from.
+      seed: seed of the noise that an edit starts from.
     """
 
     steps: int = 50
@@ -153,19 +153,22 @@ class LockConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EditConfig:
-    """What is done with one video, its mask and its texts.
+    """The settings of one video, its mask and its prompts.
 
     Attributes:
-      negative_prompt: what guidance leads away from.
-      source_prompt: what the source branch is told (METHOD.md section 3).
-      invert_mask: whether black edits instead of white.
-      dilate: pixels by which the mask grows, before anything else is done with it.
-      composite: whether pixels outside the mask are the source's own in the result.
+      negative_prompt: text that guidance leads away from.
+      source_prompt: text of the source branch (METHOD.md section 3).
+      invert_mask: whether black marks the part to edit, instead of white.
+      dilate: pixels by which the mask grows, before any other use of it.
+      composite: whether the result takes the pixels outside the mask from the source.
       size: `"832*480"` (width, height) to work at another size; empty keeps the video's.
-      frame_num: frames to take from the start of the video; 0 takes all.
-      context_scale: how much of a VACE model's hints is added, 0 or more; published 1.
-      show_masked: whether a VACE model is shown what is under the mask, which it then keeps to, as
-        to a sketch; the publisher's inpainting hands it over blank.
+      frame_num: number of frames to take from the start of the video; 0 takes all.
+      context_scale: factor of a VACE model's hints, 0 or more; published 1.
+      show_masked: whether a VACE model sees the pixels under the mask, which it then follows as a
+        sketch. By default x of METHOD.md section 11 is blank (grey) there, as the publisher's
+        inpainting hands it over, so `reactive` is of a blank video.
+      ceiling: whether to measure the background PSNR of a bare VAE round trip beside the edit's
+        (METHOD.md section 13); it costs one more decode.
     """
 
     negative_prompt: str = ""
@@ -177,6 +180,7 @@ class EditConfig:
     frame_num: int = 0
     context_scale: float = 1.0
     show_masked: bool = False
+    ceiling: bool = False
 
     def __post_init__(self) -> None:
         scale = self.context_scale
@@ -197,10 +201,10 @@ class EditConfig:
 
 
 def run_config(preset: str, **sample: Any) -> ConfigDict:
-    """The `ConfigDict` of a run: a preset, and `SampleConfig` with some settings of its own.
+    """The `ConfigDict` of a run with a preset, and `SampleConfig` with the given fields.
 
-    Its parts are `preset`, `sample`, `edit` and `kvlock` (a `ConfigDict` has a method `lock`); what
-    is None in `kvlock` is as the preset says (METHOD.md section 9).
+    Its parts are `preset`, `sample`, `edit` and `kvlock` (a `ConfigDict` has a method `lock`). A
+    None in `kvlock` stands for the preset's own value (METHOD.md section 9).
     """
     kinds = {field.name: field.type for field in dataclasses.fields(LockConfig)}
     return ConfigDict(
