@@ -77,8 +77,10 @@ def low_sums(x, kernel):
     return jnp.matmul(x, kernel).astype(WIDE)
 
 
-def low_fuse(new, cached, foreground, fusion_ratio):
-    weight = jnp.where(foreground, 0.0, fusion_ratio[:, None])[:, :, None, None].astype(LOW)
+def low_fuse(new, cached, foreground, fusion_ratio, foreground_ratio):
+    weight = jnp.where(foreground, foreground_ratio, fusion_ratio[:, None])[
+        :, :, None, None
+    ].astype(LOW)
     return new + weight * (cached - new)
 
 

@@ -41,6 +41,35 @@ def test_fusion_is_the_loop(branches):
     np.testing.assert_allclose(mix, expected, atol=2e-7)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.75])
+def test_a_ratio_of_the_foreground_is_the_loop(beta):
+    new, cached, foreground = case()
+    ratio = np.array([1.0, 0.3])
+    expected = new.astype(np.float64)
+    for row, token in np.ndindex(2 * B, L):
+        share = beta if foreground[row // 2, token] else ratio[row // 2]
+        kept = (1 - share) * expected[row, token]
+        expected[row, token] = kept + share * cached[row // 2, token]
+    alpha = jnp.asarray(ratio, jnp.float32)
+    held = Lock(
+        KVCache(cached, cached), jnp.asarray(foreground), alpha, foreground_ratio=jnp.float32(beta)
+    )
+    np.testing.assert_allclose(held.lead(new, cached), expected, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_ratio_of_the_foreground_is_exact_at_both_ends(dtype):
+    new, cached, foreground = case()
+    new[:, :, 0], cached[:, :, 0] = [-0.0, 1e8, np.inf, 3.0], [0.0, 1.0, 2.0, -np.inf]
+    new, cached = jnp.asarray(new).astype(dtype), jnp.asarray(cached).astype(dtype)
+    alpha, mask = jnp.full(B, 0.5), jnp.asarray(foreground)
+    without = fuse(new, cached, mask, alpha)
+    traced = jax.jit(fuse)(new, cached, mask, alpha, jnp.float32(0))
+    assert_same_bits(traced, without)
+    whole = jax.jit(fuse)(new, cached, jnp.ones((B, L), bool), alpha, jnp.float32(1))
+    assert_same_bits(whole, jnp.repeat(cached, 2, axis=0))
+
+
 def test_a_case_worked_by_hand():
     new = jnp.asarray([8.0, 8.0, 2.0, 2.0]).reshape(2, 2, 1, 1)
     cached = jnp.asarray([4.0, 4.0]).reshape(1, 2, 1, 1)

@@ -31,6 +31,7 @@ TABLE = {
     "cfg": (0, [0, 0], [5, 5], 1),
     "cfg_zero_star": (0, [0, 0], [5, 5], 0.8),
     "apg": (0, [0, 0], [5, 5], 1),
+    "proedit": (0, [0, 0], [5, 5], 1),
 }
 LOCKED = {"kvlock", "kvlock_anchor", "hard_lock", "fixed_half", "kv_only", "global_detection"}
 
@@ -65,8 +66,8 @@ def test_presets_do_what_the_table_says(name):
 def test_source_passes_of_a_run_of_fifty_steps(name):
     traced = knobs(preset(name, OMEGA_0), OMEGA_0)
     passes = source_needed(in_window(50, traced.kappa), traced).sum()
-    every_step = name in ("kvlock_anchor", "hard_lock")
-    assert passes == (50 if every_step else 20 if name in LOCKED else 0)
+    counts = {"kvlock_anchor": 50, "hard_lock": 50, "proedit": 17}
+    assert passes == counts.get(name, 20 if name in LOCKED else 0)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,13 @@ def test_anchor_never_lets_the_prompt_fade(omega_0, lowest):
 def test_apg_follows_its_public_code_for_wan():
     lock = preset("apg", OMEGA_0)
     assert (lock.apg_eta, lock.apg_norm, lock.apg_momentum) == (0, 55, -0.75)
+
+
+def test_proedit_follows_its_public_code():
+    lock = preset("proedit", OMEGA_0)
+    assert (lock.injected_steps, lock.foreground_ratio, lock.start_shift) == (17, 0.1, 0.25)
+    others = [preset(name, OMEGA_0) for name in PRESETS if name != "proedit"]
+    assert not any(p.injected_steps or p.foreground_ratio or p.start_shift for p in others)
 
 
 def test_an_unknown_preset_is_an_error_that_lists_them():

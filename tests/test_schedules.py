@@ -12,6 +12,8 @@ from kvlock_jax.lock import (
     fusion_ratio,
     guidance_scale,
     in_window,
+    inject,
+    injected,
     knobs,
     preset,
     projection_region,
@@ -101,15 +103,34 @@ def test_window_is_the_last_kappa_steps(steps, kappa, expected):
 
 @pytest.mark.parametrize("lock", [*LOCKS, LockConfig(adapt_fusion_ratio=False, fusion_ratio=0.0)])
 @pytest.mark.parametrize("kappa", [0, 2, 9])
-def test_source_is_needed_exactly_where_alpha_can_be_positive(lock, kappa):
-    traced = knobs(lock, OMEGA_0)
-    inside = in_window(4, kappa)
+@pytest.mark.parametrize("count", [0, 1])
+def test_source_is_needed_exactly_where_alpha_can_be_positive(lock, kappa, count):
+    traced = knobs(dataclasses.replace(lock, injected_steps=count), OMEGA_0)
+    inside, first = in_window(4, kappa), injected(4, count)
     for k, needed in enumerate(source_needed(inside, traced)):
-        possible = [
-            fusion_ratio(jnp.asarray(SIGMA2), jnp.asarray(ready), inside[k], traced).max()
-            for ready in (False, True)
-        ]
+        possible = []
+        for ready in (False, True):
+            alpha = fusion_ratio(jnp.asarray(SIGMA2), jnp.asarray(ready), inside[k], traced)
+            possible.append(inject(alpha, first[k], traced)[0].max())
         assert needed == (max(possible) > 0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "expected"), [(5, 2, "11000"), (5, 0, "00000"), (3, 9, "111")]
+)
+def test_injected_steps_are_the_first(steps, count, expected):
+    np.testing.assert_array_equal(injected(steps, count), [c == "1" for c in expected])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_injection_takes_the_source_and_mixes_the_foreground(enabled):
+    traced = knobs(LockConfig(enabled=enabled, injected_steps=1, foreground_ratio=0.1), OMEGA_0)
+    alpha = jnp.asarray([0.0, 0.4])
+    for now in (True, False):
+        background, foreground = inject(alpha, jnp.asarray(now), traced)
+        active = now and enabled
+        np.testing.assert_allclose(background, [1, 1] if active else alpha)
+        np.testing.assert_allclose(foreground, 0.1 if active else 0)
 
 
 def test_published_method_leaves_the_source_out_of_its_warm_up():
@@ -165,8 +186,9 @@ def test_knobs_carry_every_traced_setting():
     traced = knobs(lock, 7.0)
     assert traced.guidance_scale == 7
     for field in dataclasses.fields(LockConfig):
-        # A shape, other programs, and two words that are switches here.
-        if field.name in "window guidance cache skip_background background detection".split():
+        # Shapes, other programs, and two words that are switches here.
+        untraced = "window guidance pool_seeds cache skip_background background detection"
+        if field.name in untraced.split():
             continue
         value = getattr(traced, field.name)
         assert value.shape == () and not value.weak_type

@@ -14,6 +14,7 @@ from kvlock_jax.cli.flags import add_shared, gather_settings
 from kvlock_jax.cli.loading import compiler, join, load_model, place
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
+from kvlock_jax.evaluate.metrics import EditMetrics
 from kvlock_jax.media import decode, encode, storage
 from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline import report
@@ -126,12 +127,17 @@ def _write(args: argparse.Namespace, result: Result) -> None:
     say("wrote", ", ".join(getattr(args, flag) for flag in _OUTPUTS if getattr(args, flag)))
 
 
+def _ceiling(measured: EditMetrics) -> str:
+    ceiling = measured.background_ceiling
+    return "" if ceiling is None else f" (VAE round trip {ceiling:.2f} dB)"
+
+
 def _kept(result: Result) -> str:
     measured = result.metrics
     parts = ["no background to measure"]
     if measured.background_psnr == measured.background_psnr:  # NaN where there is no background
         parts = [
-            f"background PSNR {measured.background_psnr:.2f} dB",
+            f"background PSNR {measured.background_psnr:.2f} dB{_ceiling(measured)}",
             f"SSIM {measured.background_ssim:.4f}",
         ]
     if measured.ring_error == measured.ring_error:

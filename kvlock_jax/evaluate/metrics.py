@@ -1,13 +1,13 @@
-"""How well an edit kept the rest of the video (METHOD.md section 13).
+"""Measures how well an edit kept the rest of the video (METHOD.md section 13).
 
-Videos are uint8 RGB, masks boolean (`True` is edited); NumPy or JAX arrays in, Python floats out.
-With `d(p)` the distance in pixels (greatest of rows and columns, within the frame) from pixel `p`
-to the mask, 0 on it, the *background* is `d > border`, the *ring* `0 < d <= width`: with the same
-8 pixels, the VAE's receptive border, each pixel off the mask is in one of them. Only space is
-eroded: the VAE also mixes up to four frames of one latent frame, so where a mask moves, background
-pixels of a frame may carry traces of the mask of its neighbours.
+Videos are uint8 RGB, masks boolean (true is edited), as NumPy or JAX arrays; results are Python
+floats. Let `d(p)` be the distance in pixels from pixel `p` to the mask within its frame, the
+greater of rows and columns, 0 on the mask. The *background* is `d > border`, the *ring* is
+`0 < d <= width`. Both default to 8 pixels, the VAE's receptive border, so each pixel off the mask
+lies in one of them. The border is spatial only: the VAE also mixes the up to four frames of a
+latent frame, so where a mask moves, a frame's background may carry traces of its neighbours' mask.
 
-A region of no pixels has no value: NaN.
+The metric of an empty region is NaN.
 """
 
 import dataclasses
@@ -30,14 +30,16 @@ _RADIUS, _SIGMA = 5, 1.5  # SSIM's window of 11 pixels, from its paper
 
 @dataclasses.dataclass(frozen=True)
 class EditMetrics:
-    """The numbers of one edit; each is the function of its name, at its defaults.
+    """The metrics of one edit; each is the function of its name, at its defaults.
 
     Attributes:
-      psnr: whole frames, in dB: an edit that changes nothing has the best.
-      background_psnr: in dB; to be read beside the ceiling, a bare VAE round trip's.
-      background_ssim: up to 1.
-      ring_error: in levels of 255.
-      ring_flicker: in levels of 255 per frame.
+      psnr: PSNR of whole frames, in dB; best for an edit that changes nothing.
+      background_psnr: PSNR of the background, in dB.
+      background_ssim: SSIM of the background, up to 1.
+      ring_error: mean absolute error of the ring, in levels of 255.
+      ring_flicker: mean change of the ring's error, in levels of 255 per frame.
+      background_ceiling: background PSNR of a bare VAE round trip, in dB, which bounds that of any
+        edit that does not composite; `None` if not measured.
     """
 
     psnr: float
@@ -45,24 +47,35 @@ class EditMetrics:
     background_ssim: float
     ring_error: float
     ring_flicker: float
+    background_ceiling: float | None = None
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """Name -> value, in the order above."""
         return dataclasses.asdict(self)
 
 
-def measure(source: Frames, edited: Frames, mask: Mask) -> EditMetrics:
-    """All the metrics of an edit; none of them tells whether the edit itself came out.
+def measure(
+    source: Frames, edited: Frames, mask: Mask, round_trip: Frames | None = None
+) -> EditMetrics:
+    """All metrics of an edit; none of them says whether the prompt came true.
+
+    Args:
+      source: video before the edit.
+      edited: video after it.
+      mask: edited pixels.
+      round_trip: source after a bare VAE round trip, for the ceiling.
 
     Raises:
       InputError: the videos and the mask differ in frames, height or width.
     """
+    ceiling = None if round_trip is None else background_psnr(source, round_trip, mask)
     return EditMetrics(
         psnr=psnr(source, edited),
         background_psnr=background_psnr(source, edited, mask),
         background_ssim=background_ssim(source, edited, mask),
         ring_error=ring_error(source, edited, mask),
         ring_flicker=ring_flicker(source, edited, mask),
+        background_ceiling=ceiling,
     )
 
 
@@ -70,18 +83,16 @@ def psnr(a: Frames, b: Frames) -> float:
     """Peak signal-to-noise ratio over all pixels.
 
     `10 log10(255^2 / MSE)` in dB, with the mean squared error over frames, pixels and channels;
-    infinite where nothing differs. Errors as in `measure`.
+    infinite if nothing differs. Raises as `measure` does.
     """
-    everything = np.ones(np.shape(a)[:3], bool)
-    return _psnr(a, b, everything)
+    return _psnr(a, b, np.ones(np.shape(a)[:3], bool))
 
 
 def background_psnr(source: Frames, edited: Frames, mask: Mask, border: int = 8) -> float:
     """Peak signal-to-noise ratio over the background `d > border` alone.
 
-    METHOD.md section 13: `10 log10(255^2 / MSE)` in dB, where the squared errors of the background
-    are divided by the background's own count; infinite where nothing differs. Errors as in
-    `measure`.
+    METHOD.md section 13: `10 log10(255^2 / MSE)` in dB, with the mean squared error over the
+    background's own pixels; infinite if nothing differs. Raises as `measure` does.
     """
     return _psnr(source, edited, _background(mask, border))
 
@@ -89,10 +100,10 @@ def background_psnr(source: Frames, edited: Frames, mask: Mask, border: int = 8)
 def background_ssim(source: Frames, edited: Frames, mask: Mask, border: int = 8) -> float:
     """Mean of the structural similarity's map over the background `d > border`.
 
-    METHOD.md section 13. The map is that of Wang et al. (2004): Gaussian window of 11 pixels and
+    METHOD.md section 13, with the map of Wang et al. (2004): a Gaussian window of 11 pixels and
     sigma 1.5, `k1 = 0.01`, `k2 = 0.03`, channels apart and then averaged, the frame mirrored at its
-    edges. With a border of 5 or more no window touches the mask. Up to 1, which is equality. Errors
-    as in `measure`.
+    edges. With a border of 5 or more no window touches the mask. Equal videos score 1. Raises as
+    `measure` does.
     """
     region = _background(mask, border)
     total = 0.0
@@ -106,7 +117,7 @@ def ring_error(source: Frames, edited: Frames, mask: Mask, width: int = 8) -> fl
     """Mean absolute error in the ring `0 < d <= width` around the mask, in levels of 255.
 
     METHOD.md section 13: the mean of `|e_t(p)|`, `e = edited - source`, over the ring's pixels and
-    channels in all frames. Errors as in `measure`.
+    channels in all frames. Raises as `measure` does.
     """
     ring = _ring(mask, width)
     errors = (np.abs(e[inside]).sum() for e, inside in _errors(source, edited, ring))
@@ -118,7 +129,7 @@ def ring_flicker(source: Frames, edited: Frames, mask: Mask, width: int = 8) -> 
 
     METHOD.md section 13: the mean of `|e_t(p) - e_{t-1}(p)|`, `e = edited - source` signed, over
     the channels and pixels that are in the ring of frame t and of frame t - 1. A constant error
-    does not flicker. NaN for one frame. Errors as in `measure`.
+    does not flicker. NaN for one frame. Raises as `measure` does.
     """
     ring = _ring(mask, width)
     both = ring[1:] & ring[:-1]
@@ -151,7 +162,7 @@ def _ratio(total: float, count: int) -> float:
 def _errors(
     source: Frames, edited: Frames, region: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The signed error and the region of each frame: float64, one frame at a time to stay small."""
+    """The signed error of each frame, float64, and its region; frame by frame to save memory."""
     for a, b, inside in _pairs(source, edited, region):
         yield b.astype(np.float64) - a.astype(np.float64), inside
 
@@ -164,7 +175,7 @@ def _pairs(
         shapes = f"{a.shape}, {b.shape} and {region.shape}"
         raise InputError(f"source, edit and mask must be of one size, found {shapes}")
     for name, video in (("source", a), ("edit", b)):
-        if video.dtype != np.uint8:  # floats of 0..1 would score 48 dB too much
+        if video.dtype != np.uint8:  # floats in 0..1 would score 48 dB too high
             raise InputError(f"the {name} must be uint8, found {video.dtype}")
     yield from zip(a, b, region, strict=True)
 
@@ -173,14 +184,14 @@ def _pairs(
 def _ssim_map(
     a: UInt8[Array, "height width 3"], b: UInt8[Array, "height width 3"]
 ) -> Float[Array, "height width 3"]:
-    import dm_pix  # when it is used: an edit starts without it
+    import dm_pix  # here, so that an edit starts without it
 
     unit = (image.astype(jnp.float32) / 255.0 for image in (a, b))
     return dm_pix.ssim(*unit, return_map=True, filter_fn=_window)
 
 
 def _window(image: Float[Array, "height width 3"]) -> Float[Array, "height width 3"]:
-    """Gaussian mean around each pixel, mirrored at the edges; dm-pix's own drops edge pixels."""
+    """Gaussian mean around each pixel, mirrored at the edges; dm-pix's own crops them."""
     offsets = range(-_RADIUS, _RADIUS + 1)
     weights = [math.exp(-0.5 * (offset / _SIGMA) ** 2) for offset in offsets]
     for axis in (0, 1):

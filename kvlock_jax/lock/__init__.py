@@ -1,15 +1,24 @@
-"""KV-Lock (arXiv 2603.09657) as pure functions over arrays: bring your own DiT.
+"""KV-Lock (arXiv 2603.09657) as pure functions over arrays, for any diffusion transformer.
 
-Read `masks`, `cache`, `variance`, `schedules`, `guidance`, `presets`, in this order. With a model
-that returns its velocity and the keys and values of its self-attention, and that calls `Lock.lead`
-on them where it is handed a `Lock`, step k of an edit is:
+Read `masks`, `cache`, `variance`, `schedules`, `guidance`, `presets`, in this order. Your model
+returns its velocity and the keys and values of its self-attention; given a `Lock`, its blocks pass
+both through `Lock.lead` before they attend. Before the first step:
 
-    ratio = fusion_ratio(sigma2, ready(window), scheduled[k], knobs)
+    latent_mask = to_latent_mask(mask)                         # your VAE's strides
+    token_mask = to_token_mask(latent_mask)                    # your transformer's patch
+    knobs = knobs(preset("kvlock", omega_0), omega_0)
+    scheduled = in_window(steps, knobs.kappa)
+    window, sigma2 = X0Window.zeros(10, z.shape), zeros(len(z))
+    z = noise
+
+Step k:
+
+    alpha = fusion_ratio(sigma2, ready(window), scheduled[k], knobs)
     omega = guidance_scale(sigma2, ready(window), scheduled[k], knobs)
 
-    z_source = (1 - sigma[k]) * source + sigma[k] * noise      # the noise the edit started from
+    z_source = (1 - sigma[k]) * source + sigma[k] * noise      # the noise that z started from
     _, cache = model(z_source, sigma[k], source_prompt)
-    lock = Lock(cache, token_mask, ratio)
+    lock = Lock(cache, token_mask, alpha)
     v_cond, _ = model(z, sigma[k], prompt, lock)
     v_uncond, _ = model(z, sigma[k], negative_prompt, lock)
 
@@ -18,6 +27,9 @@ on them where it is handed a `Lock`, step k of an edit is:
     window = push(window, z - sigma[k] * v)
     sigma2 = hallucination(window, detection_region(latent_mask, knobs))
     z = ...                                                    # any solver's step along v
+
+Where `source_needed(scheduled, knobs)` is false, alpha is 0 and the source pass may be left out.
+The baseline ProEdit adds `inject` to a step and `shift_start` before the first one.
 """
 
 from kvlock_jax.lock.cache import KVCache, Lock, SourcePass, fuse, splice, take
@@ -30,6 +42,8 @@ from kvlock_jax.lock.schedules import (
     fusion_ratio,
     guidance_scale,
     in_window,
+    inject,
+    injected,
     knobs,
     passes,
     projection_region,
@@ -37,6 +51,7 @@ from kvlock_jax.lock.schedules import (
     source_needed,
     uncond_scale,
 )
+from kvlock_jax.lock.start import shift_start
 from kvlock_jax.lock.variance import X0Window, hallucination, pooled, push, ready
 
 __all__ = [
@@ -55,6 +70,8 @@ __all__ = [
     "guide",
     "hallucination",
     "in_window",
+    "inject",
+    "injected",
     "knobs",
     "passes",
     "pooled",
@@ -64,6 +81,7 @@ __all__ = [
     "push",
     "ready",
     "refreshed",
+    "shift_start",
     "source_needed",
     "splice",
     "take",

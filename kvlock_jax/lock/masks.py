@@ -1,6 +1,6 @@
-"""From the pixels a user marked to the tokens a transformer may edit (METHOD.md section 2).
+"""Masks of pixels, of latent cells and of a transformer's tokens (METHOD.md section 2).
 
-Everywhere `True` is foreground: what the edit may change.
+True is foreground: the part that the edit may change.
 """
 
 import jax
@@ -14,27 +14,27 @@ from kvlock_jax.shapes import PATCH, VAE_STRIDES
 def to_latent_mask(
     mask: Bool[Array, "*B frames height width"], strides: tuple[int, int, int] = VAE_STRIDES
 ) -> Bool[Array, "*B T H W"]:
-    """The latent cells that hold at least one foreground pixel.
+    """The latent cells that cover at least one foreground pixel.
 
-    METHOD.md section 2: latent frame 0 is pixel frame 0, latent frame t >= 1 any of the pixel
-    frames `1 + 4 (t - 1) .. 4 t`; in space any pixel of the 8x8 block. So `T = 1 + ceil((frames -
-    1) / 4)`, `H = ceil(height / 8)`, `W = ceil(width / 8)`; what sticks out is background.
+    METHOD.md section 2: latent frame 0 covers pixel frame 0, latent frame t >= 1 the pixel frames
+    `1 + 4 (t - 1) .. 4 t`, and a cell an 8x8 block of each. So `T = 1 + ceil((frames - 1) / 4)`,
+    `H = ceil(height / 8)`, `W = ceil(width / 8)`; pixels beyond the edges count as background.
 
     Raises:
       InputError: the mask is not boolean.
     """
     _require_bool("mask", mask)
     still = [(0, 0)] * (mask.ndim - 3)
-    # The first latent frame sees one pixel frame, the others a full stride: empty frames in front
-    # complete its block, and all blocks are alike.
-    completed = jnp.pad(mask, [*still, (strides[0] - 1, 0), (0, 0), (0, 0)])
-    return _any_in_block(completed, strides)
+    # The first latent frame covers one pixel frame, the others a full stride: empty frames in front
+    # make all blocks alike.
+    padded = jnp.pad(mask, [*still, (strides[0] - 1, 0), (0, 0), (0, 0)])
+    return _any_in_block(padded, strides)
 
 
 def to_token_mask(
     latent_mask: Bool[Array, "*B T H W"], patch: tuple[int, int, int] = PATCH
 ) -> Bool[Array, "*B L"]:
-    """The tokens, frame by frame and row by row, whose patch holds a foreground cell.
+    """The tokens, in frame-major order, whose patch holds a foreground cell.
 
     METHOD.md section 2. Sizes that the patch does not divide are padded with background.
 
@@ -49,7 +49,7 @@ def to_token_mask(
 def dilate(
     mask: Bool[Array, "*B frames height width"], radius: int
 ) -> Bool[Array, "*B frames height width"]:
-    """The mask grown by `radius` pixels to every side and corner, each frame by itself.
+    """The mask of each frame, grown by `radius` pixels to all sides and corners.
 
     METHOD.md section 2: the maximum over a square of `2 radius + 1` pixels, before any pooling.
     `radius` is static and 0 or more; 0 changes nothing.
@@ -76,16 +76,16 @@ def _any_along(mask: Bool[Array, "..."], axis: int, radius: int) -> Bool[Array, 
 def _any_in_block(
     mask: Bool[Array, "*B T H W"], block: tuple[int, int, int]
 ) -> Bool[Array, "*B T H W"]:
-    """Whether any entry of each block is set; the last blocks are completed with background."""
+    """Whether any entry of each block is set; background fills up the last blocks."""
     *lead, t, h, w = mask.shape
     counts = [-(-size // b) for size, b in zip((t, h, w), block, strict=True)]
     missing = [n * b - size for n, b, size in zip(counts, block, (t, h, w), strict=True)]
-    whole = jnp.pad(mask, [(0, 0)] * len(lead) + [(0, m) for m in missing])
+    padded = jnp.pad(mask, [(0, 0)] * len(lead) + [(0, m) for m in missing])
     split = [size for pair in zip(counts, block, strict=True) for size in pair]
-    return whole.reshape(*lead, *split).any(axis=(-5, -3, -1))
+    return padded.reshape(*lead, *split).any(axis=(-5, -3, -1))
 
 
-def _require_bool(what: str, mask: Array) -> None:
+def _require_bool(name: str, mask: Array) -> None:
     # A mask of 0..255 or of antialiased floats would count its faintest grey as foreground.
     if mask.dtype != jnp.bool_:
-        raise InputError(f"the {what} must be boolean (1 where over 0.5), found {mask.dtype}")
+        raise InputError(f"the {name} must be boolean (1 where over 0.5), found {mask.dtype}")

@@ -1,4 +1,4 @@
-"""The paper's method, its ablations and the baselines, as settings (METHOD.md section 9)."""
+"""The paper's method, its ablations and the baselines, as settings (METHOD.md sections 9, 10)."""
 
 import dataclasses
 
@@ -18,25 +18,32 @@ PRESETS = {
     "cfg": "baseline: plain classifier-free guidance, no lock",
     "cfg_zero_star": "baseline: CFG-Zero*, s* and two steps of zero velocity, no lock",
     "apg": "baseline: adaptive projected guidance, no lock",
+    "proedit": "baseline: ProEdit, the source injected in the first steps, none after them",
 }
-"""Every preset and what it is, in the order of METHOD.md section 9."""
+"""Presets and their descriptions, in the order of METHOD.md sections 9 and 10."""
 
 
 def preset(name: str, guidance_scale: float) -> LockConfig:
-    """The settings of the preset `name` for a run that starts from `guidance_scale` (omega_0).
+    """The settings of the preset `name` for a run with the guidance scale omega_0.
 
-    METHOD.md sections 9 and 10. Of the presets only `kvlock_anchor` depends on omega_0: its floor
-    1 / omega_0 keeps omega at 1 or more, so that the prompt never fades (as far as the ceiling lets
-    it: omega_0 under 1/2 stays under 1).
+    METHOD.md sections 9 and 10. Only `kvlock_anchor` depends on omega_0: its floor 1 / omega_0
+    keeps omega at 1 or more, so that the prompt never fades. (The ceiling of 2 comes first: an
+    omega_0 under 1/2 stays under 1.)
 
-    `cfg_zero_star` starts with 2 steps of zero velocity, the authors' choice for Wan at 50 steps;
-    with few steps set `zero_init_steps` lower. `apg` takes eta 0 from its paper, and norm 55 and
+    `cfg_zero_star` starts with 2 steps of zero velocity, its authors' choice for Wan at 50 steps;
+    for few steps set `zero_init_steps` lower. `apg` takes eta 0 from its paper, and norm 55 and
     momentum -0.75 from the public code that guides Wan 2.1 by it at 480x832 and 81 frames
     (MeiGen-AI/InfiniteTalk); a norm grows with the number of latents, so on small videos this one
     rarely binds.
 
+    `proedit` (arXiv 2512.22118) takes its ratios from the authors' code for images
+    (iSEE-Laboratory/ProEdit; they published none for video): d = 0.9, so beta = 0.1, and a shift
+    of 0.25. They inject 5 of 15 steps; 17 is that third of Wan's 50, so for fewer steps set
+    `injected_steps` lower. ProEdit starts from the source's inverted latents; here, as in all
+    presets, noise that source and edit share takes their place, so the shift has little to move.
+
     Raises:
-      ConfigError: there is no such preset.
+      ConfigError: the name is not in `PRESETS`.
     """
     published = LockConfig()
     unguided = dataclasses.replace(published, adapt_guidance=False, rescale_uncond=False)
@@ -46,7 +53,7 @@ def preset(name: str, guidance_scale: float) -> LockConfig:
         case "kvlock":
             return published
         case "kvlock_anchor":
-            # max: omega_0 may be 0, and omega is 0 then whatever the floor.
+            # omega_0 may be 0; omega is then 0 whatever the floor.
             floor = min(1 / max(guidance_scale, 1e-6), published.omega_ceiling)
             return dataclasses.replace(
                 published, warmup_fusion_ratio=1.0, omega_floor=floor, background="source"
@@ -78,5 +85,14 @@ def preset(name: str, guidance_scale: float) -> LockConfig:
         case "apg":
             return dataclasses.replace(
                 plain, guidance="apg", apg_eta=0.0, apg_norm=55.0, apg_momentum=-0.75
+            )
+        case "proedit":
+            return dataclasses.replace(
+                unguided,
+                adapt_fusion_ratio=False,
+                fusion_ratio=0.0,
+                injected_steps=17,
+                foreground_ratio=0.1,
+                start_shift=0.25,
             )
     raise ConfigError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}")

@@ -1,7 +1,8 @@
-"""How strongly to lock and to guide at each step, from the statistic (METHOD.md sections 5 to 8).
+"""The strength of lock and guidance at each step, from the statistic (METHOD.md sections 5 to 8).
 
-Everything here is a traced value, switches included: one compiled loop serves every setting. What
-is not in `Knobs` is a shape or another program: the number of steps, the window's size, CFG or APG.
+All settings here are traced values, switches included, so one compiled loop serves every preset.
+A setting that is missing from `Knobs` changes a shape or the program: the number of steps, the
+window's size, CFG or APG.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ Switch = Bool[Array, ""]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """The settings of a run as traced scalars; names and ranges are those of `LockConfig`."""
+    """A run's settings as traced scalars, with the names and ranges of `LockConfig`."""
 
     enabled: Switch
     warmup_fusion_ratio: Number
@@ -38,6 +39,9 @@ class Knobs:
     detect_globally: Switch  # detection = "global"
     zero_init_steps: Count
     cache_every: Count
+    injected_steps: Count
+    foreground_ratio: Number
+    start_shift: Number
     apg_eta: Number
     apg_norm: Number
     apg_momentum: Number
@@ -61,6 +65,9 @@ def knobs(lock: LockConfig, guidance_scale: float) -> Knobs:
         detect_globally=jnp.bool_(lock.detection == "global"),
         zero_init_steps=jnp.int32(lock.zero_init_steps),
         cache_every=jnp.int32(lock.cache_every),
+        injected_steps=jnp.int32(lock.injected_steps),
+        foreground_ratio=jnp.float32(lock.foreground_ratio),
+        start_shift=jnp.float32(lock.start_shift),
         apg_eta=jnp.float32(lock.apg_eta),
         apg_norm=jnp.float32(lock.apg_norm),
         apg_momentum=jnp.float32(lock.apg_momentum),
@@ -68,45 +75,59 @@ def knobs(lock: LockConfig, guidance_scale: float) -> Knobs:
 
 
 def in_window(steps: int, kappa: Int[Array, ""] | int) -> Bool[Array, "steps"]:
-    """The last `kappa` of the steps, the scheduled ones; all of them where kappa >= steps."""
+    """Marks the scheduled steps, the last `kappa`; all steps where kappa >= steps."""
     return jnp.arange(steps) >= steps - kappa
 
 
+def injected(steps: int, count: Int[Array, ""] | int) -> Bool[Array, "steps"]:
+    """Marks ProEdit's injected steps, the first `count` (METHOD.md section 10)."""
+    return jnp.arange(steps) < count
+
+
 def source_needed(in_window: Bool[Array, "steps"], knobs: Knobs) -> Bool[Array, "steps"]:
-    """The steps on which alpha can be over 0: on the others the source pass may be left out."""
+    """Marks the steps on which alpha can be over 0; the others do without the source pass."""
     inside = knobs.adapt_fusion_ratio | (knobs.fusion_ratio > 0)
     # A schedule that has no statistic yet holds the warm-up's alpha, so `inside` covers it.
-    return knobs.enabled & jnp.where(in_window, inside, knobs.warmup_fusion_ratio > 0)
+    scheduled = jnp.where(in_window, inside, knobs.warmup_fusion_ratio > 0)
+    return knobs.enabled & (scheduled | injected(len(in_window), knobs.injected_steps))
 
 
-def refreshed(needed: Bool[Array, "steps"], every: Int[Array, ""] | int) -> Bool[Array, "steps"]:
-    """The steps that make the source's keys and values anew: each `every`th of those in a row."""
+def refreshed(needed: Bool[Array, "steps"], interval: Int[Array, ""] | int) -> Bool[Array, "steps"]:
+    """Marks the steps that recompute a carried cache.
+
+    In every run of consecutive needed steps these are the first and each `interval`-th after it.
+    """
     step = jnp.arange(len(needed))
-    before = jax.lax.cummax(jnp.where(needed, -1, step))  # the last one without
-    return needed & ((step - before - 1) % every == 0)
+    last_without = jax.lax.cummax(jnp.where(needed, -1, step))
+    return needed & ((step - last_without - 1) % interval == 0)
 
 
 def passes(lock: LockConfig) -> tuple[str, ...]:
-    """The kinds of pass that a run with such a lock can be made of, decided before it.
+    """The kinds of pass that a run may need, known from its settings before it starts.
 
-    `"plain"` is without the source, `"full"` computes all tokens, `"foreground"` those alone that
-    reach the result: none of the background does at alpha 1 where it is pinned (METHOD.md section
-    8). Steps of which all is known before, as with `hard_lock`, leave one.
+    `"plain"` leaves the source out. `"full"` computes all tokens. `"foreground"` computes the
+    foreground's tokens alone, which suffices at alpha 1 and beta 0 where the background is pinned
+    (METHOD.md section 8). A run whose ratios never change, such as `hard_lock`, needs one kind.
     """
     if not lock.enabled:
         return ("plain",)
-    varies, idle = lock.adapt_fusion_ratio, _background_is_idle(lock)
-    alphas = {lock.warmup_fusion_ratio, *([] if varies else [lock.fusion_ratio])}
-    kinds = {
-        "plain": 0 in alphas,
-        "full": varies or any(0 < alpha < 1 or (alpha == 1 and not idle) for alpha in alphas),
-        "foreground": idle and (varies or 1 in alphas),
+    adapts, idle = lock.adapt_fusion_ratio, _background_is_idle(lock)
+    ratios = {(lock.warmup_fusion_ratio, 0.0)}  # (alpha, beta) of steps that have fixed ones
+    if not adapts:
+        ratios.add((lock.fusion_ratio, 0.0))
+    if lock.injected_steps:
+        ratios.add((1.0, lock.foreground_ratio))
+    plain, firm = (0.0, 0.0), (1.0, 0.0)
+    needed = {
+        "plain": plain in ratios,
+        "full": adapts or bool(ratios - {plain, firm}) or (firm in ratios and not idle),
+        "foreground": idle and (adapts or firm in ratios),
     }
-    return tuple(kind for kind, there in kinds.items() if there)
+    return tuple(kind for kind, is_needed in needed.items() if is_needed)
 
 
 def _background_is_idle(lock: LockConfig) -> bool:
-    """Whether nothing but its keys and values comes of the background, at alpha 1."""
+    """Whether only the source reaches the result from the background, at alpha 1."""
     pinned, local = lock.background == "source", lock.detection == "local"
     return pinned and local and lock.guidance == "cfg"
 
@@ -114,12 +135,12 @@ def _background_is_idle(lock: LockConfig) -> bool:
 def fusion_ratio(sigma2: PerEdit, ready: Switch, in_window: Switch, knobs: Knobs) -> PerEdit:
     """The fusion ratio alpha of a step, per edit, in [0, 1].
 
-    METHOD.md section 6, with the statistic `sigma2` of the steps before, once it is `ready`:
+    METHOD.md section 6, in the window, with the statistic `sigma2` of the steps before:
 
         alpha = clip(sigma2 / tau, 0, 1)
 
-    The warm-up's before the window, and in it until there is a statistic; a fixed ratio
-    (`adapt_fusion_ratio` off) holds in the whole window. 0 where there is no lock.
+    The warm-up's ratio holds before the window, and inside it until the statistic is `ready`. A
+    fixed ratio (`adapt_fusion_ratio` off) holds in the whole window. Without a lock alpha is 0.
     """
     warmup = knobs.warmup_fusion_ratio
     scheduled = jnp.where(ready, jnp.clip(sigma2 / knobs.tau, 0.0, 1.0), warmup)
@@ -127,10 +148,21 @@ def fusion_ratio(sigma2: PerEdit, ready: Switch, in_window: Switch, knobs: Knobs
     return jnp.where(knobs.enabled, jnp.where(in_window, inside, warmup), 0.0)
 
 
-def guidance_scale(sigma2: PerEdit, ready: Switch, in_window: Switch, knobs: Knobs) -> PerEdit:
-    """The guidance scale omega of a step, per edit; 1 is no guidance, 0 no prompt.
+def inject(alpha: PerEdit, injected: Switch, knobs: Knobs) -> tuple[PerEdit, Number]:
+    """The source's shares alpha in the background and beta in the foreground, of a step.
 
-    METHOD.md section 6, in the window and once there is a statistic; omega_0 otherwise:
+    METHOD.md section 10: ProEdit's injected steps take the background's keys and values from the
+    source, alpha = 1, and mix a share beta = 1 - d of the source's into the foreground's. On all
+    other steps `alpha` stands and beta is 0.
+    """
+    active = knobs.enabled & injected
+    return jnp.where(active, 1.0, alpha), jnp.where(active, knobs.foreground_ratio, 0.0)
+
+
+def guidance_scale(sigma2: PerEdit, ready: Switch, in_window: Switch, knobs: Knobs) -> PerEdit:
+    """The guidance scale omega of a step, per edit; 1 is no guidance, 0 ignores the prompt.
+
+    METHOD.md section 6, in the window once the statistic is `ready`; omega_0 otherwise:
 
         omega = omega_0 clip(sigma2 / tau, omega_floor, omega_ceiling)
     """
@@ -145,10 +177,10 @@ def uncond_scale(projection: Float[Array, "B"], knobs: Knobs) -> PerEdit:
 
 
 def detection_region(foreground: CellMask, knobs: Knobs) -> CellMask:
-    """Where the statistic is averaged, the foreground or everything (METHOD.md section 5)."""
+    """The cells that the statistic averages over: foreground or all (METHOD.md section 5)."""
     return foreground | knobs.detect_globally
 
 
 def projection_region(foreground: CellMask, knobs: Knobs) -> CellMask:
-    """Where s* is measured, the foreground if the rest is pinned (METHOD.md section 7)."""
+    """The cells that s* is computed from: all, or a pinned run's foreground (section 7)."""
     return foreground | ~knobs.pin_background

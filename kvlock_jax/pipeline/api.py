@@ -1,4 +1,4 @@
-"""Editing a video: the only module that puts the parts together.
+"""Edits videos: the one module that composes all parts.
 
 model = load("demo")
 result = edit(model, video, mask, "a blue square", config=config("demo"))
@@ -26,6 +26,7 @@ from kvlock_jax.pipeline.background import BackgroundCompiler
 from kvlock_jax.pipeline.encode import draw_noise, noise_shape
 from kvlock_jax.pipeline.inputs import EditInputs, read_inputs
 from kvlock_jax.pipeline.load import Model, default_config
+from kvlock_jax.pipeline.seeds import batch_rows
 from kvlock_jax.pipeline.settings import Settings, resolve_settings
 from kvlock_jax.pipeline.stages import Loop
 from kvlock_jax.runtime.clock import Clock
@@ -36,17 +37,17 @@ from kvlock_jax.shapes import Frames, Image, Latents, Mask
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """An edited video and what there is to know about it.
+    """An edited video, with its trace and metrics.
 
     Attributes:
-      video: the edit, of the input's length, and of its size unless `edit.size` asked for another.
-      source: the input as it was edited: shortened or resized where the settings say so.
-      mask: the mask as it was used, of the same size.
-      fps: frames per second of the source; 16, Wan's own rate, where it came as an array.
-      trace: what each step did, of this edit, NumPy.
-      metrics: how far background and ring moved (METHOD.md section 13).
+      video: edited frames, as many as the input's, and of its size unless `edit.size` is set.
+      source: input frames, shortened or resized as the settings ask.
+      mask: mask after all settings, of the same size.
+      fps: frames per second of the source; 16, Wan's own rate, for an array.
+      trace: this edit's numbers of each step, NumPy.
+      metrics: errors of background and ring (METHOD.md section 13).
       seconds: time of each stage, with compilation apart.
-      settings: what it was made with.
+      settings: settings of the edit.
     """
 
     video: Frames
@@ -70,22 +71,23 @@ def edit(
     noise: Latents | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Result:
-    """Makes the prompt come true inside the mask and keeps the rest.
+    """Edits the masked part of a video after a prompt, and keeps the rest.
 
     Args:
-      model: of `load`.
-      video: a file, a folder of images, or uint8 frames.
-      mask: a file, a folder of images, or an array, of which white is edited and one frame stands
-        for all; or a box `(x0, y0, x1, y1)` in pixels.
-      prompt: what the masked part should show.
+      model: loaded model.
+      video: file, folder of images, or uint8 frames.
+      mask: file, folder of images, or array whose white part is edited, where one frame stands for
+        all; or a box `(x0, y0, x1, y1)` in pixels.
+      prompt: text that describes the masked part after the edit.
       config: settings; the model's own by default.
-      references: pictures, as files or uint8 arrays, that it should look like; VACE models only.
-      noise: `1 T H W C` of unit variance to start from, references first; drawn from the seed by
-        default.
-      on_step: called with the number of each finished step.
+      references: pictures, as files or uint8 arrays, that the edit should look like; VACE only.
+      noise: noise `1 T H W C` of unit variance to start from, references first; by default drawn
+        from the seed.
+      on_step: callback with the number of each finished step, from 0. With it the loop runs in one
+        call per step, without it in one call for all.
 
     Raises:
-      Error: if a setting, a file or the checkpoint cannot be used, or sampling diverges.
+      Error: a setting, a file or the checkpoint is unusable, or sampling diverges.
     """
     settings = resolve_settings(config if config is not None else default_config(model))
     inputs = read_inputs(video, mask, prompt, settings.edit, references)
@@ -101,11 +103,11 @@ def run(
     on_step: Callable[[int], None] | None = None,
     background: BackgroundCompiler | None = None,
 ) -> Result:
-    """`edit` of a video that was read, with settings that were checked; see `run_batch`."""
+    """`edit` of inputs already read, with settings already checked; see `run_batch`."""
     if noise is None:
         noise = draw_noise(model, inputs, jax.random.key(settings.sample.seed))
-    elif noise.shape != (wanted := noise_shape(model, inputs)):
-        raise InputError(f"noise must have the shape {wanted}, found {noise.shape}")
+    elif noise.shape != (expected := noise_shape(model, inputs)):
+        raise InputError(f"noise must have the shape {expected}, found {noise.shape}")
     (result,) = run_batch(
         model, [inputs], [settings], noise, on_step=on_step, background=background
     )
@@ -123,92 +125,114 @@ def run_batch(
     on_step: Callable[[int], None] | None = None,
     background: BackgroundCompiler | None = None,
 ) -> list[Result | SamplingError]:
-    """Edits that run together, source by source.
+    """Edits videos as one batch, ordered by source.
 
-    What edits have in common is made once: clips, and clips under equal masks, are encoded once,
-    and a source has one branch for all its edits.
+    The batch shares work: equal clips, and clips under equal masks, are encoded once, and all
+    edits of a source share its branch.
 
     Args:
-      model: of `load`; `sources` must divide by the `data` axis of its mesh.
-      inputs: of one size to the model, and with as many references each. With fewer sources than
-        edits, each source has as many edits as any other, one after another.
-      settings: of each edit; all but `edit` are those of the first.
-      noise: of unit variance; the edits of a source start from the same.
-      on_step: called with the number of each finished step.
-      background: compiles the programs of this edit; each stage waits for its own.
+      model: loaded model. The number of sources, times `pool_seeds`, should divide by the `data`
+        axis of its mesh.
+      inputs: inputs of each edit, of one size to the model and with the same number of references.
+        Where sources have several edits, all have the same number, one after another.
+      settings: settings of each edit; those outside `edit` are taken from the first.
+      noise: noise of unit variance that all edits of a source start from.
+      on_step: callback with the number of each finished step.
+      background: compiler of this edit's programs; each stage waits for its own.
 
     Returns:
-      What became of each edit: some may have left the finite numbers. Stages share their times.
+      The result of each edit, or its error if it is not finite. Stages share their times.
     """
-    first, networks = settings[0], model.checkpoint
-    references = len(inputs[0].references)
-    kind = family(networks.configs.transformer)
-    if references and not kind.conditioner.takes_references:
+    kind = family(model.checkpoint.configs.transformer)
+    if inputs[0].references and not kind.conditioner.takes_references:
         raise InputError(f"reference pictures need a VACE model, this one is {kind.name}")
     for given in inputs:
         if words := ", ".join(model.tokenizer.unknown(given.prompt)):
-            told = f"{given.prompt!r} has words that the text encoder does not know: {words}"
-            warnings.warn(told, stacklevel=2)
-    clock, sources = Clock(), len(noise)
+            message = f"{given.prompt!r} has words that the text encoder does not know: {words}"
+            warnings.warn(message, stacklevel=2)
+    clock, rows = Clock(), batch_rows(inputs, settings, noise, model.mesh)
     compiler = background.compiler if background is not None else Compiler()
 
-    def compiled(stage: str) -> None:
-        """Waits for what compiles it ahead, if anything does."""
+    def await_compiled(stage: str) -> None:
+        """Waits for the background compiler to finish a stage, if there is one."""
         if background is not None:
             with clock.stage("compile ahead"):
                 background.wait(stage)
 
     with model.on_mesh():
-        compiled("texts")
+        await_compiled("texts")
         with clock.stage("encode text"):
-            context = stages.encode_texts(model, inputs, settings, sources, compiler.call)
-        compiled("videos")
+            texts = (rows.inputs, rows.settings, len(rows.noise))
+            context = stages.encode_texts(model, *texts, compiler.call)
+        await_compiled("videos")
         with clock.stage("encode video"):
-            given = stages.encode_inputs(model, inputs, noise, context, first, compiler.call)
-            edits, tokens = jax.block_until_ready(given)
-        compiled("loop")
-        given = networks.transformer, first, edits, tokens, on_step is not None, compiler.call
-        edited, trace = Loop.of(*given).run(compiler, clock, on_step)
-        compiled("decoder")
+            encoded = stages.encode_rows(model, rows, context, compiler.call)
+            edits, tokens = jax.block_until_ready(encoded)
+        await_compiled("loop")
+        network, by_step = model.checkpoint.transformer, on_step is not None
+        loop = Loop.of(network, settings[0], edits, tokens, by_step, compiler.call)
+        edited, trace = loop.run(compiler, clock, on_step)
+        await_compiled("decoder")
         with clock.stage("decode video"):
-            decoded = stages.decode_edits(model, edited, edits, compiler.call)
+            videos = stages.decode_rows(model, edited, edits, rows.results, compiler.call)
+            round_trips = [None] * len(inputs)
+            if settings[0].edit.ceiling:
+                each = len(rows.inputs) // len(rows.noise)
+                of_sources = [row // each for row in rows.results]
+                round_trips = stages.decode_rows(
+                    model, edits.source, edits, of_sources, compiler.call
+                )
     trace = jax.tree.map(np.asarray, trace)
-    results = []
-    for n, (given, own) in enumerate(zip(inputs, settings, strict=True)):
-        told = jax.tree.map(lambda x, n=n: x[:, n] if x.ndim > 1 else x, trace)
-        try:
-            fit = Fit(*given.source.shape[:3])
-            video = fit.undo(_finite(decoded[n], told))
-        except SamplingError as error:
-            results.append(error)
-            continue
-        if own.edit.composite:
-            video = np.where(given.mask[..., None], video, given.source)
-        measured = measure(given.source, video, given.mask)
-        results.append(
-            Result(video, given.source, given.mask, given.fps, told, measured, clock.seconds, own)
-        )
-    return results
+    return [
+        _result(inputs[n], settings[n], _trace_of(trace, row), videos[n], round_trips[n], clock)
+        for n, row in enumerate(rows.results)
+    ]
+
+
+def _trace_of(trace: Trace, row: int) -> Trace:
+    """The trace of one row."""
+    return jax.tree.map(lambda x: x[:, row] if x.ndim > 1 else x, trace)
+
+
+def _result(
+    inputs: EditInputs,
+    settings: Settings,
+    trace: Trace,
+    video: Frames | None,
+    round_trip: Frames | None,
+    clock: Clock,
+) -> Result | SamplingError:
+    """The result of a decoded edit, or its error."""
+    source, mask = inputs.source, inputs.mask
+    fit = Fit(*source.shape[:3])
+    try:
+        video = fit.undo(_finite(video, trace))
+    except SamplingError as error:
+        return error
+    if settings.edit.composite:
+        video = np.where(mask[..., None], video, source)
+    measured = measure(source, video, mask, None if round_trip is None else fit.undo(round_trip))
+    return Result(video, source, mask, inputs.fps, trace, measured, clock.seconds, settings)
 
 
 def _finite(video: Frames | None, trace: Trace) -> Frames:
-    """The video of an edit, if all was finite on the way to it."""
+    """The video, unless its latents or its pixels are not finite, which raises an error."""
     if not trace.finite.all():
         step, steps = int(np.argmin(trace.finite)) + 1, len(trace.finite)
-        told = f"latents are not finite after step {step} of {steps}"
-        raise SamplingError(f"{told}: lower the guidance scale, or compute in float32")
+        failure = f"latents are not finite after step {step} of {steps}"
+        raise SamplingError(f"{failure}: lower the guidance scale, or compute in float32")
     return _finite_pixels(video)
 
 
 def _finite_pixels(video: Frames | None) -> Frames:
-    """A video of `stages`: uint8 has no NaN, which would pass for some grey."""
+    """The video, unless `stages` found pixels that are not finite; in uint8 they would not show."""
     if video is None:
         raise SamplingError("the VAE's pixels are not finite: its weights, or the latents, are off")
     return video
 
 
 def round_trip(model: Model, video: Frames) -> Frames:
-    """The video through the VAE and back: the ceiling of any edit's background."""
+    """Encodes and decodes a video with the VAE: the ceiling of any edit's background."""
     fit = Fit(*video.shape[:3])
     with model.on_mesh():
         latents = autoencoder.encode(model.checkpoint.vae, fit.apply(video)[None])

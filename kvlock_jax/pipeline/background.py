@@ -1,4 +1,4 @@
-"""Compiles the programs of one edit in a thread, while its weights load."""
+"""Compiles the programs of one edit in a thread while its weights load."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,18 +13,19 @@ from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.pipeline import stages
 from kvlock_jax.pipeline.inputs import EditInputs
 from kvlock_jax.pipeline.load import Model
+from kvlock_jax.pipeline.seeds import batch_rows
 from kvlock_jax.pipeline.settings import Settings
 from kvlock_jax.runtime.compile_cache import Compiler
 from kvlock_jax.sampling.edits import Edits
 
 
 class BackgroundCompiler:
-    """Compiles in a thread what one edit will run, stage by stage, in the order of a run.
+    """Compiles one edit's programs in a thread, stage by stage, in the order of a run.
 
-    What goes wrong with it does so again where the edit runs, and is told there.
+    An error here is dropped: it occurs again where the edit runs, which reports it.
 
     Attributes:
-      compiler: which the edit has to run by, to find what was compiled.
+      compiler: compiler that holds the programs; the edit has to run through it.
     """
 
     def __init__(
@@ -38,42 +39,41 @@ class BackgroundCompiler:
     ):
         self.compiler = compiler or Compiler()
         self._model, self._by_step = model, by_step
-        self._inputs, self._settings, self._noise = [inputs], [settings], noise
-        parts = {"texts": self._texts, "videos": self._videos}
-        parts |= {"loop": self._loop, "decoder": self._decoder}
-        self._made: dict[str, Future] = {}
+        self._rows = batch_rows([inputs], [settings], noise, model.mesh)
+        compile_stages = {"texts": self._texts, "videos": self._videos}
+        compile_stages |= {"loop": self._loop, "decoder": self._decoder}
+        self._compiled: dict[str, Future] = {}
         pool = ThreadPoolExecutor(1)
-        for stage, make in parts.items():
-            self._made[stage] = pool.submit(self._on_mesh, make)
+        for stage, compile_stage in compile_stages.items():
+            self._compiled[stage] = pool.submit(self._on_mesh, compile_stage)
         pool.shutdown(wait=False)
 
     def wait(self, stage: str) -> None:
         """Waits until a stage is compiled: `texts`, `videos`, `loop` or `decoder`."""
         with contextlib.suppress(Exception):
-            self._made[stage].result()
+            self._compiled[stage].result()
 
-    def _on_mesh(self, make: Callable[[], Any]) -> Any:
+    def _on_mesh(self, compile_stage: Callable[[], Any]) -> Any:
         with self._model.on_mesh():
-            return make()
+            return compile_stage()
 
     def _texts(self) -> Array:
-        return stages.encode_texts(
-            self._model, self._inputs, self._settings, 1, self.compiler.compile
-        )
+        rows, run = self._rows, self.compiler.compile
+        return stages.encode_texts(self._model, rows.inputs, rows.settings, len(rows.noise), run)
 
     def _videos(self) -> tuple[Edits, int]:
-        given = self._inputs, self._noise, self._made["texts"].result(), self._settings[0]
-        return stages.encode_inputs(self._model, *given, self.compiler.compile)
+        context = self._compiled["texts"].result()
+        return stages.encode_rows(self._model, self._rows, context, self.compiler.compile)
 
     def _loop(self) -> Patches:
-        network, settings = self._model.checkpoint.transformer, self._settings[0]
-        edits, tokens = self._made["videos"].result()
+        network, settings = self._model.checkpoint.transformer, self._rows.settings[0]
+        edits, tokens = self._compiled["videos"].result()
         run = self.compiler.compile
         return stages.Loop.of(network, settings, edits, tokens, self._by_step, run).compile(run)
 
     def _decoder(self) -> None:
-        edits, _ = self._made["videos"].result()
-        edited = self._made["loop"].result()
+        edits, _ = self._compiled["videos"].result()
+        edited = self._compiled["loop"].result()
         run, grid = self.compiler.compile, {"grid": edits.grid, "references": edits.references}
         for latents in run(stages.video_latents, edited, **grid)[:1]:
             run(autoencoder.decode, self._model.checkpoint.vae, latents)

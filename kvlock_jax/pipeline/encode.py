@@ -1,4 +1,4 @@
-"""From videos, masks and texts to what the sampling loop is given."""
+"""Encodes videos, masks and prompts into the sampling loop's inputs."""
 
 import functools
 from collections.abc import Sequence
@@ -31,21 +31,21 @@ def encode_clips(
     shown: Sequence[Bool[Array, "frames height width"]],
     run: Call = call,
 ) -> Encoded:
-    """Encodes clips, with all that is not shown of them blank.
+    """Encodes clips, each distinct one once, with the pixels that are not shown blank.
 
-    As many at a time as `data` has devices: one program serves any number of clips, and takes the
-    memory of one.
+    One call encodes a clip on each device of `data`, so that one program serves any number of
+    clips, in the memory of one.
     """
-    unlike: list[tuple] = []
+    distinct: list[tuple] = []
     index = []
     for row in zip(clips, shown, strict=True):
-        same = (n for n, other in enumerate(unlike) if all(map(_equal, row, other)))
-        index.append(next(same, len(unlike)))
-        if index[-1] == len(unlike):
-            unlike.append(row)
+        same = (n for n, other in enumerate(distinct) if all(map(_equal, row, other)))
+        index.append(next(same, len(distinct)))
+        if index[-1] == len(distinct):
+            distinct.append(row)
     ways = sharding.shards("B")
-    unlike += unlike[-1:] * (-len(unlike) % ways)
-    groups = (unlike[n : n + ways] for n in range(0, len(unlike), ways))
+    distinct += distinct[-1:] * (-len(distinct) % ways)
+    groups = (distinct[n : n + ways] for n in range(0, len(distinct), ways))
     stacked = ([*map(np.stack, zip(*group, strict=True))] for group in groups)
     parts = [run(autoencoder.encode, network, *group) for group in stacked]
     return Encoded(parts, np.array(index))
@@ -67,52 +67,55 @@ def encode_edits(
     uses_source: bool = True,
     run: Call = call,
 ) -> Edits:
-    """What the loop is given, for a batch of videos.
+    """Encodes a batch of videos for the sampling loop.
 
     Args:
-      networks: text-to-video, or VACE, which sees the videos too (METHOD.md section 11).
-      video: of each source, of sizes that the networks take (`video.Fit`).
-      mask: true is edited.
+      networks: text-to-video model, or VACE, which sees the videos too (METHOD.md section 11).
+      video: frames of each source, of a size that the networks take (`media.fit.Fit`).
+      mask: pixel masks of the edits; true is edited.
       context: text contexts: each edit's prompt and negative prompt, then the source prompts.
-      settings: `context_scale` and `show_masked`.
-      noise: of unit variance, references first.
-      pictures: references in [-1, 1], of each source, for VACE; their latent frames come first.
-      uses_source: whether the loop does; else text-to-video needs no latents of it.
-      run: how programs are called.
+      settings: source of `context_scale` and `show_masked`.
+      noise: noise of unit variance, with the latent frames of references first.
+      pictures: reference pictures in [-1, 1], for each one those of all sources; VACE only. Their
+        latent frames come first.
+      uses_source: whether the caller needs the source's latents; text-to-video skips them if not.
+      run: function that calls compiled programs.
 
     Raises:
       InputError: the noise has another shape than the latents.
     """
-    made = functools.partial(encode_clips, networks.vae, run=run)
+    encode = functools.partial(encode_clips, networks.vae, run=run)
     sources, whole = list(video), np.ones_like(mask[0])
     conditioner = family(networks.configs.transformer).conditioner
     if uses_source or conditioner.sees_source:
-        latents = made(sources, [whole] * len(sources))
+        latents = encode(sources, [whole] * len(sources))
     else:
         latents = Encoded([np.zeros_like(noise[:1])], np.zeros(len(sources), int))
-    shown = [
-        made([p[None] for p in each], [np.ones((1, *p.shape[:2]), bool) for p in each])
-        for each in pictures
+    references = [
+        encode(
+            [p[None] for p in of_sources], [np.ones((1, *p.shape[:2]), bool) for p in of_sources]
+        )
+        for of_sources in pictures
     ]
-    space = (latents.shape[1] + len(shown), *latents.shape[2:4])
-    if noise.shape != (wanted := (len(sources), *space, latents.shape[-1])):
-        raise InputError(f"noise must have the shape {wanted}, found {noise.shape}")
+    space = (latents.shape[1] + len(references), *latents.shape[2:4])
+    if noise.shape != (expected := (len(sources), *space, latents.shape[-1])):
+        raise InputError(f"noise must have the shape {expected}, found {noise.shape}")
     grid = Grid(space, padding.padded(Grid.of(space).tokens, sharding.shards("L")))
     encoded = conditioner.encode(
-        made,
+        encode,
         sources,
         mask,
         scale=settings.context_scale,
         show_masked=settings.show_masked,
     )
     static = {"conditioner": conditioner, "grid": grid}
-    return run(_edits, latents, shown, mask, noise, context, encoded, **static)
+    return run(_edits, latents, references, mask, noise, context, encoded, **static)
 
 
 @functools.partial(jax.jit, static_argnames=("conditioner", "grid"))
 def _edits(
     latents: Encoded,
-    shown: Sequence[Encoded],
+    references: Sequence[Encoded],
     mask: Bool[Array, "B frames height width"],
     noise: Float[Array, "sources T H W C"],
     context: Float[Array, "R S D"],
@@ -121,24 +124,24 @@ def _edits(
     conditioner: Conditioner,
     grid: Grid,
 ) -> Edits:
-    """Puts encoded clips, masks, noise and contexts together as the loop takes them.
+    """Assembles the loop's inputs; `encoded` is the result of the conditioner's `encode`.
 
-    A program of its own: on several hosts nothing may happen to an array outside of one.
+    A program of its own, since several hosts may touch shared arrays only inside of one.
     """
-    latents, shown = latents.rows(), [picture.rows() for picture in shown]
+    latents, references = latents.rows(), [picture.rows() for picture in references]
     sources = len(latents)
-    source = jnp.concatenate([*reversed(shown), latents], axis=1)
+    source = jnp.concatenate([*reversed(references), latents], axis=1)
     foreground = lock.to_latent_mask(mask)
-    foreground = jnp.pad(foreground, [(0, 0), (len(shown), 0), (0, 0), (0, 0)])
+    foreground = jnp.pad(foreground, [(0, 0), (len(references), 0), (0, 0), (0, 0)])
     texts, source_texts = conditioner.contexts(
-        context[:-sources], context[-sources:], latents, shown, mask, encoded, grid
+        context[:-sources], context[-sources:], latents, references, mask, encoded, grid
     )
     cells = (grid.split(x) for x in (source, noise.astype(jnp.float32), foreground))
-    return Edits(*cells, texts, source_texts, grid, len(shown))
+    return Edits(*cells, texts, source_texts, grid, len(references))
 
 
 def draw_noise(model: Model, inputs: EditInputs, key: Array) -> Float[np.ndarray, "one T H W C"]:
-    """Noise of unit variance for one source, references first."""
+    """Draws noise of unit variance for one source, references first."""
     return np.asarray(jax.random.normal(key, noise_shape(model, inputs), jnp.float32))
 
 

@@ -30,6 +30,7 @@ SETTINGS = (
     ("sample.seed", int, "base_seed seed", "seed of the noise"),
     ("kvlock.cache", str, "cache", "of the source: fused, made block by block, or carried"),
     ("kvlock.cache_every", int, "cache_every", "steps that a carried cache serves"),
+    ("kvlock.pool_seeds", int, "pool_seeds", "seeds of the edit that share one statistic"),
     ("edit.source_prompt", str, "src_prompt", "what the source shows"),
     ("edit.negative_prompt", str, "negative_prompt", "what to lead away from"),
     ("edit.size", str, "size", "WIDTH*HEIGHT to work and write at; the video's own by default"),
@@ -39,6 +40,12 @@ SETTINGS = (
     ("edit.context_scale", float, "context_scale", "of a VACE model's hints; 1 as published"),
     ("edit.show_masked", bool, "show_masked", "show a VACE model what is under the mask"),
     ("edit.composite", bool, "composite", "take pixels outside the mask from the source"),
+    (
+        "edit.ceiling",
+        bool,
+        "ceiling",
+        "measure the PSNR of a bare VAE round trip beside the edit's",
+    ),
 )
 """Key of the config, type, names, help."""
 

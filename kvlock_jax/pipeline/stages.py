@@ -1,8 +1,8 @@
-"""The stages of an edit: texts, videos, the loop, and frames again.
+"""The stages of an edit: encode prompts and videos, run the loop, decode frames.
 
-Each runs its programs through a `Run` of `Programs`: `now` calls them, `ahead` only compiles them.
-So what an edit will need can be compiled from its inputs before the weights are there (`Ahead`), by
-the same code that will use it.
+Each stage passes its programs to a `run` function: `Compiler.call` runs them, `Compiler.compile`
+only compiles them. So `BackgroundCompiler` can compile an edit's programs before the weights are
+loaded, by the same code that runs them.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from kvlock_jax.parallel import sharding
 from kvlock_jax.pipeline.encode import encode_edits
 from kvlock_jax.pipeline.inputs import EditInputs
 from kvlock_jax.pipeline.load import Model
+from kvlock_jax.pipeline.seeds import Rows, further_noise
 from kvlock_jax.pipeline.settings import Settings
 from kvlock_jax.runtime.clock import Clock
 from kvlock_jax.runtime.compile_cache import Call, Compiler, call
@@ -42,13 +43,13 @@ def encode_texts(
     sources: int,
     run: Call,
 ) -> Float[Array, "R S D"]:
-    """Of each edit's prompt and negative prompt, then of the source prompts."""
+    """Encodes each edit's prompt and negative prompt, then the source prompts."""
     texts = [
         text
-        for given, own in zip(inputs, settings, strict=True)
-        for text in (given.prompt, own.edit.negative_prompt)
+        for edit, edit_settings in zip(inputs, settings, strict=True)
+        for text in (edit.prompt, edit_settings.edit.negative_prompt)
     ]
-    texts += [own.edit.source_prompt for own in settings[:: len(settings) // sources]]
+    texts += [first.edit.source_prompt for first in settings[:: len(settings) // sources]]
     return encode_prompts(model.checkpoint.text_encoder, model.tokenizer, texts, run)
 
 
@@ -60,24 +61,34 @@ def encode_inputs(
     settings: Settings,
     run: Call,
 ) -> tuple[Edits, int]:
-    """What the loop is given, and how many tokens of an edit are its own, at most.
+    """Encodes videos and masks; also returns the largest number of tokens that an edit keeps.
 
-    A source that several edits have is one array, and encoded once.
+    Edits of one source share one array of frames, which is encoded once.
     """
-    heads = inputs[:: len(inputs) // len(noise)]
-    fits = [Fit(*given.source.shape[:3]) for given in inputs]
+    firsts = inputs[:: len(inputs) // len(noise)]
+    fits = [Fit(*edit.source.shape[:3]) for edit in inputs]
     fitted = {id(i.source): fit.apply(i.source) for i, fit in zip(inputs, fits, strict=True)}
-    pixels = [fitted[id(given.source)] for given in heads]
+    pixels = [fitted[id(first.source)] for first in firsts]
     mask = np.stack([fit.apply_mask(i.mask) for i, fit in zip(inputs, fits, strict=True)])
     space = pixels[0].shape[1:3]
     pictures = [
-        [on_canvas(given.references[n], *space) for given in heads]
+        [on_canvas(first.references[n], *space) for first in firsts]
         for n in range(len(inputs[0].references))
     ]
-    given = (model.checkpoint, pixels, mask, context, settings.edit, noise, pictures)
-    edits = encode_edits(*given, uses_source=settings.lock.uses_source, run=run)
+    args = (model.checkpoint, pixels, mask, context, settings.edit, noise, pictures)
+    uses_source = settings.lock.uses_source or settings.edit.ceiling
+    edits = encode_edits(*args, uses_source=uses_source, run=run)
     _, rows, columns = edits.grid.axes
     return edits, int(_most_tokens(mask)) + len(pictures) * rows * columns
+
+
+def encode_rows(
+    model: Model, rows: Rows, context: Float[Array, "R S D"], run: Call
+) -> tuple[Edits, int]:
+    """`encode_inputs` of a batch's rows, with the pools in which they share a statistic."""
+    args = (rows.inputs, rows.noise, context, rows.settings[0])
+    edits, tokens = encode_inputs(model, *args, run)
+    return dataclasses.replace(edits, pools=rows.pools), tokens
 
 
 @jax.jit
@@ -87,12 +98,12 @@ def _most_tokens(mask: Bool[Array, "B frames height width"]) -> Int[Array, ""]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """The sampling loop of a batch, to be compiled and run.
+    """The sampling loop of a batch, ready to compile and run.
 
     Attributes:
-      args: of `sampler.sample`.
-      program: its program.
-      by_step: whether it runs in a call for each step.
+      args: arguments of `loop.sample`.
+      program: program that they select.
+      by_step: whether to run one call per step (`loop.stepwise`), for progress.
     """
 
     args: tuple
@@ -103,63 +114,92 @@ class Loop:
     def of(
         cls, network: Any, settings: Settings, edits: Edits, tokens: int, by_step: bool, run: Call
     ) -> "Loop":
-        """The loop that settings say, of edits with so many tokens of their own, at most."""
-        own = settings.sample
-        table = solvers.table(own.solver, own.steps, own.shift)
-        knobs = lock.knobs(settings.lock, own.guidance_scale)
+        """The loop for some settings and edits.
+
+        Args:
+          network: transformer, a `loop.Denoiser`.
+          settings: settings of the run.
+          edits: batch of edits.
+          tokens: largest number of tokens that an edit keeps.
+          by_step: whether to run one call per step.
+          run: function that calls compiled programs.
+        """
+        sample = settings.sample
+        table = solvers.table(sample.solver, sample.steps, sample.shift)
+        knobs = lock.knobs(settings.lock, sample.guidance_scale)
         computed = bucket(tokens, edits.grid) if settings.lock.skip_background else None
-        args = (network, run(_start, edits), edits, table, knobs)
+        if settings.lock.start_shift:
+            start = run(_shifted_start, edits, knobs.start_shift)
+        else:
+            start = run(_start, edits)
+        args = (network, start, edits, table, knobs)
         return cls(args, Program.of(settings.lock, computed), by_step)
 
     def begun(self, run: Call) -> tuple:
-        """The arguments of `sampler.stepwise`."""
+        """The arguments of `loop.stepwise`."""
         network, _, edits, _, knobs = self.args
         return (network, edits, knobs, *run(loop.begin, *self.args, program=self.program))
 
     def compile(self, run: Call, begun: tuple | None = None) -> Patches:
-        """Compiles it by a `Run` that does; gives the shape of the edited latents."""
+        """Compiles the loop through `run`, and returns the shape of the edited latents."""
         if not self.by_step:
             return run(loop.sample, *self.args, program=self.program)[0]
-        *given, texts, steps, state = begun or self.begun(run)
+        *shared, texts, steps, state = begun or self.begun(run)
         first = run(loop.step_inputs, steps, np.int32(0))
-        return run(loop.advance, *given, texts, first, state, program=self.program)[0].latents
+        return run(loop.advance, *shared, texts, first, state, program=self.program)[0].latents
 
     def run(
         self, compiler: Compiler, clock: Clock, on_step: Callable[[int], None] | None
     ) -> tuple[Patches, Trace]:
-        """Compiles it where that was not done, and runs it."""
+        """Runs the loop, after compiling whatever is not compiled yet."""
         with clock.stage("compile"):
             begun = self.begun(compiler.call) if self.by_step else None
             self.compile(compiler.compile, begun)
         with clock.stage("sample"):
             if begun is None:
-                done = compiler.call(loop.sample, *self.args, program=self.program)
-                return jax.block_until_ready(done)
-            given = {"program": self.program, "on_step": on_step, "run": compiler.call}
-            return loop.stepwise(*begun, **given)
+                edited = compiler.call(loop.sample, *self.args, program=self.program)
+                return jax.block_until_ready(edited)
+            options = {"program": self.program, "on_step": on_step, "run": compiler.call}
+            return loop.stepwise(*begun, **options)
 
 
 @jax.jit
 def _start(edits: Edits) -> Patches:
-    """What edits start from: their source's noise, in memory of its own, which is donated."""
+    """The noise that each edit starts from, in memory of its own, which the loop donates."""
     return edits.spread(edits.noise)
+
+
+@jax.jit
+def _shifted_start(edits: Edits, ratio: Float[Array, ""]) -> Patches:
+    """`_start` with the foreground shifted toward fresh noise (ProEdit, METHOD.md section 10)."""
+    grid = edits.grid
+    fresh = further_noise(edits.noise[:, : grid.tokens], 0)
+    fresh = jnp.pad(fresh, [(0, 0), (0, grid.length - grid.tokens), (0, 0), (0, 0)])
+    start = edits.spread(edits.noise)
+    return lock.shift_start(start, edits.spread(fresh), edits.foreground, ratio)
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "references"))
 def video_latents(patches: Patches, grid: Grid, references: int) -> list[Latents]:
-    """Latents of the videos, as many to a part as `data` has devices (`prepare.encode`)."""
+    """The latents of the videos, in parts of one video per device of `data`."""
     latents = grid.join(patches)[:, references:]
     return jnp.split(latents, len(latents) // sharding.shards("B"))
 
 
-def decode_edits(model: Model, edited: Patches, edits: Edits, run: Call) -> list[Frames | None]:
-    """The videos, as the model made them; `None` of one that is not finite."""
+def decode_rows(
+    model: Model, patches: Patches, edits: Edits, rows: Sequence[int], run: Call
+) -> list[Frames | None]:
+    """Decodes some rows of latents; `None` stands for a video with pixels that are not finite."""
     grid = {"grid": edits.grid, "references": edits.references}
-    return decode_latents(model, run(video_latents, edited, **grid), run)
+    parts = run(video_latents, patches, **grid)
+    size = len(patches) // len(parts)
+    wanted = sorted({row // size for row in rows})
+    frames = decode_latents(model, [parts[part] for part in wanted], run)
+    return [frames[wanted.index(row // size) * size + row % size] for row in rows]
 
 
 def decode_latents(model: Model, parts: Sequence[Latents], run: Call = call) -> list[Frames | None]:
-    """`decoded` of latents as they are."""
-    found = [run(autoencoder.decode, model.checkpoint.vae, latents) for latents in parts]
-    rows = (zip(*map(np.asarray, part), strict=True) for part in found)
+    """Decodes parts of latents; `None` stands for a video with pixels that are not finite."""
+    decoded = [run(autoencoder.decode, model.checkpoint.vae, latents) for latents in parts]
+    rows = (zip(*map(np.asarray, part), strict=True) for part in decoded)
     return [video if finite else None for video, finite in itertools.chain(*rows)]

@@ -1,11 +1,11 @@
-"""What the sampling loop is given."""
+"""The sampling loop's inputs: a batch of edits."""
 
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kvlock_jax.grid import Grid, Patches, PatchMask
 from kvlock_jax.parallel import sharding
@@ -14,20 +14,25 @@ from kvlock_jax.parallel import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Edits:
-    """A batch of edits, known before the loop.
+    """A batch of edits.
 
-    A source may have several edits, which then start from one noise and share its branch. Rows lie
-    source by source, within it edit by edit: `B` edits of `sources`, which divides `B`.
+    Several edits of one source start from the same noise and share its branch. Rows are ordered by
+    source, then edit; the number of sources divides the number of edits, `B`.
 
     Attributes:
       source: normalised latents of the source videos.
-      noise: of unit variance; the edits start from it, and it noises the source (METHOD.md 3).
-      foreground: latent cells to edit; none of references or padding.
-      prompts: what `Model.condition` takes, `2 B` rows: each edit's prompt and negative prompt.
-      source_prompts: the same for the source branch, a row for each source.
-      grid: how latents lie in a row of tokens.
-      references: first latent frames that hold reference pictures (METHOD.md section 11): never
-        foreground, background, or part of the statistic (but of s* over everything).
+      noise: noise of unit variance that the edits start from and that is added to the source
+        (METHOD.md section 3).
+      foreground: latent cells to edit, never those of references or padding.
+      prompts: text embeddings (and more) that `Denoiser.condition` takes, `2 B` rows: each edit's
+        prompt and negative prompt.
+      source_prompts: the same for the source branch, one row per source.
+      grid: order of the latents in a row of tokens.
+      references: number of first latent frames that hold reference pictures (METHOD.md section
+        11). They are neither foreground nor background nor part of the statistic, but they count
+        for s* over all cells.
+      pools: number of the edit that each row samples, where rows share a statistic
+        (`lock.pooled`); `None` where each row has its own.
     """
 
     source: Float[Array, "sources L cells C"]
@@ -37,23 +42,24 @@ class Edits:
     source_prompts: Any
     grid: Grid = dataclasses.field(metadata={"static": True})
     references: int = dataclasses.field(default=0, metadata={"static": True})
+    pools: Int[Array, "B"] | None = None
 
     @property
     def shown(self) -> Bool[Array, "L one"]:
-        """Tokens of the video, neither of references nor padding."""
+        """The video's tokens: all but references and padding."""
         _, rows, columns = self.grid.axes
         token = jnp.arange(self.grid.length)[:, None]
         return (token >= self.references * rows * columns) & (token < self.grid.tokens)
 
     @property
     def own(self) -> Bool[Array, "B L"]:
-        """Tokens that keep their own keys and values: the foreground's and the references'."""
+        """The tokens that keep their own keys and values: foreground and references."""
         _, rows, columns = self.grid.axes
         first = jnp.arange(self.grid.length) < self.references * rows * columns
         return self.foreground.any(axis=-1) | first
 
     def spread(self, per_source: Float[Array, "sources L cells C"]) -> Patches:
-        """For every edit, what its source has."""
+        """Each source's entry, repeated for all its edits."""
         edits = len(self.foreground) // len(per_source)
         wide = jnp.broadcast_to(
             per_source[:, None], (len(per_source), edits, *per_source.shape[1:])
@@ -62,13 +68,13 @@ class Edits:
 
 
 def bucket(tokens: int, grid: Grid) -> int | None:
-    """Tokens to compute in a pass of the foreground alone, so that one program serves many masks.
+    """The number of tokens that a foreground pass computes, rounded up to serve many masks.
 
     The unit is a sixty-fourth of the video, in equal parts for the devices that share it. `None`
-    where most would have to be computed.
+    where the foreground is over three quarters of the video.
     """
     ways = sharding.shards("L")
     unit = -(-grid.length // 64)
     unit = -(-unit // ways) * ways
-    found = max(1, -(-tokens // unit)) * unit
-    return found if found <= 3 * grid.length // 4 else None
+    computed = max(1, -(-tokens // unit)) * unit
+    return computed if computed <= 3 * grid.length // 4 else None

@@ -1,11 +1,11 @@
 """The sampling loop: one jitted function around one `lax.scan` over steps (DESIGN.md section 2).
 
-Three kinds of values meet in it. What is known before the loop (`SolverTable`, the scheduled
-window) is scanned over; what evolves is the carry, `SampleState`; what explains the run comes out
-as `Trace`, a few numbers per step and never latents.
+The loop scans over the values known beforehand (`StepInputs`), carries those that evolve
+(`SampleState`) and returns those that explain the run (`Trace`: a few numbers per step, never
+latents).
 
-`sample` is the loop. `stepwise` is the same in a call for each step, for those who want to know how
-far it is: a call back from inside the loop would keep its program out of JAX's persistent cache.
+`sample` is the loop in one call. `stepwise` computes the same in one call per step and reports its
+progress; a callback from inside the loop would keep its program out of JAX's persistent cache.
 """
 
 import dataclasses
@@ -31,38 +31,38 @@ from kvlock_jax.shapes import PerEdit
 
 
 class Denoiser(Protocol):
-    """A pytree of weights with these methods, such as `WanTransformer`.
+    """The model's interface to the loop: a pytree of weights with methods, as `WanTransformer` is.
 
-    `Conditioning` is whatever `condition` makes of a text (and more); the loop only hands it on.
+    Conditioning and times may be any pytrees; the loop only passes them on.
     """
 
     def condition(self, context: Any, grid: Grid) -> Any:
-        """What a pass needs beside latents and time, for latents of a grid."""
+        """The conditioning of a pass over latents of a grid, from its text (and more)."""
 
     def times(self, timestep: Float[Array, "*rows"]) -> Any:
-        """What a pass needs to know of timesteps (0-1000): a tree of arrays, a row for each."""
+        """Embeddings of timesteps (0-1000): a tree of arrays with one row for each."""
 
     def __call__(
         self, latents: Patches, time: Any, conditioning: Any, lock: Lock | None = None
     ) -> Patches:
-        """The velocity at a time of each row, of the tokens that the lock says, if there is one.
+        """The velocity of each row at its time, of all tokens or of those that the lock computes.
 
-        Its cache may be a `SourcePass`, to be run beside.
+        The lock's cache may be a `SourcePass`, which the model runs beside its own, block by block.
         """
 
     def keys_values(
         self, latents: Patches, time: Any, conditioning: Any, *, into: KVCache
     ) -> tuple[Patches, KVCache]:
-        """The velocity, and every block's self-attention keys and values, written into a cache."""
+        """The velocity, and the cache with each block's self-attention keys and values."""
 
     def empty_cache(self, latents: Patches) -> KVCache:
-        """A cache for the keys and values of such latents to be written into."""
+        """A cache of the size that `keys_values` fills for such latents."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampleState:
-    """What evolves from step to step; the lock's and APG's parts are `None` where unused."""
+    """The values that evolve from step to step; `cache` and `momentum` are `None` if unused."""
 
     latents: Patches
     solver: SolverState
@@ -72,7 +72,7 @@ class SampleState:
     momentum: Patches | None
 
     def laid_out(self) -> "SampleState":
-        """Itself as every step takes and leaves it on the ambient mesh."""
+        """The state in the layout that every step takes and leaves on the ambient mesh."""
         letters = {0: "", 1: "B", 4: "B L cells C", 5: "window B L cells C"}
         rest = dataclasses.replace(self, cache=None)
         laid = jax.tree.map(lambda x: sharding.constrain(x, letters[x.ndim]), rest)
@@ -82,16 +82,16 @@ class SampleState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What each step did, leading axis `steps`.
+    """The numbers that explain each step, with a leading axis of steps.
 
     Attributes:
       sigma: noise level at which the step called the model.
-      sigma2: statistic that the step went by; 0 while there is none.
+      sigma2: statistic that set the step's ratios; 0 before the window holds two estimates.
       fusion_ratio: alpha.
       guidance_scale: omega.
       uncond_scale: s, the factor of the unconditional velocity.
-      scheduled: whether the step lies in the window of the last kappa.
-      finite: whether all latents of an edit are finite numbers after the step.
+      scheduled: whether the step is one of the last kappa.
+      finite: whether all latents of the edit are finite after the step.
     """
 
     sigma: Float[Array, "steps"]
@@ -105,14 +105,14 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What decides which program is compiled, beside the shapes; everything else is traced.
+    """The settings that select a compiled program, beside the shapes; all others are traced.
 
     Attributes:
-      passes: of `lock.passes`.
+      passes: kinds of pass that a step may need, from `lock.passes`.
       guidance: `"cfg"` or `"apg"`.
-      window: clean estimates in the statistic.
-      carried: whether the source's keys and values are kept from step to step.
-      tokens: computed in a pass of the foreground alone.
+      window: number of clean estimates in the statistic.
+      carried: whether the state carries the source's keys and values from step to step.
+      tokens: number of tokens that a foreground pass computes.
     """
 
     passes: tuple[str, ...]
@@ -123,7 +123,7 @@ class Program:
 
     @classmethod
     def of(cls, settings: LockConfig, tokens: int | None = None) -> "Program":
-        """The program of settings; without `tokens` every pass computes all."""
+        """The program that the settings need; without `tokens` every pass computes all tokens."""
         kinds = lock.passes(settings)
         if tokens is None and "foreground" in kinds:
             kinds = tuple(dict.fromkeys("full" if k == "foreground" else k for k in kinds))
@@ -133,7 +133,7 @@ class Program:
 
     @property
     def locked(self) -> bool:
-        """Whether there is a source branch at all."""
+        """Whether any step may need the source branch."""
         return self.passes != ("plain",)
 
 
@@ -154,14 +154,14 @@ def sample(
 
     Args:
       model: weights and their functions.
-      latents: what the edits start from, normally a copy of `edits.noise`; donated.
+      latents: start of each edit, normally a copy of `edits.noise`; donated.
       edits: sources, noise, masks and texts.
-      table: of the solver.
+      table: coefficients of the solver.
       knobs: settings of lock and guidance.
-      program: see `Program`.
+      program: settings that select the compiled program.
 
     Returns:
-      The edited latents, normalised, float32, and what each step did.
+      The edited latents, normalised, float32, and the trace of all steps.
     """
     texts, steps, state = begin(model, latents, edits, table, knobs, program=program)
     step = _Step(model, edits, knobs, texts, program)
@@ -172,21 +172,37 @@ def sample(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """What a model made of the prompts (and more), once for all steps; `None` of no source."""
+    """The model's conditioning of both branches, computed once for all steps.
+
+    Attributes:
+      edits: conditioning of the edits.
+      sources: conditioning of the source branch; `None` where no step runs it.
+    """
 
     edits: Any
     sources: Any
 
 
 class StepInputs(NamedTuple):
-    """What a step is told of itself; of all steps, with a leading axis."""
+    """The values of a step that are known before the loop; all steps have a leading axis.
+
+    Attributes:
+      number: index of the step, from 0.
+      solver: row of the solver's table.
+      time: the model's embedding of the timestep.
+      scheduled: whether the step is one of the last kappa.
+      injected: whether the step is one of ProEdit's first, injected ones.
+      needed: whether the step needs the source's keys and values.
+      refresh: whether the step recomputes a carried cache.
+    """
 
     number: Int[Array, "*steps"]
     solver: SolverTable
     time: Any
     scheduled: Bool[Array, "*steps"]
-    needed: Bool[Array, "*steps"]  # whether the source is, by its keys and values
-    refresh: Bool[Array, "*steps"]  # whether a carried cache is made anew
+    injected: Bool[Array, "*steps"]
+    needed: Bool[Array, "*steps"]
+    refresh: Bool[Array, "*steps"]
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="latents")
@@ -199,14 +215,15 @@ def begin(
     *,
     program: Program,
 ) -> tuple[Texts, StepInputs, SampleState]:
-    """What is computed before the first step, for arguments as in `sample`."""
+    """Computes conditioning, step inputs and the first state, from arguments as in `sample`."""
     sources = model.condition(edits.source_prompts, edits.grid) if program.locked else None
     number = jnp.arange(table.sigma.shape[0])
     scheduled = lock.in_window(len(number), knobs.kappa)
+    injected = lock.injected(len(number), knobs.injected_steps)
     needed = lock.source_needed(scheduled, knobs)
     refresh = lock.refreshed(needed, knobs.cache_every)
     times = model.times(table.timestep)
-    steps = StepInputs(number, table, times, scheduled, needed, refresh)
+    steps = StepInputs(number, table, times, scheduled, injected, needed, refresh)
     texts = Texts(model.condition(edits.prompts, edits.grid), sources)
 
     latents = latents.astype(jnp.float32)
@@ -227,22 +244,22 @@ def advance(
     edits: Edits,
     knobs: Knobs,
     texts: Texts,
-    told: StepInputs,
+    inputs: StepInputs,
     state: SampleState,
     *,
     program: Program,
 ) -> tuple[SampleState, Trace]:
-    """One step, after `begin` and the steps before; the state is donated.
+    """Runs one step on the state that `begin` or the step before returned, and donates it.
 
-    Compiled for shapes and `program`: the number of steps is none of them.
+    One program, compiled for shapes and `program`, serves any number of steps.
     """
-    state, trace = _Step(model, edits, knobs, texts, program)(state, told)
+    state, trace = _Step(model, edits, knobs, texts, program)(state, inputs)
     return state, sharding.everywhere(trace)
 
 
 @jax.jit
 def step_inputs(steps: StepInputs, number: Int[Array, ""]) -> StepInputs:
-    """What one of several steps is told."""
+    """The inputs of one step, out of those of all steps."""
     return sharding.everywhere(jax.tree.map(lambda rows: rows[number], steps))
 
 
@@ -258,22 +275,31 @@ def stepwise(
     on_step: Callable[[int], None],
     run: Call = call,
 ) -> tuple[Patches, Trace]:
-    """What `sample` does after `begin`, by steps; `on_step` is told the number of each, from 0.
+    """Runs the steps of `sample` after `begin`, each in a call of its own.
 
-    The state is donated. `run` is how each step's programs are called.
+    Args:
+      model: as in `sample`, and so `edits`, `knobs` and `program`.
+      edits: sources, noise, masks and texts.
+      knobs: settings of lock and guidance.
+      texts: conditioning, from `begin`.
+      steps: inputs of all steps, from `begin`.
+      state: first state, from `begin`; donated.
+      program: settings that select the compiled program.
+      on_step: callback with the number of each finished step, from 0.
+      run: function that calls each step's compiled programs.
     """
-    parts = []
+    traces = []
     for number in range(len(steps.number)):
-        told = run(step_inputs, steps, np.int32(number))
-        state, part = run(advance, model, edits, knobs, texts, told, state, program=program)
-        parts.append(jax.tree.map(np.asarray, part))  # waits for it
+        inputs = run(step_inputs, steps, np.int32(number))
+        state, trace = run(advance, model, edits, knobs, texts, inputs, state, program=program)
+        traces.append(jax.tree.map(np.asarray, trace))  # waits for the step to finish
         on_step(number)
-    return state.latents, jax.tree.map(lambda *rows: np.stack(rows), *parts)
+    return state.latents, jax.tree.map(lambda *rows: np.stack(rows), *traces)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
-    """The scan's body, with all that stays the same from step to step."""
+    """The scan's body, closed over the values that all steps share."""
 
     model: Denoiser
     edits: Edits
@@ -281,27 +307,28 @@ class _Step:
     texts: Texts
     program: Program
 
-    def __call__(self, state: SampleState, told: StepInputs) -> tuple[SampleState, Trace]:
-        """One step: METHOD.md sections 3 to 8, in the order of a run."""
-        knobs, foreground, solver = self.knobs, self.edits.foreground, told.solver
-        known, scheduled = lock.ready(state.window), told.scheduled
-        alpha = lock.fusion_ratio(state.sigma2, known, scheduled, knobs)
-        omega = lock.guidance_scale(state.sigma2, known, scheduled, knobs)
+    def __call__(self, state: SampleState, inputs: StepInputs) -> tuple[SampleState, Trace]:
+        """Runs one step: METHOD.md sections 3 to 8, in their order."""
+        knobs, foreground, solver = self.knobs, self.edits.foreground, inputs.solver
+        ready, scheduled = lock.ready(state.window), inputs.scheduled
+        alpha = lock.fusion_ratio(state.sigma2, ready, scheduled, knobs)
+        alpha, beta = lock.inject(alpha, inputs.injected, knobs)
+        omega = lock.guidance_scale(state.sigma2, ready, scheduled, knobs)
 
         cache = state.cache
         if self.program.carried:
-            # A loop of one turn or none updates the cache in place; a `cond` would hold two.
+            # A loop of one turn or none updates the cache in place; `cond` would hold two of them.
             cache = jax.lax.fori_loop(
                 0,
-                told.refresh.astype(jnp.int32),
-                lambda _, cache: self._source_pass(told, cache),
+                inputs.refresh.astype(jnp.int32),
+                lambda _, cache: self._source_pass(inputs, cache),
                 cache,
             )
-        v_cond, v_uncond = self._branches(state.latents, told, cache, alpha)
+        v_cond, v_uncond = self._branches(state.latents, inputs, cache, (alpha, beta))
         region = lock.projection_region(foreground, knobs)
         scale = lock.uncond_scale(lock.projection_scale(v_cond, v_uncond, region), knobs)
         velocity, momentum = self._guide(v_cond, v_uncond, omega, scale, state.momentum)
-        velocity = lock.zero_init(velocity, told.number, knobs.zero_init_steps)
+        velocity = lock.zero_init(velocity, inputs.number, knobs.zero_init_steps)
 
         x0 = state.latents - solver.sigma * velocity
         window = lock.push(state.window, x0)
@@ -314,66 +341,79 @@ class _Step:
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
         detected = lock.detection_region(foreground, knobs) & self.edits.shown
         sigma2 = lock.hallucination(window, detected)
+        if self.edits.pools is not None:
+            sigma2 = lock.pooled(sigma2, self.edits.pools)
         following = SampleState(latents, solved, window, sigma2, cache, momentum).laid_out()
         return following, Trace(solver.sigma, state.sigma2, alpha, omega, scale, scheduled, finite)
 
     def _noised_source(self, sigma: Float[Array, ""]) -> Float[Array, "sources L cells C"]:
-        """The source at a noise level, with the noise the edit started from."""
+        """The source at a noise level, with the noise that the edit started from."""
         edits, wide = self.edits, jnp.float32
         mix = (1 - sigma) * edits.source.astype(wide) + sigma * edits.noise.astype(wide)
         return sharding.constrain(mix, "B L cells C")
 
-    def _source_pass(self, told: StepInputs, into: KVCache) -> KVCache:
-        z = self._noised_source(told.solver.sigma)
-        return self.model.keys_values(z, _rows(told.time, z), self.texts.sources, into=into)[1]
+    def _source_pass(self, inputs: StepInputs, into: KVCache) -> KVCache:
+        z = self._noised_source(inputs.solver.sigma)
+        return self.model.keys_values(z, _rows(inputs.time, z), self.texts.sources, into=into)[1]
 
     def _branches(
-        self, latents: Patches, told: StepInputs, cache: KVCache | None, alpha: PerEdit
+        self,
+        latents: Patches,
+        inputs: StepInputs,
+        cache: KVCache | None,
+        ratios: tuple[PerEdit, Float[Array, ""]],
     ) -> list[Patches]:
-        """The conditional and the unconditional velocity, from one pass over both."""
-        edits, tokens = self.edits, self.edits.own
+        """The conditional and the unconditional velocity, from one pass over both.
+
+        `ratios` are alpha in the background and beta in the foreground.
+        """
+        edits, tokens, (alpha, beta) = self.edits, self.edits.own, ratios
         z = jnp.stack([latents, latents], axis=1).reshape(-1, *latents.shape[1:])
-        given = (z, _rows(told.time, z), self.texts.edits)
+        args = (z, _rows(inputs.time, z), self.texts.edits)
         if self.program.locked and cache is None:
-            source = self._noised_source(told.solver.sigma)
-            cache = SourcePass(source, _rows(told.time, source), self.texts.sources)
+            source = self._noised_source(inputs.solver.sigma)
+            cache = SourcePass(source, _rows(inputs.time, source), self.texts.sources)
 
         def plain() -> Patches:
-            """Without the source."""
-            return self.model(*given, None)
+            """Runs the model without the source."""
+            return self.model(*args, None)
 
         def full() -> Patches:
-            """All tokens, locked."""
-            return self.model(*given, Lock(cache, tokens, alpha))
+            """Runs the model over all tokens, locked."""
+            held = Lock(cache, tokens, alpha, foreground_ratio=beta)
+            return self.model(*args, held)
 
         def foreground() -> Patches:
-            """The edit's own tokens; the background's velocity leads straight to the source."""
+            """Runs the model over the foreground; the background's velocity ends at the source."""
             held = Lock(cache, tokens, alpha, self.program.tokens)
             whole = edits.noise.astype(jnp.float32) - edits.source.astype(jnp.float32)
-            return lock.splice(self.model(*given, held), whole, tokens)
+            return lock.splice(self.model(*args, held), whole, tokens)
 
-        kinds = {"plain": plain, "full": full, "foreground": foreground}
-        chosen = self._kind(alpha, told.needed)
-        velocity = jax.lax.switch(chosen, [kinds[kind] for kind in self.program.passes])
+        passes = {"plain": plain, "full": full, "foreground": foreground}
+        kind = self._kind(ratios, inputs.needed)
+        velocity = jax.lax.switch(kind, [passes[name] for name in self.program.passes])
         velocity = sharding.constrain(velocity, "B L cells C")
         if edits.grid.tokens < edits.grid.length:
-            # Padding moves nothing: it stays 0, in the latents and in every sum over them.
+            # Padding stays 0, in the latents and in every sum over them.
             real = jnp.arange(z.shape[1]) < edits.grid.tokens
             velocity = jnp.where(real[:, None, None], velocity, 0.0)
         branches = velocity.reshape(-1, 2, *latents.shape[1:])
         return [branches[:, 0], branches[:, 1]]
 
-    def _kind(self, alpha: PerEdit, needed: Bool[Array, ""]) -> Int[Array, ""]:
-        """Which of the program's passes a step is."""
-        kinds = self.program.passes
-        found = jnp.int32(len(kinds) - 1)
+    def _kind(
+        self, ratios: tuple[PerEdit, Float[Array, ""]], needed: Bool[Array, ""]
+    ) -> Int[Array, ""]:
+        """The index, among the program's passes, of the cheapest one that a step can do with."""
+        kinds, (alpha, beta) = self.program.passes, ratios
+        kind = jnp.int32(len(kinds) - 1)
         if "full" in kinds:
-            found = jnp.int32(kinds.index("full"))
+            kind = jnp.int32(kinds.index("full"))
             if "foreground" in kinds:
-                found = jnp.where((alpha == 1).all(), kinds.index("foreground"), found)
+                firm = (alpha == 1).all() & (beta == 0)
+                kind = jnp.where(firm, kinds.index("foreground"), kind)
         if "plain" in kinds:
-            found = jnp.where(needed, found, kinds.index("plain"))
-        return found
+            kind = jnp.where(needed, kind, kinds.index("plain"))
+        return kind
 
     def _guide(
         self, v_cond: Patches, v_uncond: Patches, omega: PerEdit, scale: PerEdit, momentum: Any
@@ -385,5 +425,5 @@ class _Step:
 
 
 def _rows(time: Any, latents: Patches) -> Any:
-    """The time of all rows of latents, which is the same."""
+    """The one time, broadcast to all rows of the latents."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape)), time)

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from mappings: an unknown key, a wrong type or range is an error naming it."""
+"""Frozen dataclasses from mappings, with errors that name the key and the values it may have."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ _T = TypeVar("_T")
 
 
 def require(ok: bool, owner: Any, field: str, expected: str) -> None:
-    """Raises a `ConfigError` that names the field, the expected and the found, unless `ok`."""
+    """Raises a `ConfigError` with the field's name, the expected and the found, unless `ok`."""
     if not ok:
         value = getattr(owner, field)
         raise ConfigError(f"{type(owner).__name__}.{field} must be {expected}, found {value!r}")
 
 
 def require_positive(sizes: Any) -> None:
-    """Every whole number of a model's sizes counts something that must be there."""
+    """Raises a `ConfigError` unless all whole numbers of a model's sizes are positive."""
     for name, value in dataclasses.asdict(sizes).items():
         if isinstance(value, int) and not isinstance(value, bool):
             require(value > 0, sizes, name, "positive")
@@ -27,7 +27,7 @@ def from_config_dict(kind: type[_T], values: Mapping[str, Any]) -> _T:
     """Builds the frozen dataclass `kind` from a mapping; `None` leaves a field at its default.
 
     Raises:
-      ConfigError: for an unknown key, a value of the wrong type, or one out of its range.
+      ConfigError: a key is unknown, or a value is of the wrong type or out of range.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
@@ -35,15 +35,15 @@ def from_config_dict(kind: type[_T], values: Mapping[str, Any]) -> _T:
             raise ConfigError(
                 f"unknown key {name!r} of {kind.__name__}; it has {', '.join(fields)}"
             )
-    given = {n: _as(kind, fields[n], v) for n, v in values.items() if v is not None}
+    converted = {n: _convert(kind, fields[n], v) for n, v in values.items() if v is not None}
     try:
-        return kind(**given)
+        return kind(**converted)
     except TypeError as error:
         raise ConfigError(f"{kind.__name__}: {error}") from error
 
 
-def _as(kind: type, field: dataclasses.Field, value: Any) -> Any:
-    """`value` as the field's type: ints pass for floats, sequences for tuples, no more."""
+def _convert(kind: type, field: dataclasses.Field, value: Any) -> Any:
+    """`value` as the field's type; only ints pass for floats and sequences for tuples."""
     where = f"{kind.__name__}.{field.name}"
     if get_origin(field.type) is not tuple:
         return _scalar(where, field.type, value)
@@ -56,7 +56,7 @@ def _as(kind: type, field: dataclasses.Field, value: Any) -> Any:
 
 
 def _scalar(where: str, expected: type, value: Any) -> Any:
-    # a bool is an int to Python, and never meant as one
+    # A bool is an int to Python, but a user never means one.
     if expected is not bool and isinstance(value, bool):
         matches = False
     else:

@@ -1,7 +1,7 @@
 """The settings of a run: sampling, lock and guidance, and the edit.
 
-A run is described by a nested `ml_collections.ConfigDict`, which `configs/*.py` and the command
-line build; `fields.from_config_dict` turns each of its parts into one of these dataclasses.
+`configs/*.py` and the command line describe a run as a nested `ml_collections.ConfigDict`;
+`fields.from_config_dict` checks each of its parts and turns it into one of these dataclasses.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from kvlock_jax.settings.fields import from_config_dict, require
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How a video is sampled.
+    """Solver, steps, guidance and seed of a run.
 
     Attributes:
-      steps: solver steps; the only setting here whose change compiles again.
-      shift: `s` of METHOD.md section 1, over 0; more spends more steps on high noise.
+      steps: number of solver steps; the only setting here whose change recompiles the loop.
+      shift: `s` of METHOD.md section 1, over 0; a higher one spends more steps on high noise.
       guidance_scale: `omega_0` of METHOD.md section 6; 1 is no guidance.
       solver: `"unipc"`, `"euler"` or `"dpm++"`.
-      seed: of the noise an edit starts from.
+      seed: seed of the noise that an edit starts from.
     """
 
     steps: int = 50
@@ -47,10 +47,10 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LockConfig:
-    """The lock and the guidance of one run (METHOD.md sections 4 to 8); presets are filled-in ones.
+    """The lock and the guidance of one run (METHOD.md sections 4 to 8); a preset fills it in.
 
     Attributes:
-      enabled: whether the source branch runs and keys and values are fused at all.
+      enabled: whether the source branch runs, and its keys and values are fused, at all.
       warmup_fusion_ratio: alpha before the scheduled window, 0 to 1.
       adapt_fusion_ratio: whether alpha follows the statistic inside the window.
       fusion_ratio: alpha inside the window where it does not follow the statistic, 0 to 1.
@@ -62,16 +62,22 @@ class LockConfig:
       detection: `"local"` averages the statistic over the foreground, `"global"` over everything.
       tau: the statistic at which alpha reaches 1, over 0.
       window: number of clean estimates in the statistic, 2 or more.
-      kappa: how many of the last steps are scheduled.
+      kappa: number of scheduled steps, the last of a run.
       guidance: `"cfg"` or `"apg"` (METHOD.md section 10).
-      zero_init_steps: first steps with zero velocity (CFG-Zero*).
-      apg_eta: share of the parallel part kept by APG.
+      pool_seeds: samples of one edit, from seeds of their own, that share one statistic, their
+        average; the first is the result (METHOD.md section 5). 1 shares nothing.
+      injected_steps: number of first steps with alpha 1 and beta in the foreground (ProEdit,
+        METHOD.md section 10).
+      foreground_ratio: beta = 1 - d, the source's share in the foreground in those steps, 0 to 1.
+      start_shift: share of ProEdit's shift of the start latents, 0 to 1.
+      zero_init_steps: number of first steps with zero velocity (CFG-Zero*).
+      apg_eta: share of the parallel part that APG keeps.
       apg_norm: bound on the norm of APG's difference; infinity for none.
       apg_momentum: momentum of APG's buffer.
-      cache: `"fused"` makes the source's keys and values block by block beside the edit's, and
-        keeps none; `"carried"` keeps those of all blocks from step to step.
-      cache_every: steps that a carried cache serves, 1 or more.
-      skip_background: whether tokens are left out where nothing that is computed of them reaches
+      cache: `"fused"` computes the source's keys and values block by block beside the edit's, and
+        stores none; `"carried"` stores those of all blocks from step to step.
+      cache_every: number of steps that a carried cache serves, 1 or more.
+      skip_background: whether a pass leaves out the background's tokens where they cannot reach
         the result (METHOD.md section 8).
     """
 
@@ -89,6 +95,10 @@ class LockConfig:
     window: int = 10
     kappa: int = 20
     guidance: str = "cfg"
+    pool_seeds: int = 1
+    injected_steps: int = 0
+    foreground_ratio: float = 0.0
+    start_shift: float = 0.0
     zero_init_steps: int = 0
     apg_eta: float = 0.0
     apg_norm: float = float("inf")
@@ -98,7 +108,8 @@ class LockConfig:
     skip_background: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("warmup_fusion_ratio", "fusion_ratio"):
+        ratios = ("warmup_fusion_ratio", "fusion_ratio", "foreground_ratio", "start_shift")
+        for name in ratios:
             require(0 <= getattr(self, name) <= 1, self, name, "between 0 and 1")
         require(
             0 <= self.omega_floor <= self.omega_ceiling,
@@ -114,13 +125,15 @@ class LockConfig:
         require(self.window >= 2, self, "window", "2 or more")
         require(self.kappa >= 0, self, "kappa", "0 or more")
         require(self.guidance in ("cfg", "apg"), self, "guidance", "'cfg' or 'apg'")
-        # APG has no factor of the unconditional velocity: s* would be traced and never applied.
+        # APG does not scale the unconditional velocity: s* would be traced and never applied.
         require(
             self.guidance == "cfg" or not self.rescale_uncond,
             self,
             "rescale_uncond",
             "off with guidance 'apg'",
         )
+        require(self.pool_seeds >= 1, self, "pool_seeds", "1 or more")
+        require(self.injected_steps >= 0, self, "injected_steps", "0 or more")
         require(self.zero_init_steps >= 0, self, "zero_init_steps", "0 or more")
         require(self.apg_norm > 0, self, "apg_norm", "over 0")
         require(self.cache in ("fused", "carried"), self, "cache", "'fused' or 'carried'")
@@ -129,30 +142,33 @@ class LockConfig:
             self.cache == "carried" or self.cache_every == 1,
             self,
             "cache_every",
-            "1 with cache 'fused', which keeps nothing",
+            "1 with cache 'fused', which stores nothing",
         )
 
     @property
     def uses_source(self) -> bool:
-        """Whether anything of the result comes from the source's latents."""
+        """Whether the run needs the source's latents."""
         return self.enabled or self.background == "source"
 
 
 @dataclasses.dataclass(frozen=True)
 class EditConfig:
-    """What is done with one video, its mask and its texts.
+    """The settings of one video, its mask and its prompts.
 
     Attributes:
-      negative_prompt: what guidance leads away from.
-      source_prompt: what the source branch is told (METHOD.md section 3).
-      invert_mask: whether black edits instead of white.
-      dilate: pixels by which the mask grows, before anything else is done with it.
-      composite: whether pixels outside the mask are the source's own in the result.
+      negative_prompt: text that guidance leads away from.
+      source_prompt: text of the source branch (METHOD.md section 3).
+      invert_mask: whether black marks the part to edit, instead of white.
+      dilate: pixels by which the mask grows, before any other use of it.
+      composite: whether the result takes the pixels outside the mask from the source.
       size: `"832*480"` (width, height) to work at another size; empty keeps the video's.
-      frame_num: frames to take from the start of the video; 0 takes all.
-      context_scale: how much of a VACE model's hints is added, 0 or more; published 1.
-      show_masked: whether a VACE model is shown what is under the mask, which it then keeps to, as
-        to a sketch; the publisher's inpainting hands it over blank.
+      frame_num: number of frames to take from the start of the video; 0 takes all.
+      context_scale: factor of a VACE model's hints, 0 or more; published 1.
+      show_masked: whether a VACE model sees the pixels under the mask, which it then follows as a
+        sketch. By default x of METHOD.md section 11 is blank (grey) there, as the publisher's
+        inpainting hands it over, so `reactive` is of a blank video.
+      ceiling: whether to measure the background PSNR of a bare VAE round trip beside the edit's
+        (METHOD.md section 13); it costs one more decode.
     """
 
     negative_prompt: str = ""
@@ -164,6 +180,7 @@ class EditConfig:
     frame_num: int = 0
     context_scale: float = 1.0
     show_masked: bool = False
+    ceiling: bool = False
 
     def __post_init__(self) -> None:
         scale = self.context_scale
@@ -184,10 +201,10 @@ class EditConfig:
 
 
 def run_config(preset: str, **sample: Any) -> ConfigDict:
-    """The `ConfigDict` of a run: a preset, and `SampleConfig` with some settings of its own.
+    """The `ConfigDict` of a run with a preset, and `SampleConfig` with the given fields.
 
-    Its parts are `preset`, `sample`, `edit` and `kvlock` (a `ConfigDict` has a method `lock`); what
-    is None in `kvlock` is as the preset says (METHOD.md section 9).
+    Its parts are `preset`, `sample`, `edit` and `kvlock` (a `ConfigDict` has a method `lock`). A
+    None in `kvlock` stands for the preset's own value (METHOD.md section 9).
     """
     kinds = {field.name: field.type for field in dataclasses.fields(LockConfig)}
     return ConfigDict(
