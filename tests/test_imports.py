@@ -43,8 +43,9 @@ ROWS = (
 ORDER = {
     "settings": "fields schema",
     "parallel": "padding mesh sharding processes agreement",
+    "runtime": "clock identity trees compile_cache",
     "models": "layout linear attention vae wan text",
-    "checkpoints": "store registry format",
+    "checkpoints": "store registry metadata format",
     "media": "storage decode encode fit masks",
     "pipeline": "settings overrides inputs load encode stages background placement api report",
     "batch": "manifest grouping fingerprint resume runner",

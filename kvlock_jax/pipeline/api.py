@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from kvlock_jax.checkpoints.registry import Checkpoint, not_finite
 from kvlock_jax.errors import InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
 from kvlock_jax.media.fit import Fit
@@ -176,7 +177,7 @@ def run_batch(
         told = jax.tree.map(lambda x, n=n: x[:, n] if x.ndim > 1 else x, trace)
         try:
             fit = Fit(*given.source.shape[:3])
-            video = fit.undo(_finite(decoded[n], told))
+            video = fit.undo(_finite(decoded[n], told, networks))
         except SamplingError as error:
             results.append(error)
             continue
@@ -189,11 +190,16 @@ def run_batch(
     return results
 
 
-def _finite(video: Frames | None, trace: Trace) -> Frames:
+def _finite(video: Frames | None, trace: Trace, networks: Checkpoint) -> Frames:
     """The video of an edit, if all was finite on the way to it."""
     if not trace.finite.all():
         step, steps = int(np.argmin(trace.finite)) + 1, len(trace.finite)
         told = f"latents are not finite after step {step} of {steps}"
+        if step == 1 and (names := not_finite(networks)):
+            raise SamplingError(
+                f"{told}: {len(names)} of the checkpoint's parameters hold NaN or infinity, the "
+                f"first is {names[0]}; convert a sound checkpoint"
+            )
         raise SamplingError(f"{told}: lower the guidance scale, or compute in float32")
     return _finite_pixels(video)
 
