@@ -44,7 +44,7 @@ ORDER = {
     "settings": "fields schema",
     "parallel": "padding mesh sharding processes agreement",
     "runtime": "clock identity trees compile_cache",
-    "models": "layout linear attention vae wan text",
+    "models": "layout precision linear attention vae wan text",
     "checkpoints": "store registry metadata format",
     "media": "storage decode encode fit masks",
     "pipeline": "settings overrides inputs load encode stages background placement api report",

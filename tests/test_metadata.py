@@ -230,7 +230,7 @@ def test_an_edit_names_the_weights_that_are_not_finite(model):
     class Trace:
         finite = np.array([False, False])
 
-    with pytest.raises(SamplingError, match=r"after step 1 of 2, .* vae\.decoder\.conv_in\.bias;"):
+    with pytest.raises(SamplingError, match=r"after step 1 of 2: .* vae\.decoder\.conv_in\.bias;"):
         api._finite(None, Trace, sick)
     with pytest.raises(SamplingError, match="lower the guidance scale"):
         api._finite(None, Trace, model.checkpoint)
