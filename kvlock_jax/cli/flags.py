@@ -94,5 +94,5 @@ def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) ->
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Adds `--dtype` to a command's parser."""
-    about = "of matrix products and the cache"
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=about)
+    about = "dtype of matrix products and the cache: bfloat16 on TPUs and GPUs, float32 on CPUs"
+    parser.add_argument("--dtype", choices=DTYPES, help=about)
