@@ -195,9 +195,11 @@ def read_config(folder: Path, component: Component) -> Any:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _family(values: dict) -> str | None:
-    # Diffusers names its class in one way, Transformers in another
-    return values.get("_class_name") or (values.get("architectures") or [None])[0]
+def _family(values: dict) -> Any:
+    """The class that a config names: `_class_name` for Diffusers, `architectures` elsewhere."""
+    architectures = values.get("architectures")
+    listed = architectures if isinstance(architectures, list) else []
+    return values.get("_class_name") or next(iter(listed), None)
 
 
 def _check_family(

@@ -70,6 +70,10 @@ def transformer(tensors: Tensors, described: Mapping[str, Any], where: Path) -> 
                 f"{where}: config.json has {name} {described[name]!r}, the tensors have {value!r}"
             )
     heads = described.get("num_heads") or dim // HEAD
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 0:
+        raise CheckpointError(
+            f"{where}: num_heads of config.json must be a whole number, found {heads!r:.80}"
+        )
     if not heads or dim % heads:
         raise CheckpointError(
             f"{where}: width {dim} is not of {heads or 'any'} heads"
@@ -98,7 +102,7 @@ def transformer(tensors: Tensors, described: Mapping[str, Any], where: Path) -> 
 
 def _check_family(tensors: Tensors, described: Mapping[str, Any], where: Path) -> None:
     name = described.get("_class_name", "WanModel")
-    if name not in _FAMILIES:
+    if name not in tuple(_FAMILIES):  # it may be of any type
         expected = " or ".join(_FAMILIES)
         raise CheckpointError(f"{where / 'config.json'} is of a {name}, expected a {expected}")
     kind = described.get("model_type")
@@ -117,6 +121,10 @@ def _context_layers(
     if not contexts:
         return []
     if listed := described.get("vace_layers"):
+        if not isinstance(listed, list):
+            raise CheckpointError(
+                f"{where}: vace_layers of config.json must be a list, found {listed!r:.80}"
+            )
         if len(listed) != contexts:
             raise CheckpointError(
                 f"{where}: config.json has {len(listed)} vace_layers, the tensors have {contexts}"

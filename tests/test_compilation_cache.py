@@ -65,6 +65,17 @@ def test_the_folder_is_the_users(setting, monkeypatch):
     assert compile_cache.cache_folder() == "/home/one/.cache/kvlock_jax/programs"
 
 
-def test_jaxs_own_setting_goes_first(setting):
+def test_jaxs_own_setting_names_no_folder_of_ours(setting):
+    """Compiled programs go where JAX is told; traces, which are read as they are, do not."""
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")
-    assert compile_cache.cache_folder() == "/elsewhere"
+    assert compile_cache.cache_folder() != "/elsewhere"
+    compile_cache.keep_programs(None)
+    assert jax.config.jax_compilation_cache_dir == "/elsewhere"
+
+
+def test_a_flag_goes_before_jaxs_own_setting(setting):
+    jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+    compile_cache.keep_programs("/flag")
+    assert jax.config.jax_compilation_cache_dir == "/flag"
+    compile_cache.keep_programs("")
+    assert jax.config.jax_compilation_cache_dir is None

@@ -43,8 +43,9 @@ ROWS = (
 ORDER = {
     "settings": "fields schema",
     "parallel": "padding mesh sharding processes agreement",
-    "models": "family layout linear attention text vae wan",
-    "checkpoints": "store registry format",
+    "runtime": "clock identity trees compile_cache",
+    "models": "family layout precision linear attention text vae wan",
+    "checkpoints": "store registry metadata format",
     "media": "storage decode encode fit masks",
     "pipeline": "settings overrides inputs load encode stages background placement api report",
     "batch": "manifest grouping fingerprint resume runner",

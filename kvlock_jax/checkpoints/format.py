@@ -12,7 +12,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -22,9 +21,9 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
-from kvlock_jax.checkpoints import store
+from kvlock_jax.checkpoints import metadata, store
+from kvlock_jax.checkpoints.metadata import Metadata, Stored, is_data_name
 from kvlock_jax.checkpoints.registry import (
-    FAMILIES,
     NETWORKS,
     Checkpoint,
     Configs,
@@ -32,50 +31,15 @@ from kvlock_jax.checkpoints.registry import (
     Place,
     abstract,
     family,
-    family_named,
     fill,
     on_first_device,
 )
 from kvlock_jax.checkpoints.store import OnBytes, Parameter
-from kvlock_jax.errors import CheckpointError, ConfigError
+from kvlock_jax.errors import CheckpointError
 from kvlock_jax.models.layout import dtype_of
-from kvlock_jax.settings.fields import from_config_dict
 
 METADATA = "kvlock.json"
 """The file that makes a folder a converted checkpoint."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """One model of a checkpoint: its parameters, and dtypes and bytes of what is on disk."""
-
-    parameters: int
-    dtypes: tuple[str, ...]
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """What `kvlock.json` says.
-
-    Attributes:
-      family: the architecture, a name of `registry.FAMILIES`.
-      version: of the package that wrote the checkpoint.
-      source: what it was converted from: `layout`, `folder`, and SHA-256 by file under `files`.
-      configs: sizes of the models, and the published scheduler.
-      models: what there is of each model.
-      data: name of the folder with the models and the tokenizer.
-      files: CRC-32 of each file in it, by relative path. (Orbax's store keeps none of its values:
-        a flipped bit would come back as another weight.)
-    """
-
-    family: str
-    version: str
-    source: Mapping[str, Any]
-    configs: Configs
-    models: Mapping[str, Stored]
-    data: str
-    files: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,35 +149,17 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
     """
     path = epath.Path(folder) / METADATA
     try:
-        values = dict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
     except OSError as error:
         reason = "it is no converted checkpoint (kvlock convert makes one)"
         if path.parent.is_dir() and any(map(_is_data, path.parent.iterdir())):
             reason = "the conversion to this folder did not finish; run it again"
         raise CheckpointError(f"cannot read {path}: {reason}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} does not hold a JSON object: {error}") from error
-    names = [field.name for field in dataclasses.fields(Metadata)]
-    if absent := [name for name in names if name not in values]:
-        raise CheckpointError(f"{path} has no {', '.join(absent)}")
-    known = family_named(values["family"])
-    if known is None:
-        expected = " or ".join(repr(family.name) for family in FAMILIES)
-        raise CheckpointError(f"{path} is of family {values['family']!r}, expected {expected}")
-    try:
-        given = values["configs"]
-        configs = {n: from_config_dict(known.networks[n].config, given[n]) for n in NETWORKS}
-        values["configs"] = Configs(**configs, scheduler=given["scheduler"])
-        found = {name: dict(values["models"][name]) for name in NETWORKS}
-        values["models"] = {
-            n: Stored(**m | {"dtypes": tuple(m["dtypes"])}) for n, m in found.items()
-        }
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (KeyError, TypeError) as error:
-        message = f"{path} does not describe {', '.join(NETWORKS)} in full: {error!r}"
-        raise CheckpointError(message) from error
-    return Metadata(**{name: values[name] for name in names})
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object: it is {values!r:.60}")
+    return metadata.parse(values, path)
 
 
 def load(
@@ -322,4 +268,4 @@ def _remove_data(folder: epath.Path, keep: str | None) -> None:
 
 
 def _is_data(path: epath.Path) -> bool:
-    return re.fullmatch(r"kvlock-[0-9a-f]{8}", path.name) is not None
+    return is_data_name(path.name)

@@ -91,3 +91,16 @@ def fill(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
     flat = nnx.to_flat_state(state)
     full = [(path, v.replace(arrays[".".join(map(str, path))])) for path, v in flat]
     return nnx.merge(graph, nnx.from_flat_state(full))
+
+
+def not_finite(checkpoint: Checkpoint) -> list[str]:
+    """Names of the parameters that hold a NaN or an infinity, such as `vae.decoder.conv_in.bias`.
+
+    It takes a pass over all weights, on the devices where they are.
+    """
+    return [
+        ".".join(map(str, (name, *path)))
+        for name in NETWORKS
+        for path, variable in nnx.to_flat_state(nnx.state(getattr(checkpoint, name)))
+        if not bool(jnp.isfinite(variable.get_value()).all())
+    ]

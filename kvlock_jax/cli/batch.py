@@ -10,7 +10,7 @@ from kvlock_jax.batch.manifest import Common, Failure, Request
 from kvlock_jax.batch.resume import Job, find_work
 from kvlock_jax.batch.runner import follow, run, run_group
 from kvlock_jax.cli.flags import EDIT_INPUTS, add_shared, gather_settings
-from kvlock_jax.cli.loading import join, load_model, place
+from kvlock_jax.cli.loading import dtype_name, join, load_model, place
 from kvlock_jax.cli.terminal import SOME_FAILED, counting, interruptibly, say, warnings_as_lines
 from kvlock_jax.media import storage
 from kvlock_jax.parallel import agreement
@@ -56,7 +56,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
         manifest=storage.resolve(args.manifest),
         save_dir=storage.resolve(args.save_dir),
         common=Common(settings, manifest.resolved(given, ".")),
-        checkpoint=checkpoint_identity(args.ckpt_dir) | {"dtype": args.dtype},
+        checkpoint=checkpoint_identity(args.ckpt_dir) | {"dtype": dtype_name(args)},
         batch_size=size,
         shard=(args.shard_index, args.num_shards),
         overwrite=args.overwrite,

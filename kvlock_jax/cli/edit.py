@@ -11,7 +11,7 @@ import jax
 
 from kvlock_jax import lock
 from kvlock_jax.cli.flags import add_shared, gather_settings
-from kvlock_jax.cli.loading import compiler, join, load_model, place
+from kvlock_jax.cli.loading import compiler, dtype_name, join, load_model, place
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
 from kvlock_jax.evaluate.metrics import EditMetrics
@@ -120,8 +120,9 @@ def _write(args: argparse.Namespace, result: Result) -> None:
         together = report.compare(result.source, result.mask, result.video)
         encode.write_video(args.compare, together, result.fps)
     if args.trace:
-        names = "prompt ckpt_dir src_video src_mask src_ref_images bbox dtype".split()
-        report.write_trace(args.trace, result, {name: getattr(args, name) for name in names})
+        names = "prompt ckpt_dir src_video src_mask src_ref_images bbox".split()
+        facts = {name: getattr(args, name) for name in names} | {"dtype": dtype_name(args)}
+        report.write_trace(args.trace, result, facts)
     if args.plot:
         report.plot_trace(args.plot, result.trace, result.settings)
     say("wrote", ", ".join(getattr(args, flag) for flag in _OUTPUTS if getattr(args, flag)))

@@ -28,8 +28,11 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     add("--coordinator", metavar="HOST:PORT", help="of the first host, where nothing else knows it")
     add("--num_processes", type=int, help="how many hosts there are, with --coordinator")
     add("--process_id", type=int, help="which of them this is, from 0")
-    about = "where compiled programs are kept for the next run ('' for nowhere): %(default)s"
-    add("--jax_cache_dir", metavar="DIR", default=cache_folder(), help=about)
+    about = (
+        "keeps compiled programs here for the next run, '' for nowhere; must be writable by you "
+        f"alone: {cache_folder()}"
+    )
+    add("--jax_cache_dir", metavar="DIR", help=about)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -91,5 +94,5 @@ def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) ->
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Adds `--dtype` to a command's parser."""
-    about = "of matrix products and the cache"
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=about)
+    about = "dtype of matrix products and the cache: bfloat16 on TPUs and GPUs, float32 on CPUs"
+    parser.add_argument("--dtype", choices=DTYPES, help=about)

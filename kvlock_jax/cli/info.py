@@ -9,7 +9,7 @@ from kvlock_jax.cli.flags import DTYPES, add_dtype
 from kvlock_jax.errors import InputError
 from kvlock_jax.estimate import info, roofline
 from kvlock_jax.media.fit import Fit
-from kvlock_jax.pipeline.load import describe
+from kvlock_jax.pipeline.load import default_dtype, describe
 from kvlock_jax.pipeline.settings import config, default_config_name, resolve_settings
 from kvlock_jax.settings.schema import EditConfig
 
@@ -39,7 +39,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     contents = describe(args.dir)
     settings = resolve_settings(config(default_config_name(args.dir, contents.configs)))
     shape = Fit(size.frame_num, *size.height_width)
-    number = jnp.dtype(DTYPES[args.dtype]).itemsize
-    plan = info.Plan(shape, args.devices, args.dtype, number, args.chip)
+    dtype = args.dtype or ("bfloat16" if args.chip else default_dtype().name)
+    number = jnp.dtype(DTYPES[dtype]).itemsize
+    plan = info.Plan(shape, args.devices, dtype, number, args.chip)
     for lines in (info.holds(contents), info.needs(contents, settings, plan)):
         print(*lines, sep="\n", flush=True)

@@ -8,7 +8,7 @@ from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.cli.flags import DTYPES
 from kvlock_jax.cli.terminal import say
 from kvlock_jax.parallel.processes import join_hosts
-from kvlock_jax.pipeline.load import Model, load
+from kvlock_jax.pipeline.load import Model, default_dtype, load
 from kvlock_jax.pipeline.placement import Placement, choose_placement, compiler_for
 from kvlock_jax.runtime.compile_cache import Compiler, keep_programs
 
@@ -17,6 +17,11 @@ def join(args: argparse.Namespace) -> None:
     """Joins the other hosts, if any, and keeps compiled programs where the flags say."""
     keep_programs(args.jax_cache_dir)
     join_hosts(args.distributed, args.coordinator, args.num_processes, args.process_id)
+
+
+def dtype_name(args: argparse.Namespace) -> str:
+    """The name of the compute dtype, by default that of the devices; call it after `join`."""
+    return args.dtype or default_dtype().name
 
 
 def place(args: argparse.Namespace, contents: Contents, *, many: bool) -> Placement:
@@ -43,9 +48,9 @@ def load_model(
     on_shapes: Callable[[Model], None] = lambda model: None,
 ) -> Model:
     """Loads the model that the flags name and prints what was loaded."""
-    dtype, where = DTYPES[args.dtype], dataclasses.asdict(placed)
-    model = load(args.ckpt_dir, dtype, **where, on_shapes=on_shapes)
-    say("loaded", f"{args.ckpt_dir}: {summary(contents)}, computing in {args.dtype}")
+    name, where = dtype_name(args), dataclasses.asdict(placed)
+    model = load(args.ckpt_dir, DTYPES[name], **where, on_shapes=on_shapes)
+    say("loaded", f"{args.ckpt_dir}: {summary(contents)}, computing in {name}")
     say("on", str(placed))
     return model
 

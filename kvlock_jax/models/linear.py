@@ -1,5 +1,6 @@
 """A linear layer that multiplies in a compute dtype and sums in float32."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from kvlock_jax.models.precision import precision_for
 
 _ROWS, _COLUMNS = 256, 192
 """Rows and columns up to which XLA on CPU makes a product by one thread, while others wait."""
@@ -57,7 +60,8 @@ def _joined(layers: Sequence[Linear], x: Float[Array, "*rows I"]) -> list[Float[
 @jax.custom_vjp
 def _matmul(x: Array, kernel: Array) -> Array:
     """A product with float32 sums."""
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    exact = precision_for(x.dtype)
+    return jnp.matmul(x, kernel, precision=exact, preferred_element_type=jnp.float32)
 
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -69,8 +73,11 @@ def _backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Arra
     # past the matrix units that multiply the compute dtype.
     x, kernel = saved
     g = cotangent.astype(x.dtype)
-    d_x = jnp.einsum("...O,IO->...I", g, kernel, preferred_element_type=jnp.float32)
-    d_kernel = jnp.einsum("...I,...O->IO", x, g, preferred_element_type=jnp.float32)
+    product = functools.partial(
+        jnp.einsum, precision=precision_for(x.dtype), preferred_element_type=jnp.float32
+    )
+    d_x = product("...O,IO->...I", g, kernel)
+    d_kernel = product("...I,...O->IO", x, g)
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 

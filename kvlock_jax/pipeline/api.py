@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from kvlock_jax.checkpoints.registry import family
+from kvlock_jax.checkpoints.registry import Checkpoint, family, not_finite
 from kvlock_jax.errors import InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
 from kvlock_jax.media.fit import Fit
@@ -184,7 +184,15 @@ def run_batch(
                 )
     trace = jax.tree.map(np.asarray, trace)
     return [
-        _result(inputs[n], settings[n], _trace_of(trace, row), videos[n], round_trips[n], clock)
+        _result(
+            model.checkpoint,
+            inputs[n],
+            settings[n],
+            _trace_of(trace, row),
+            videos[n],
+            round_trips[n],
+            clock.seconds,
+        )
         for n, row in enumerate(rows.results)
     ]
 
@@ -195,31 +203,37 @@ def _trace_of(trace: Trace, row: int) -> Trace:
 
 
 def _result(
+    networks: Checkpoint,
     inputs: EditInputs,
     settings: Settings,
     trace: Trace,
     video: Frames | None,
     round_trip: Frames | None,
-    clock: Clock,
+    seconds: dict[str, float],
 ) -> Result | SamplingError:
     """The result of a decoded edit, or its error."""
     source, mask = inputs.source, inputs.mask
     fit = Fit(*source.shape[:3])
     try:
-        video = fit.undo(_finite(video, trace))
+        video = fit.undo(_finite(video, trace, networks))
     except SamplingError as error:
         return error
     if settings.edit.composite:
         video = np.where(mask[..., None], video, source)
     measured = measure(source, video, mask, None if round_trip is None else fit.undo(round_trip))
-    return Result(video, source, mask, inputs.fps, trace, measured, clock.seconds, settings)
+    return Result(video, source, mask, inputs.fps, trace, measured, seconds, settings)
 
 
-def _finite(video: Frames | None, trace: Trace) -> Frames:
+def _finite(video: Frames | None, trace: Trace, networks: Checkpoint) -> Frames:
     """The video, unless its latents or its pixels are not finite, which raises an error."""
     if not trace.finite.all():
         step, steps = int(np.argmin(trace.finite)) + 1, len(trace.finite)
         failure = f"latents are not finite after step {step} of {steps}"
+        if step == 1 and (names := not_finite(networks)):
+            raise SamplingError(
+                f"{failure}: {len(names)} of the checkpoint's parameters hold NaN or infinity, "
+                f"the first is {names[0]}; convert a sound checkpoint"
+            )
         raise SamplingError(f"{failure}: lower the guidance scale, or compute in float32")
     return _finite_pixels(video)
 

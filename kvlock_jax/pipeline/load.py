@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -48,12 +49,25 @@ class Model:
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
 
 
+def default_dtype(mesh: Mesh | None = None) -> np.dtype:
+    """The compute dtype of a model's devices: float32 on CPUs, bfloat16 on TPUs and GPUs.
+
+    Accelerators multiply bfloat16 several times as fast, and their attention kernels are made for
+    it; a CPU has to widen it first.
+
+    Args:
+      mesh: devices of the model; `None` is the first device.
+    """
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    return jnp.dtype(jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
+
+
 _DEMO = Path(demo.__file__).parent / "weights"
 
 
 def load(
     source: FilePath,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
     *,
     mesh: Mesh | None = None,
     spread: bool = False,
@@ -65,7 +79,8 @@ def load(
 
     Args:
       source: `"demo"` for the embedded model, a published folder, or a converted checkpoint.
-      dtype: compute dtype of matrix products; the parameters keep the checkpoint's.
+      dtype: compute dtype of matrix products, by default `default_dtype`; the parameters keep the
+        checkpoint's.
       mesh: of `sharding.make_mesh`, to spread an edit over devices; `None` takes the first.
       spread: whether the transformer's weights are spread over the mesh's `frames` too, each layer
         gathered when it is used: for models that would not fit on each device.
@@ -80,6 +95,7 @@ def load(
       ConfigError: the mesh does not divide the model's heads.
     """
     reader, folder = _reader(source)
+    dtype = default_dtype(mesh) if dtype is None else dtype
     place = functools.partial(layout.place, mesh, spread=spread) if mesh else None
 
     def model(found: Checkpoint) -> Model:

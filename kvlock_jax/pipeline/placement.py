@@ -9,12 +9,31 @@ from jax.sharding import Mesh
 
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.errors import ConfigError
+from kvlock_jax.grid import Grid
+from kvlock_jax.lock import KVCache, X0Window
 from kvlock_jax.models.attention.sharded import Attend, gathered, ring
+from kvlock_jax.models.wan.block import Positions
+from kvlock_jax.models.wan.transformer import Conditioning, Time
+from kvlock_jax.models.wan.vace import VACEConditioning, VACEContext
 from kvlock_jax.parallel import sharding
 from kvlock_jax.parallel.mesh import make_mesh, parse_mesh
-from kvlock_jax.runtime.compile_cache import CachingCompiler, Compiler
+from kvlock_jax.runtime import trees
+from kvlock_jax.runtime.compile_cache import CachingCompiler, Compiler, cache_folder
+from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.loop import SampleState, StepInputs, Texts, Trace
+from kvlock_jax.sampling.solvers import SolverState, SolverTable
 
 ATTENTION = {"gathered": gathered, "ring": ring}
+
+RESULTS = (
+    *(KVCache, X0Window, SolverState, SolverTable),
+    *(Positions, Time, Conditioning, VACEConditioning, VACEContext),
+    *(Edits, Texts, StepInputs, SampleState, Trace),
+)
+"""The classes in the results of an edit's programs, which a cached program has to name."""
+
+STATICS = (Grid, *ATTENTION.values())
+"""The classes and functions among the static fields of `RESULTS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +108,15 @@ def choose_placement(
     return Placement(devices, spread, ATTENTION[attention], vae_tiles)
 
 
-def compiler_for(placed: Placement, cache_dir: str) -> Compiler:
-    """A compiler that reuses what earlier runs traced, where one device runs the programs."""
-    if placed.mesh or not cache_dir or not jax.config.jax_enable_compilation_cache:
+def compiler_for(placed: Placement, cache_dir: str | None) -> Compiler:
+    """A compiler for programs of a placement, which caches traces where one device runs them.
+
+    Args:
+      placed: of the model.
+      cache_dir: folder of compiled programs; `None` is the user's own cache folder, whatever JAX's
+        settings name, and an empty name is no cache.
+    """
+    if placed.mesh or cache_dir == "" or not jax.config.jax_enable_compilation_cache:
         return Compiler()
-    return CachingCompiler(epath.Path(cache_dir) / "traced")
+    trees.register(RESULTS, STATICS)
+    return CachingCompiler(epath.Path(cache_dir or cache_folder()) / "traced")

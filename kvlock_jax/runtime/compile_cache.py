@@ -1,51 +1,57 @@
-"""How jitted functions are called: at once, ahead of time, or as another process traced them.
+"""Calls and compiles jitted functions, and caches their traces for the next process.
 
-A run asks for programs through a `Programs`: `now` calls one, `ahead` compiles it and says what it
-would return. JAX's persistent cache finds what was compiled before by the text of a lowered
-program, so a process must trace and lower it first. `Kept` keeps that text too, for one device.
+A run calls programs through a `Compiler`: `call` runs one, `compile` prepares it and returns the
+shapes of its results. JAX's persistent cache finds a compiled program by the text of its lowering,
+so every process has to trace and lower it first. `CachingCompiler` keeps that text too, for
+programs of one device.
 """
 
 import contextlib
 import functools
 import hashlib
-import pickle
-import re
+import importlib.util
+import json
+import os
+import stat
+import sys
 import uuid
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import platformdirs
 from etils import epath
 from jax import export
 
+from kvlock_jax.runtime.identity import describe, name_of
+
 
 def cache_folder() -> str:
-    """Where JAX keeps compiled programs: where its own setting says, or the user's cache folder."""
-    own = platformdirs.user_cache_path("kvlock_jax") / "programs"
-    return jax.config.jax_compilation_cache_dir or str(own)
+    """The user's own cache folder for compiled programs."""
+    return str(platformdirs.user_cache_path("kvlock_jax") / "programs")
 
 
 Call = Callable[..., Any]
-"""Calls a jitted function with arguments that follow it; or says what would come of it."""
+"""Calls a jitted function with its arguments, or returns the shapes of its results."""
 
 
 def call(program: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
-    """The `Run` that calls it."""
+    """The `Call` that runs a program as JAX does by itself."""
     return program(*args, **static)
 
 
 class Compiler:
-    """Programs as JAX traces and compiles them, and keeps them by itself."""
+    """Programs as JAX traces, compiles and caches them by itself."""
 
     def call(self, program: Any, /, *args: Any, **static: Any) -> Any:
         """Calls a jitted function; static arguments are named."""
         return call(program, *args, **static)
 
     def compile(self, program: Any, /, *args: Any, **static: Any) -> Any:
-        """Compiles it for arguments, or their shapes; gives shapes and shardings of its results."""
+        """Compiles it for arguments, or their shapes; returns its results' shapes and shardings."""
         lowered = program.lower(*args, **static)
         places = lowered.compile().output_shardings
         return jax.tree.map(
@@ -55,135 +61,202 @@ class Compiler:
         )
 
 
-class _Traced(NamedTuple):
-    """A program without its trees: from leaves to leaves."""
-
-    exported: bytes | bytearray | None  # by `jax.export`, if it can
-    tree: Any  # of its results
-    donated: tuple[int, ...]  # which leaves of its arguments are
-
-
 class CachingCompiler(Compiler):
-    """Programs for one device that are traced once for all processes.
+    """Programs for one device, traced once for all processes of a user.
 
-    A file is named by all that a trace depends on: the sources of this package, versions, the kind
-    of device, JAX's settings, and structure and shapes of the arguments, with all that is static in
-    them, as it is written out. So functions of other packages are no programs for it.
+    The name of a file is a digest of everything its trace depends on: sources and versions, the
+    kind of device, JAX's settings, the structure and shapes of the arguments, and the static values
+    among them. A program, and every function among the static values, must be at the top of a
+    module (`identity.name_of`).
+
+    A file holds the serialisation of `jax.export`: StableHLO for XLA, and the tree of the results,
+    whose classes `trees.register` lists. Reading one runs no Python code of its own. A forged file
+    still is a program: it may compute anything from the arguments that it is given, weights and
+    videos included, as far as XLA's operations go, and exploit a fault of XLA. So the folder is
+    used only where it belongs to this user and nobody else may write to it; otherwise programs are
+    traced anew, with a warning.
 
     Args:
-      folder: of the files; made when needed. They may be deleted at any time, and must come from
-        nobody else: reading one can run code.
+      folder: of the files, made when needed; they may be deleted at any time.
     """
 
     def __init__(self, folder: epath.PathLike):
         self._folder, self._compiled = epath.Path(folder), {}
+        self._trusted: bool | None = None
 
     def call(self, program: Any, /, *args: Any, **static: Any) -> Any:
-        """Calls a jitted function; static arguments are named."""
-        compiled, tree = self._find(program, args, static)
-        return jax.tree.unflatten(tree, compiled(*jax.tree.leaves(args)))
+        """Calls a jitted function; static arguments are named.
+
+        Raises:
+          ConfigError: the program or a static value has no name in other processes.
+        """
+        return self._find(program, args, static)(*jax.tree.leaves(args))
 
     def compile(self, program: Any, /, *args: Any, **static: Any) -> Any:
-        """Compiles it for arguments, or their shapes; gives the shapes of its results."""
-        compiled, tree = self._find(program, args, static)
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in compiled.out_info]
-        return jax.tree.unflatten(tree, shapes)
+        """Compiles it for arguments, or their shapes; returns the shapes of its results.
 
-    def _find(self, program: Any, args: tuple, static: dict[str, Any]) -> tuple[Any, Any]:
-        """A program that takes and gives leaves, compiled, and the tree of its results."""
+        Raises:
+          ConfigError: as `call`.
+        """
+        infos = self._find(program, args, static).out_info
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), infos)
+
+    def _find(self, program: Any, args: tuple, static: dict[str, Any]) -> Any:
+        """The compiled program, from the leaves of its arguments to its results."""
         leaves, tree = jax.tree.flatten(args)
-        shapes = [(str(x.dtype), x.shape, getattr(x, "weak_type", False)) for x in leaves]
-        names = program.__module__, program.__qualname__
-        text = repr((names, tree, shapes, static, _surroundings()))
-        key = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:32]
+        key = _key(program, leaves, tree, static)
         if key not in self._compiled:
-            flat, path = _flat(program, tree, static), self._folder / f"{program.__name__}-{key}"
-            traced = _read(path)
-            if traced is None:
-                traced = _trace(program.trace(*args, **static), flat, leaves)
-                _write(path, traced)
-            call = export.deserialize(bytearray(traced.exported)).call if traced.exported else flat
-            call = _named(program.__name__, call)
-            jitted = jax.jit(call, donate_argnums=traced.donated)
-            self._compiled[key] = jitted.lower(*leaves).compile(), traced.tree
+            path = self._folder / f"{program.__name__}-{key}"
+            cached = _read(path, leaves) if self._trusts() else None
+            if cached is None:
+                traced = program.trace(*args, **static)
+                infos = enumerate(jax.tree.leaves(traced.args_info))
+                donated = tuple(n for n, info in infos if info.donated)
+                flat = _flat(program, tree, static)
+                exported = _export(flat, leaves)
+                if exported and self._trusts(make=True):
+                    _write(path, exported, donated)
+                function = exported.call if exported else flat
+            else:
+                exported, donated = cached
+                function = exported.call
+            jitted = jax.jit(_named(program.__name__, function), donate_argnums=donated)
+            self._compiled[key] = jitted.lower(*leaves).compile()
         return self._compiled[key]
 
+    def _trusts(self, make: bool = False) -> bool:
+        """Whether the folder is there, after it was made if asked for, and ours alone."""
+        if self._trusted is None:
+            with contextlib.suppress(OSError):
+                if make and not self._folder.exists():
+                    self._folder.parent.mkdir(parents=True, exist_ok=True)
+                    self._folder.mkdir(mode=0o700, exist_ok=True)
+            if not self._folder.is_dir():
+                return False
+            self._trusted = _is_private(self._folder)
+            if not self._trusted:
+                warnings.warn(
+                    f"{self._folder} belongs to another user or others may write to it: no program "
+                    "is read from it or kept there; make it yours alone (chmod 700), or give "
+                    "another --jax_cache_dir",
+                    stacklevel=2,
+                )
+        return self._trusted
 
-def _flat(program: Any, tree: Any, static: dict[str, Any]) -> Callable[..., list[Any]]:
-    """A program from leaves to leaves: files know nothing of our classes."""
 
-    def flat(*leaves: Any) -> list[Any]:
-        """Its trees are made while it is traced."""
-        return jax.tree.leaves(program(*jax.tree.unflatten(tree, leaves), **static))
+def _is_private(folder: epath.Path) -> bool:
+    """Whether a folder belongs to this user and nobody else may write to it."""
+    if "://" in os.fspath(folder):  # a bucket's own rights apply
+        return True
+    found = os.stat(folder)
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _key(program: Any, leaves: list[Any], tree: Any, static: dict[str, Any]) -> str:
+    """A digest of everything that a trace depends on."""
+    shapes = [(str(x.dtype), x.shape, bool(getattr(x, "weak_type", False))) for x in leaves]
+    text = describe((name_of(program), tree, shapes, static, _surroundings(program)))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _flat(program: Any, tree: Any, static: dict[str, Any]) -> Callable[..., Any]:
+    """A program of the leaves of its arguments: a file need not know the arguments' classes."""
+
+    def flat(*leaves: Any) -> Any:
+        """Its arguments' trees exist only while it is traced."""
+        return program(*jax.tree.unflatten(tree, leaves), **static)
 
     return flat
 
 
-def _named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A function under another name, in profiles and in JAX's cache."""
 
     def named(*leaves: Any) -> Any:
-        """What is called is a function of its own: an exported program takes no name."""
-        return call(*leaves)
+        """A new function, since an exported program's name cannot be set."""
+        return function(*leaves)
 
     named.__name__ = name
     return named
 
 
-def _trace(traced: Any, flat: Callable[..., list[Any]], leaves: list[Any]) -> _Traced:
-    # What is kept is for these versions alone, so a kernel need not be stable between them.
+def _export(flat: Callable[..., Any], leaves: list[Any]) -> export.Exported | None:
+    """The exported program; `None` where JAX does not promise that it stays valid."""
+    # A file serves these versions alone, so a kernel need not be stable between them.
     kernel = export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax")
     try:
-        exported = export.export(jax.jit(flat), disabled_checks=[kernel])(*leaves).serialize()
+        return export.export(jax.jit(flat), disabled_checks=[kernel])(*leaves)
     except ValueError:  # it calls something else of which no stability is promised
-        exported = None
-    infos = enumerate(jax.tree.leaves(traced.args_info))
-    donated = tuple(n for n, info in infos if info.donated)
-    return _Traced(exported, jax.tree.structure(traced.out_info), donated)
-
-
-def _read(path: epath.Path) -> _Traced | None:
-    """What `_write` wrote, if it is all there."""
-    try:
-        content = path.read_bytes()
-    except OSError:
         return None
-    digest, body = content[:32], content[32:]
-    return pickle.loads(body) if hashlib.sha256(body).digest() == digest else None
 
 
-def _write(path: epath.Path, traced: _Traced) -> None:
-    """Keeps it for others, if that is possible."""
-    if traced.exported is None:
-        return
-    body = pickle.dumps(traced)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+def _read(path: epath.Path, leaves: list[Any]) -> tuple[export.Exported, tuple[int, ...]] | None:
+    """The program in a file and the arguments it donates; `None` if it is absent or damaged."""
+    try:
+        header, body = path.read_bytes().split(b"\n", 1)
+        facts = json.loads(header)
+        if facts["sha256"] != hashlib.sha256(body).hexdigest():
+            return None
+        donated = tuple(n for n in range(len(leaves)) if n in facts["donated"])
+        exported = export.deserialize(bytearray(body))
+        jax.eval_shape(exported.call, *leaves)  # of another program's shapes it fails here
+    except Exception:  # whatever a damaged or a forged file makes of the parsers
+        return None
+    return exported, donated
+
+
+def _write(path: epath.Path, exported: export.Exported, donated: tuple[int, ...]) -> None:
+    """Writes a program for other processes; one that cannot be written is traced by each."""
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        body = bytes(exported.serialize())
+        facts = {"sha256": hashlib.sha256(body).hexdigest(), "donated": donated}
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
         try:
-            partial.write_bytes(hashlib.sha256(body).digest() + body)
+            partial.write_bytes(json.dumps(facts).encode() + b"\n" + body)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def _surroundings() -> tuple:
+def _surroundings(program: Any) -> tuple:
     """What a trace depends on beside its arguments."""
     device = jax.devices()[0]
-    settings = {k: v for k, v in jax.config.values.items() if "cache" not in k}
-    return _code(), device.platform, device.device_kind, settings
+    settings = {name: str(v) for name, v in jax.config.values.items() if "cache" not in name}
+    source = getattr(sys.modules[program.__module__], "__file__", None)
+    where = device.platform, device.device_kind, device.client.platform_version
+    return _sources(), _digest(source), where, settings
+
+
+def _digest(path: str | None) -> str:
+    """SHA-256 of a module's source."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 @functools.lru_cache
-def _code() -> tuple:
-    """The sources of this package, and versions of what they use."""
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        sources.update(path.read_bytes())
-    return sources.hexdigest(), [version(name) for name in ("jax", "jaxlib", "flax", "numpy")]
+def _sources() -> tuple:
+    """A digest of this package's sources, and the versions of the libraries that they use."""
+    digest = hashlib.sha256()
+    for folder in _folders():
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest(), tuple(version(name) for name in ("jax", "jaxlib", "flax", "numpy"))
 
 
-def keep_programs(folder: str) -> None:
-    """Has JAX keep compiled programs in a folder, by their content; an empty name keeps none."""
+def _folders() -> list[Path]:
+    """The package's folder, and those of its parts that an editable install keeps elsewhere."""
+    root = Path(__file__).parents[1]
+    specs = [importlib.util.find_spec(f"kvlock_jax.{part}") for part in ("convert", "configs")]
+    parts = [Path(where) for spec in specs if spec for where in spec.submodule_search_locations]
+    return [root, *(part for part in parts if not part.is_relative_to(root))]
+
+
+def keep_programs(folder: str | None) -> None:
+    """Has JAX keep compiled programs in a folder; an empty name keeps none.
+
+    Args:
+      folder: `None` is the folder of JAX's own setting, or else the user's cache folder.
+    """
+    if folder is None:
+        folder = jax.config.jax_compilation_cache_dir or cache_folder()
     jax.config.update("jax_compilation_cache_dir", folder or None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

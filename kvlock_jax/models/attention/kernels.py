@@ -14,12 +14,14 @@ counts for nothing.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvlock_jax.models.precision import precision_for
 from kvlock_jax.shapes import Heads
 
 KeyHeads = Float[Array, "B S N K"]
@@ -47,13 +49,18 @@ def merge(one: Part, other: Part) -> Part:
     return weight * out + other_weight * other_out, both
 
 
+def _product(letters: str, x: Array, y: Array) -> Array:
+    """A product of two arrays of one dtype with float32 sums."""
+    precision = precision_for(x.dtype)
+    return jnp.einsum(letters, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
 def plain(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Part:
     """All logits at once: the form that is differentiated, and that the others are judged by."""
-    wide = jnp.float32
-    logits = jnp.einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=wide)
+    logits = _product("BLNK,BSNK->BNLS", q, k)
     logits = _mask(logits * q.shape[-1] ** -0.5, keys)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BNLS,BSNK->BLNK", weights, v, preferred_element_type=wide)
+    out = _product("BNLS,BSNK->BLNK", weights, v)
     return out, jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)
 
 
@@ -96,7 +103,7 @@ def _one_head(
     q: Float[Array, "L K"], k: Float[Array, "S K"], v: Float[Array, "S K"], keys: Keys, block: int
 ) -> tuple[Float[Array, "L K"], Float[Array, "L"]]:
     """Attention of one head over blocks of its keys, joined as they come."""
-    scale, wide = q.shape[-1] ** -0.5, jnp.float32
+    scale = q.shape[-1] ** -0.5
     blocks = math.ceil(k.shape[0] / block)
     size = math.ceil(k.shape[0] / blocks)
 
@@ -104,7 +111,7 @@ def _one_head(
         """Attention to one block of keys."""
         start = jnp.minimum(number * size, k.shape[0] - size)
         some_k, some_v = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (k, v))
-        logits = jnp.einsum("LK,SK->LS", q, some_k, preferred_element_type=wide)
+        logits = _product("LK,SK->LS", q, some_k)
         index = start + jnp.arange(size)
         if keys is not None:
             logits = jnp.where(index < keys, logits, _MASKED)
@@ -115,12 +122,12 @@ def _one_head(
         logits, top = jax.lax.optimization_barrier((logits, top))
         weights = jnp.exp((logits - top[:, None]) * scale)
         total = weights.sum(axis=-1)
-        out = jnp.einsum("LS,SK->LK", weights.astype(v.dtype), some_v, preferred_element_type=wide)
+        out = _product("LS,SK->LK", weights.astype(v.dtype), some_v)
         return out / total[:, None], top * scale + jnp.log(total)
 
     if blocks == 1:
         return attend(0)
-    none = jnp.zeros(q.shape, wide), jnp.full(q.shape[:1], _MASKED)
+    none = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:1], _MASKED)
     return jax.lax.fori_loop(0, blocks, lambda number, done: merge(done, attend(number)), none)
 
 
@@ -181,7 +188,11 @@ def _splash(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys, **options: bool) -> 
         segments = splash_attention.SegmentIds(
             q=jnp.ones(length, jnp.int32), kv=real.astype(jnp.int32)
         )
-    return jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
+    # The kernel takes no precision. Its second product has float32 operands whatever the dtype of
+    # its inputs, so the fast default is left alone for narrower ones.
+    exact = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else nullcontext()
+    with exact:
+        return jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
 
 
 def _blocks(length: int, largest: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Sizes of the text encoder."""
 
 import dataclasses
+import math
 
 from kvlock_jax.settings.fields import require, require_positive
 
@@ -21,5 +22,8 @@ class UMT5Config:
 
     def __post_init__(self) -> None:
         require_positive(self)
+        require(
+            0 < self.layer_norm_epsilon < math.inf, self, "layer_norm_epsilon", "over 0, and finite"
+        )
         buckets = self.relative_attention_num_buckets
         require(buckets % 4 == 0, self, "relative_attention_num_buckets", "a multiple of 4")

@@ -63,7 +63,7 @@ class Tokenizer:
                 f"{folder / 'tokenizer.json'} must add an end token to a prompt, found none: "
                 "its post_processor is missing"
             )
-        self.text_len = min(text_len, settings.get("model_max_length") or text_len)
+        self.text_len = int(min(text_len, settings.get("model_max_length") or text_len))
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         inner.enable_truncation(self.text_len)
         inner.enable_padding(length=self.text_len, pad_id=pad_id, pad_token=pad)
@@ -141,9 +141,22 @@ def _read_settings(folder: epath.Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} does not hold a JSON object: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object: it is {settings!r:.60}")
+    pad = settings.get("pad_token", PAD)
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if not isinstance(pad, str):
+        raise CheckpointError(f"{path}: pad_token must be a string, found {pad!r:.60}")
+    longest = settings.get("model_max_length")
+    whole = isinstance(longest, (int, float)) and not isinstance(longest, bool) and longest >= 1
+    if longest is not None and not whole:
+        raise CheckpointError(
+            f"{path}: model_max_length must be a number of tokens, found {longest!r:.60}"
+        )
+    return settings
 
 
 def _read_tokenizer(folder: epath.Path) -> tokenizers.Tokenizer:

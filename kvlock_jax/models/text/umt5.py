@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kvlock_jax.models.layout import gathered_layer
+from kvlock_jax.models.precision import precision_for
 from kvlock_jax.models.text.config import UMT5Config
 
 Hidden = Float[Array, "B S D"]
@@ -47,7 +48,15 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.nda
 
 def _linear(c_in: int, c_out: int, std: float, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     init = nnx.initializers.normal(std)
-    return nnx.Linear(c_in, c_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+    return nnx.Linear(
+        c_in,
+        c_out,
+        use_bias=False,
+        kernel_init=init,
+        dtype=dtype,
+        precision=precision_for(dtype),
+        rngs=rngs,
+    )
 
 
 def _norm(config: UMT5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -78,12 +87,15 @@ class SelfAttention(nnx.Module):
         """`softmax(q k^T + bias) v` over keys whose mask is set; logits and softmax in float32."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
-        logits = jnp.einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=jnp.float32)
+        exact = precision_for(v.dtype)
+        logits = jnp.einsum(
+            "BLNK,BSNK->BNLS", q, k, precision=exact, preferred_element_type=jnp.float32
+        )
         bias = self.relative_attention_bias.embedding[...].astype(jnp.float32)[buckets]
         logits = logits + jnp.moveaxis(bias, -1, 0)
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        y = jnp.einsum("BNLS,BSNK->BLNK", weights, v)
+        y = jnp.einsum("BNLS,BSNK->BLNK", weights, v, precision=exact)
         return self.o(y.reshape(*x.shape[:2], -1))
 
 

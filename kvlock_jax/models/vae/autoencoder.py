@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.models.attention.dispatch import attend
+from kvlock_jax.models.precision import precision_for
 from kvlock_jax.models.vae.chunks import Coder, in_tiles, over_chunks
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.vae.convolutions import (
@@ -74,7 +75,8 @@ class ResidualBlock(nnx.Module):
 
 def _linear(layer: nnx.Linear, x: Feature) -> Feature:
     """A 1x1x1 convolution, in the dtype of `x`."""
-    return x @ layer.kernel[...].astype(x.dtype) + layer.bias[...].astype(x.dtype)
+    kernel, bias = (p[...].astype(x.dtype) for p in (layer.kernel, layer.bias))
+    return jnp.matmul(x, kernel, precision=precision_for(x.dtype)) + bias
 
 
 class AttentionBlock(nnx.Module):

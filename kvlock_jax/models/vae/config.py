@@ -1,6 +1,7 @@
 """Sizes of Wan's VAE."""
 
 import dataclasses
+import math
 
 from kvlock_jax.settings.fields import require, require_positive
 
@@ -26,4 +27,8 @@ class VAEConfig:
             "one entry longer than temperal_downsample",
         )
         for name in ("latents_mean", "latents_std"):
-            require(len(getattr(self, name)) == self.z_dim, self, name, f"{self.z_dim} numbers")
+            numbers = getattr(self, name)
+            require(len(numbers) == self.z_dim, self, name, f"{self.z_dim} numbers")
+            require(all(map(math.isfinite, numbers)), self, name, "finite")
+        require(min(self.latents_std) > 0, self, "latents_std", "positive")
+        require(min(self.dim_mult) > 0, self, "dim_mult", "positive")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kvlock_jax.models.precision import precision_for
 from kvlock_jax.models.vae import filtering
 from kvlock_jax.parallel import sharding
 
@@ -37,6 +38,7 @@ def _conv2d(x: Feature, kernel: Float[Array, "h w I O"], stride: int, padding: A
         (stride, stride),
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision_for(x.dtype),
     )
     return y.reshape(batch, frames, *y.shape[1:])
 
@@ -54,7 +56,7 @@ def _padded(x: Feature) -> Feature:
 def _planes(x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
     """What `_same` does, as is fastest on CPU."""
     if kernel.shape[0] == 1:
-        return x @ kernel[0, 0]
+        return _matmul(x, kernel[0, 0])
     if not _filtered(x, kernel):
         return _same(x, kernel)
     rows = functools.partial(_product_of_rows, form=filtering.TWO)
@@ -77,9 +79,13 @@ def _each(x: Feature, kernel: Float[Array, "*t h w I O"]) -> filtering.Each:
     return filtering.looped if _filtered(x, kernel) else filtering.unrolled
 
 
+def _matmul(x: Feature, kernel: Float[Array, "I O"]) -> Feature:
+    return jnp.matmul(x, kernel, precision=precision_for(x.dtype))
+
+
 def _product_of_rows(x: Feature, taps: Float[Array, "h I O"], form: filtering.Filter) -> Feature:
     each = filtering.stacked
-    return filtering.convolve(x, taps, jnp.matmul, form, axis=2, each=each)
+    return filtering.convolve(x, taps, _matmul, form, axis=2, each=each)
 
 
 def _doubled(x: Feature) -> Feature:
@@ -178,6 +184,7 @@ class CausalConv3d(nnx.Module):
             (self.time_stride, 1, 1),
             ((0, 0), (beside, beside), (beside, beside)),
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            precision=precision_for(x.dtype),
         )
 
     def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:

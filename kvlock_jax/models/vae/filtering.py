@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float64, Int
 
+from kvlock_jax.models.precision import precision_for
+
 Product = Callable[[Array, Array], Array]
 """Bilinear, of an input and a tap; it keeps the axes of the input but for the last."""
 
@@ -77,7 +79,7 @@ Each = Callable[[Product, Filter, Inputs, Array], Sequence[Array]]
 
 def unrolled(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
     """The products one by one."""
-    taps = jnp.tensordot(jnp.asarray(form.of_taps, taps.dtype), taps, axes=1)
+    taps = _tensordot(jnp.asarray(form.of_taps, taps.dtype), taps)
     windows = _windows(form, inputs)
     return [product(_sum(b, windows), g) for b, g in zip(form.of_inputs, taps, strict=True)]
 
@@ -97,7 +99,7 @@ def looped(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Seque
         """A product; factors of 0 are no special ones here."""
         windows = enumerate(_windows(form, inputs))
         x = sum(of_inputs[row, place] * each for place, each in windows)
-        return product(x, jnp.tensordot(of_taps[row], taps, axes=1))
+        return product(x, _tensordot(of_taps[row], taps))
 
     one, rows = jax.eval_shape(of_row, 0), len(form.of_inputs)
     # Not the zeros that `lax.map` starts with: XLA would make those once for all loops of a program
@@ -147,6 +149,11 @@ def convolve(
     y = jnp.stack([_sum(row, made) for row in form.of_products], axis=axis + 1)
     y = y.reshape(*y.shape[:axis], tiles * outputs, *y.shape[axis + 2 :])
     return jax.lax.slice_in_dim(y, 0, count * outputs // form.stride, axis=axis)
+
+
+def _tensordot(factors: Array, taps: Array) -> Array:
+    """Weighted sums of taps."""
+    return jnp.tensordot(factors, taps, axes=1, precision=precision_for(taps.dtype))
 
 
 def _windows(form: Filter, inputs: Inputs) -> list[Array]:
