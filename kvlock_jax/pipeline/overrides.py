@@ -34,6 +34,8 @@ SETTINGS = (
     ("edit.negative_prompt", str, "negative_prompt", "what to lead away from"),
     ("edit.size", str, "size", "WIDTH*HEIGHT to work and write at; the video's own by default"),
     ("edit.frame_num", int, "frame_num", "frames to take from the start; all by default"),
+    ("edit.fps", float, "fps", "frames per second of a folder of images; 16 by default"),
+    ("edit.no_audio", bool, "no_audio", "leave the source's sound out"),
     ("edit.dilate", int, "dilate", "pixels by which the mask grows"),
     ("edit.invert_mask", bool, "invert_mask", "edit what is black"),
     ("edit.context_scale", float, "context_scale", "of a VACE model's hints; 1 as published"),
