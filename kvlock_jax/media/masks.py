@@ -7,7 +7,8 @@ import numpy as np
 from etils import epath
 
 from kvlock_jax.errors import InputError
-from kvlock_jax.media.decode import read_video, size_text
+from kvlock_jax.media.decode import read_video
+from kvlock_jax.media.memory import size_text
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.shapes import Mask
 
