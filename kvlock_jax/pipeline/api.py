@@ -19,6 +19,7 @@ from kvlock_jax.evaluate.metrics import EditMetrics, measure
 from kvlock_jax.media.fit import Fit
 from kvlock_jax.media.masks import Box
 from kvlock_jax.media.storage import FilePath
+from kvlock_jax.models.text.prompts import prompt_warnings
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.pipeline import stages
 from kvlock_jax.pipeline.background import BackgroundCompiler
@@ -143,10 +144,14 @@ def run_batch(
     references = len(inputs[0].references)
     if references and not networks.configs.transformer.vace_layers:
         raise InputError("reference pictures need a VACE model, this one is text-to-video")
-    for given in inputs:
-        if words := ", ".join(model.tokenizer.unknown(given.prompt)):
-            told = f"{given.prompt!r} has words that the text encoder does not know: {words}"
-            warnings.warn(told, stacklevel=2)
+    prompts = [
+        prompt
+        for one, own in zip(inputs, settings, strict=True)
+        for prompt in (one.prompt, own.edit.negative_prompt, own.edit.source_prompt)
+    ]
+    for prompt in dict.fromkeys(prompts):
+        for line in prompt_warnings(model.tokenizer, prompt):
+            warnings.warn(line, stacklevel=2)
     clock, sources = Clock(), len(noise)
     compiler = background.compiler if background is not None else Compiler()
 
