@@ -4,13 +4,16 @@ import dataclasses
 import os
 import re
 import types
+from collections.abc import Callable
 from fractions import Fraction
 
 import av
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 
 from kvlock_jax.errors import InputError
+from kvlock_jax.media.footage import Footage, Sound
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.shapes import Frames, Image
 
@@ -29,17 +32,41 @@ _SEGMENT = re.compile(rb"\x1a\x45\xdf\xa3.{0,200}?\x18\x53\x80\x67\x01(.{7})", r
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-    """Frames and their rate in frames per second."""
+    """Frames, and what an output keeps of the file beside them.
+
+    Attributes:
+      frames: RGB, upright; where pixels are transparent, over white.
+      fps: frames per second, by the timestamps of these frames.
+      times: seconds of each frame from the first one, float64; None where they are evenly spaced.
+      audio: the sound of these frames, if any.
+      pixel_aspect: width over height of a pixel; 1 is square.
+      alpha: opacity of each pixel; None where all are opaque, or frames were resized.
+    """
 
     frames: Frames
     fps: Fraction
+    times: np.ndarray | None = None
+    audio: Sound | None = None
+    pixel_aspect: Fraction = Fraction(1)
+    alpha: UInt8[np.ndarray, "frames height width"] | None = None
+
+    @property
+    def footage(self) -> Footage:
+        """What an edited video keeps of this one."""
+        return Footage(self.times, self.audio, self.pixel_aspect)
 
 
-def read_video(path: FilePath, max_frames: int | None = None) -> Video:
+def read_video(
+    path: FilePath,
+    max_frames: int | None = None,
+    *,
+    resize: Callable[[Image], Image] | None = None,
+) -> Video:
     """Reads a video, an image, or a folder of images in natural order (`2.png` before `10.png`).
 
     Any format, pixel format and bit depth that FFmpeg decodes; quarter-turn rotation metadata is
     applied, alpha is dropped, a variable frame rate becomes its average. `max_frames` stops early.
+    `resize` is applied to each frame as soon as it is decoded, so that no more is kept in memory.
 
     Raises:
       InputError: the path is missing, empty, truncated, damaged, holds no video or no frame, or
@@ -49,11 +76,11 @@ def read_video(path: FilePath, max_frames: int | None = None) -> Video:
     if not source.exists():
         raise InputError(f"{path}: no such file or folder")
     if not source.is_dir():
-        return _decode(source, max_frames)
+        return _decode(source, max_frames, resize)
     files = sorted(
         (f for f in source.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=_natural
     )
-    frames = [read_image(file) for file in files[:max_frames]]
+    frames = [_resized(read_image(file), resize) for file in files[:max_frames]]
     if not frames:
         raise InputError(f"{path}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return Video(_stack(source, frames), STILL_FPS)
@@ -68,7 +95,13 @@ def _natural(file: epath.Path) -> list[int | str]:
     return [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", file.name)]
 
 
-def _decode(source: epath.Path, max_frames: int | None) -> Video:
+def _resized(image: Image, resize: Callable[[Image], Image] | None) -> Image:
+    return image if resize is None else resize(image)
+
+
+def _decode(
+    source: epath.Path, max_frames: int | None, resize: Callable[[Image], Image] | None
+) -> Video:
     frames: list[Image] = []
     try:
         with source.open("rb") as file:
@@ -91,7 +124,7 @@ def _decode(source: epath.Path, max_frames: int | None) -> Video:
                 stream.thread_type = "AUTO"
                 for frame in container.decode(stream):
                     image = frame.to_ndarray(format="rgb24")
-                    frames.append(np.rot90(image, round(frame.rotation / 90) % 4))
+                    frames.append(_resized(np.rot90(image, round(frame.rotation / 90) % 4), resize))
                     if len(frames) == max_frames:
                         break
                 fps = stream.average_rate or stream.guessed_rate

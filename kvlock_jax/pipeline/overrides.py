@@ -35,6 +35,8 @@ SETTINGS = (
     ("edit.size", str, "size", "WIDTH*HEIGHT to work and write at; the video's own by default"),
     ("edit.fit", str, "fit", "crop (default), pad or stretch, to a size of another shape"),
     ("edit.frame_num", int, "frame_num", "frames to take from the start; all by default"),
+    ("edit.fps", float, "fps", "frames per second of a folder of images; 16 by default"),
+    ("edit.no_audio", bool, "no_audio", "leave the source's sound out"),
     ("edit.dilate", int, "dilate", "pixels by which the mask grows"),
     ("edit.invert_mask", bool, "invert_mask", "edit what is black"),
     ("edit.context_scale", float, "context_scale", "of a VACE model's hints; 1 as published"),

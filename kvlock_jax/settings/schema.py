@@ -157,6 +157,8 @@ class EditConfig:
       fit: `"crop"`, `"pad"` or `"stretch"`, for a `size` of another shape than the video's
         (`media.fit.Resize`).
       frame_num: frames to take from the start of the video; 0 takes all.
+      fps: frames per second of a folder of images, which has no rate of its own; 0 takes 16, Wan's.
+      no_audio: whether the source's sound is left out of the result.
       context_scale: how much of a VACE model's hints is added, 0 or more; published 1.
       show_masked: whether a VACE model is shown what is under the mask, which it then keeps to, as
         to a sketch; the publisher's inpainting hands it over blank.
@@ -170,6 +172,8 @@ class EditConfig:
     size: str = ""
     fit: str = "crop"
     frame_num: int = 0
+    fps: float = 0.0
+    no_audio: bool = False
     context_scale: float = 1.0
     show_masked: bool = False
 
@@ -178,6 +182,7 @@ class EditConfig:
         require(0 <= scale < math.inf, self, "context_scale", "0 or more, and finite")
         require(self.dilate >= 0, self, "dilate", "0 or more pixels")
         require(self.frame_num >= 0, self, "frame_num", "0 or more frames")
+        require(0 <= self.fps < math.inf, self, "fps", "over 0 frames per second, or 0 for 16")
         sides = self._sides if self.size else ["1", "1"]
         is_size = len(sides) == 2 and all(side.isdecimal() and int(side) > 0 for side in sides)
         require(is_size, self, "size", "width*height, such as 832*480")
