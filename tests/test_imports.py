@@ -45,7 +45,7 @@ ORDER = {
     "parallel": "padding mesh sharding processes agreement",
     "models": "layout linear attention vae wan text",
     "checkpoints": "store registry format",
-    "media": "storage footage decode encode fit masks",
+    "media": "storage folders footage decode encode fit timing masks",
     "pipeline": "settings overrides inputs load encode stages background placement api report",
     "batch": "manifest grouping fingerprint resume runner",
     "cli": "terminal flags loading edit batch convert info main",

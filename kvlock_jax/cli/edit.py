@@ -14,7 +14,8 @@ from kvlock_jax.cli.flags import add_shared, gather_settings
 from kvlock_jax.cli.loading import compiler, join, load_model, place
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
-from kvlock_jax.media import decode, encode, storage
+from kvlock_jax.media import encode, storage
+from kvlock_jax.media.folders import IMAGE_SUFFIXES
 from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline import report
 from kvlock_jax.pipeline.api import Result
@@ -62,7 +63,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     settings = resolve_settings(gather_settings(args, others, own))
     mask = args.src_mask if args.bbox is None else tuple(args.bbox.split(","))
     with warnings_as_lines(), contextlib.ExitStack() as copies:
-        local = functools.partial(storage.at_hand, copies, suffixes=decode.IMAGE_SUFFIXES)
+        local = functools.partial(storage.at_hand, copies, suffixes=IMAGE_SUFFIXES)
         pictures = [local(name) for name in (args.src_ref_images or "").split(",") if name]
         mask = local(mask) if isinstance(mask, str) else mask
         inputs = read_inputs(local(args.src_video), mask, args.prompt, settings.edit, pictures)

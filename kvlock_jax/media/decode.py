@@ -13,18 +13,12 @@ from etils import epath
 from jaxtyping import UInt8
 
 from kvlock_jax.errors import InputError
+from kvlock_jax.media.folders import list_frames
 from kvlock_jax.media.footage import Footage, Sound
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.shapes import Frames, Image
 
 STILL_FPS = Fraction(16)  # of images, which have no rate of their own: Wan's
-IMAGE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-)  # in a folder; its other files are passed over
 
 # A Matroska or WebM head up to the size of its one segment, seven bytes in what FFmpeg writes.
 _SEGMENT = re.compile(rb"\x1a\x45\xdf\xa3.{0,200}?\x18\x53\x80\x67\x01(.{7})", re.DOTALL)
@@ -77,13 +71,8 @@ def read_video(
         raise InputError(f"{path}: no such file or folder")
     if not source.is_dir():
         return _decode(source, max_frames, resize)
-    files = sorted(
-        (f for f in source.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=_natural
-    )
-    frames = [_resized(read_image(file), resize) for file in files[:max_frames]]
-    if not frames:
-        raise InputError(f"{path}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return Video(_stack(source, frames), STILL_FPS)
+    files = list_frames(source)[:max_frames]
+    return _joined(source, [read_video(file, 1, resize=resize) for file in files])
 
 
 def read_image(path: FilePath) -> Image:
@@ -91,8 +80,15 @@ def read_image(path: FilePath) -> Image:
     return read_video(path, 1).frames[0]
 
 
-def _natural(file: epath.Path) -> list[int | str]:
-    return [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", file.name)]
+def _joined(source: epath.Path, images: list[Video]) -> Video:
+    """The video whose frames are those of a folder."""
+    alpha = None
+    if any(image.alpha is not None for image in images):
+        opaque = (np.full(image.frames.shape[:3], 255, np.uint8) for image in images)
+        pairs = zip(images, opaque, strict=True)
+        alpha = [one if image.alpha is None else image.alpha for image, one in pairs]
+    frames = _stack(source, [image.frames[0] for image in images])
+    return Video(frames, STILL_FPS, alpha=None if alpha is None else np.concatenate(alpha))
 
 
 def _resized(image: Image, resize: Callable[[Image], Image] | None) -> Image:

@@ -74,7 +74,7 @@ class Tokenizer:
     ) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
         """Ids of cleaned prompts, and a mask that is true up to and including the end token.
 
-        Both are `text_len` long. A longer prompt loses its tail (`cut_off`) and keeps its end token.
+        Both are `text_len` long. A longer prompt loses its tail (`cut_off`), not its end token.
 
         Raises:
           InputError: `prompts` is one string, or holds something other than strings.
