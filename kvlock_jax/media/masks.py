@@ -8,9 +8,10 @@ import numpy as np
 from etils import epath
 
 from kvlock_jax.errors import InputError
-from kvlock_jax.media.decode import Video, read_video, size_text
+from kvlock_jax.media.decode import Video, read_video
+from kvlock_jax.media.memory import size_text
 from kvlock_jax.media.storage import FilePath
-from kvlock_jax.media.timing import Timeline, declared_frames, shown_at
+from kvlock_jax.media.timeline import Timeline, declared_frames, shown_at
 from kvlock_jax.shapes import Mask
 
 Box = tuple[int, int, int, int]

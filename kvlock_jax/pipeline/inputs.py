@@ -16,7 +16,7 @@ from kvlock_jax.media.fit import Resize
 from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.masks import Box
 from kvlock_jax.media.storage import FilePath
-from kvlock_jax.media.timing import Timeline, declared_frames
+from kvlock_jax.media.timeline import Timeline, declared_frames
 from kvlock_jax.settings.schema import EditConfig
 from kvlock_jax.shapes import Frames, Image, Mask
 
