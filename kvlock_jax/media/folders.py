@@ -38,7 +38,8 @@ def list_frames(folder: epath.Path) -> list[epath.Path]:
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed ({error.strerror or error})") from error
     frames = [entry for entry in entries if is_frame(entry.name) and not entry.is_dir()]
-    others = [entry.name for entry in entries if entry not in frames and entry.name[0] != "."]
+    taken = {entry.name for entry in frames}
+    others = [e.name for e in entries if e.name not in taken and not e.name.startswith(".")]
     if not frames:
         found = f", only {_names(others)}" if others else ""
         known = ", ".join(IMAGE_SUFFIXES)
