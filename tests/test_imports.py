@@ -45,8 +45,8 @@ ORDER = {
     "parallel": "padding mesh sharding processes agreement",
     "models": "layout linear attention vae wan text",
     "checkpoints": "store registry format",
-    "media": "storage footage memory containers orientation colour timing deinterlace pictures "
-    "heif sound decode encode fit masks",
+    "media": "storage folders footage orientation colour timing containers pictures heif memory "
+    "deinterlace sound decode encode fit timeline masks",
     "pipeline": "settings overrides inputs load encode stages background placement api report",
     "batch": "manifest grouping fingerprint resume runner",
     "cli": "terminal flags loading edit batch convert info main",

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-import re
 import types
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -18,6 +17,7 @@ from jaxtyping import UInt8
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import colour, containers, heif, memory, orientation, pictures, timing
 from kvlock_jax.media.deinterlace import progressive
+from kvlock_jax.media.folders import list_frames
 from kvlock_jax.media.footage import Footage, Sound
 from kvlock_jax.media.memory import Gathered
 from kvlock_jax.media.sound import read_sound
@@ -25,13 +25,6 @@ from kvlock_jax.media.storage import FilePath
 from kvlock_jax.shapes import Frames, Image
 
 STILL_FPS = Fraction(16)  # of images, which have no rate of their own: Wan's
-IMAGE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-)  # in a folder; its other files are passed over
 
 _HEAD = 4096  # bytes that tell the kind of a file
 
@@ -87,24 +80,16 @@ def read_video(
         raise InputError(f"{path}: no such file or folder")
     if not source.is_dir():
         return _read_file(source, max_frames, resize)
-    files = sorted(
-        (f for f in source.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=_natural
-    )
     images = Gathered(source, resize)
-    for file in files[:max_frames]:
-        images.add(read_image(file))
-    if not files:
-        raise InputError(f"{path}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return Video(images.frames, STILL_FPS)
+    for file in list_frames(source)[:max_frames]:
+        image = read_video(file, 1)
+        images.add(image.frames[0], None if image.alpha is None else image.alpha[0])
+    return Video(images.frames, STILL_FPS, alpha=images.alpha)
 
 
 def read_image(path: FilePath) -> Image:
     """Reads an image, or the first frame of a video; errors as in `read_video`."""
     return read_video(path, 1).frames[0]
-
-
-def _natural(file: epath.Path) -> list[int | str]:
-    return [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", file.name)]
 
 
 def _read_file(source: epath.Path, limit: int | None, resize: Resize | None) -> Video:

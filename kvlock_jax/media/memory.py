@@ -26,7 +26,7 @@ class Gathered:
         self.count = self.expected = 0
         self._name, self._resize = name, resize
         self._array: Frames | None = None
-        self._alphas: list[np.ndarray] = []
+        self._alphas: list[np.ndarray | None] = []
 
     def add(self, image: Image, alpha: np.ndarray | None = None) -> None:
         """Resizes a frame and keeps it.
@@ -36,7 +36,7 @@ class Gathered:
         """
         if self._resize is not None:
             image = self._resize(image)
-        elif alpha is not None:
+        else:
             self._alphas.append(alpha)
         if self._array is None:
             check(self._name, self.expected, image.nbytes)
@@ -61,10 +61,11 @@ class Gathered:
 
     @property
     def alpha(self) -> UInt8[np.ndarray, "frames height width"] | None:
-        """The alpha of the frames, where all have one and not every pixel is opaque."""
-        if len(self._alphas) != self.count or all(alpha.min() == 255 for alpha in self._alphas):
+        """The alpha of the frames, where any pixel is not opaque."""
+        if all(alpha is None or alpha.min() == 255 for alpha in self._alphas):
             return None
-        return np.stack(self._alphas)
+        opaque = np.full(self.frames.shape[1:3], 255, np.uint8)
+        return np.stack([opaque if alpha is None else alpha for alpha in self._alphas])
 
 
 def size_text(image: np.ndarray) -> str:

@@ -10,7 +10,7 @@ import PIL.ImageOps
 import PIL.ImageSequence
 from jaxtyping import UInt8
 
-_KINDS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "TIFF")
+_KINDS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF")
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
 
 

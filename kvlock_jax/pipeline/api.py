@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 from kvlock_jax.errors import InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
 from kvlock_jax.media.fit import Fit
+from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.masks import Box
 from kvlock_jax.media.storage import FilePath
+from kvlock_jax.models.text.prompts import prompt_warnings
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.pipeline import stages
 from kvlock_jax.pipeline.background import BackgroundCompiler
@@ -46,6 +48,7 @@ class Result:
       metrics: how far background and ring moved (METHOD.md section 13).
       seconds: time of each stage, with compilation apart.
       settings: what it was made with.
+      footage: timestamps, sound and pixel aspect of the source, for the file of the result.
     """
 
     video: Frames
@@ -56,6 +59,7 @@ class Result:
     metrics: EditMetrics
     seconds: dict[str, float]
     settings: Settings
+    footage: Footage = dataclasses.field(default_factory=Footage)
 
 
 def edit(
@@ -143,10 +147,14 @@ def run_batch(
     references = len(inputs[0].references)
     if references and not networks.configs.transformer.vace_layers:
         raise InputError("reference pictures need a VACE model, this one is text-to-video")
-    for given in inputs:
-        if words := ", ".join(model.tokenizer.unknown(given.prompt)):
-            told = f"{given.prompt!r} has words that the text encoder does not know: {words}"
-            warnings.warn(told, stacklevel=2)
+    prompts = [
+        prompt
+        for one, own in zip(inputs, settings, strict=True)
+        for prompt in (one.prompt, own.edit.negative_prompt, own.edit.source_prompt)
+    ]
+    for prompt in dict.fromkeys(prompts):
+        for line in prompt_warnings(model.tokenizer, prompt):
+            warnings.warn(line, stacklevel=2)
     clock, sources = Clock(), len(noise)
     compiler = background.compiler if background is not None else Compiler()
 
@@ -184,7 +192,17 @@ def run_batch(
             video = np.where(given.mask[..., None], video, given.source)
         measured = measure(given.source, video, given.mask)
         results.append(
-            Result(video, given.source, given.mask, given.fps, told, measured, clock.seconds, own)
+            Result(
+                video=video,
+                source=given.source,
+                mask=given.mask,
+                fps=given.fps,
+                trace=told,
+                metrics=measured,
+                seconds=clock.seconds,
+                settings=own,
+                footage=given.footage,
+            )
         )
     return results
 

@@ -33,6 +33,7 @@ SETTINGS = (
     ("edit.source_prompt", str, "src_prompt", "what the source shows"),
     ("edit.negative_prompt", str, "negative_prompt", "what to lead away from"),
     ("edit.size", str, "size", "WIDTH*HEIGHT to work and write at; the video's own by default"),
+    ("edit.fit", str, "fit", "crop (default), pad or stretch, to a size of another shape"),
     ("edit.frame_num", int, "frame_num", "frames to take from the start; all by default"),
     ("edit.fps", float, "fps", "frames per second of a folder of images; 16 by default"),
     ("edit.no_audio", bool, "no_audio", "leave the source's sound out"),

@@ -6,6 +6,7 @@ line build; `fields.from_config_dict` turns each of its parts into one of these 
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -138,6 +139,10 @@ class LockConfig:
         return self.enabled or self.background == "source"
 
 
+FITS = ("crop", "pad", "stretch")
+"""Ways of `media.fit.Resize` to bring a video to a size of another shape."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EditConfig:
     """What is done with one video, its mask and its texts.
@@ -149,6 +154,8 @@ class EditConfig:
       dilate: pixels by which the mask grows, before anything else is done with it.
       composite: whether pixels outside the mask are the source's own in the result.
       size: `"832*480"` (width, height) to work at another size; empty keeps the video's.
+      fit: `"crop"`, `"pad"` or `"stretch"`, for a `size` of another shape than the video's
+        (`media.fit.Resize`).
       frame_num: frames to take from the start of the video; 0 takes all.
       fps: frames per second of a folder of images, which has no rate of its own; 0 takes 16, Wan's.
       no_audio: whether the source's sound is left out of the result.
@@ -163,6 +170,7 @@ class EditConfig:
     dilate: int = 0
     composite: bool = False
     size: str = ""
+    fit: str = "crop"
     frame_num: int = 0
     fps: float = 0.0
     no_audio: bool = False
@@ -175,17 +183,22 @@ class EditConfig:
         require(self.dilate >= 0, self, "dilate", "0 or more pixels")
         require(self.frame_num >= 0, self, "frame_num", "0 or more frames")
         require(0 <= self.fps < math.inf, self, "fps", "over 0 frames per second, or 0 for 16")
-        sides = self.size.replace("x", "*").split("*") if self.size else ["1", "1"]
+        sides = self._sides if self.size else ["1", "1"]
         is_size = len(sides) == 2 and all(side.isdecimal() and int(side) > 0 for side in sides)
         require(is_size, self, "size", "width*height, such as 832*480")
+        require(self.fit in FITS, self, "fit", "'crop', 'pad' or 'stretch'")
 
     @property
     def height_width(self) -> tuple[int, int] | None:
         """The size to work at, or `None` for the video's own."""
         if not self.size:
             return None
-        width, height = (int(side) for side in self.size.replace("x", "*").split("*"))
+        width, height = (int(side) for side in self._sides)
         return height, width
+
+    @property
+    def _sides(self) -> list[str]:
+        return [side.strip() for side in re.split(r"[*xX\u00d7]", self.size)]
 
 
 def run_config(preset: str, **sample: Any) -> ConfigDict:
