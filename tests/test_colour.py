@@ -19,7 +19,7 @@ TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.016
 def write(path, image, codec, pixels, tags=None, **reformat):
     """One frame, tagged as said: (matrix, primaries, transfer)."""
     with av.open(str(path), "w") as output:
-        stream = output.add_stream(codec, rate=8, options={"x265-params": "log-level=none"})
+        stream = output.add_stream(codec, rate=8)
         stream.height, stream.width, stream.pix_fmt = *image.shape[:2], pixels
         kind = "rgb48le" if image.dtype == np.uint16 else "rgb24"
         frame = av.VideoFrame.from_ndarray(image, format=kind)
@@ -74,7 +74,9 @@ def hlg(light):
     scene = light / 1000 * ((luma / 1000) ** (1 / 1.2 - 1))[..., None]
     scene = np.clip(scene, 1e-9, 1)
     a, b, c = 0.17883277, 0.28466892, 0.55991073
-    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), a * np.log(12 * scene - b + 1e-12) + c)
+    return np.where(
+        scene <= 1 / 12, np.sqrt(3 * scene), a * np.log(np.maximum(12 * scene - b, b)) + c
+    )
 
 
 def linear(colours):
@@ -88,20 +90,20 @@ def test_hdr_is_brought_to_the_colours_it_shows(tmp_path, transfer, code):
     light = np.maximum(203 * linear(bars(48, 96)) @ TO_BT2020.T, 1e-6)
     coded = np.round(65535 * transfer(light)).astype(np.uint16)
     tags = (9, 9, code)
-    path = write(tmp_path / "a.mkv", coded, "libx265", "yuv444p10le", tags, dst_colorspace=9)
+    path = write(tmp_path / "a.mkv", coded, "ffv1", "yuv444p10le", tags, dst_colorspace=9)
     found = decode.read_video(path).frames[0].astype(int)
-    assert np.abs(found - bars(48, 96)).mean() < 4
-    assert np.abs(found - bars(48, 96)).max() < 30
+    assert np.abs(found - bars(48, 96)).max() <= 13  # of what is as bright as white
+    assert np.abs(found - bars(48, 96))[:, 64:].max() <= 1
 
 
 def test_highlights_are_compressed_and_keep_their_order_and_hue(tmp_path):
-    nits = np.array([100, 203, 400, 1000, 4000]).repeat(16)
+    nits = np.array([50, 100, 203, 400, 1000]).repeat(16)
     light = nits[None, :, None] * np.ones((16, 1, 3)) * (1, 0.5, 0.25)
     coded = np.round(65535 * pq(light)).astype(np.uint16)
     tags = (9, 9, 16)
-    path = write(tmp_path / "a.mkv", coded, "libx265", "yuv444p10le", tags, dst_colorspace=9)
+    path = write(tmp_path / "a.mkv", coded, "ffv1", "yuv444p10le", tags, dst_colorspace=9)
     found = decode.read_video(path).frames[0, 8, 8::16].astype(int)
-    assert (np.diff(found[:4], axis=0) > 0).all() and found.max() <= 255
+    assert (np.diff(found[:, 0]) > 0).all()
     assert (found[:, 0] > found[:, 1]).all() and (found[:, 1] > found[:, 2]).all()
     assert found[0, 0] < 240  # room is left above
 

@@ -27,7 +27,7 @@ def is_picture(head: bytes) -> bool:
 def read_pictures(
     file: IO[bytes],
 ) -> Iterator[tuple[UInt8[np.ndarray, "height width channels"], Fraction]]:
-    """The frames of a picture, one where it is not animated, and the seconds that each is shown.
+    """The frames of a picture and the seconds that each is shown; 0 where it is not animated.
 
     Frames are upright by their EXIF orientation, RGB, or RGBA where anything may be transparent.
 
@@ -47,7 +47,7 @@ def _frames(
         animated = getattr(picture, "is_animated", False) and picture.format not in ("MPO", "TIFF")
         for frame in PIL.ImageSequence.Iterator(picture) if animated else [picture]:
             frame.load()
-            shown = Fraction(frame.info.get("duration") or 0) / 1000
+            shown = Fraction(frame.info.get("duration") or 0 if animated else 0) / 1000
             yield _pixels(PIL.ImageOps.exif_transpose(frame)), shown
 
 
