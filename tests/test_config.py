@@ -44,7 +44,9 @@ FINE = [
     (LockConfig, {"cache": "fused", "skip_background": False}),
     (EditConfig, {"dilate": 3, "frame_num": 81, "size": "832*480"}),
     (EditConfig, {"size": "832x480"}),
+    *((EditConfig, {"fit": fit}) for fit in ("crop", "pad", "stretch")),
     (EditConfig, {"context_scale": 0.0}),
+    (EditConfig, {"fps": 23.976}),
     (WanConfig, {"patch_size": (1, 2, 2)}),
     (WanConfig, {"vace_layers": (), "num_layers": 1}),
     (WanConfig, {"vace_layers": (0, 2, 3), "num_layers": 4}),
@@ -85,12 +87,16 @@ BAD = [
     (LockConfig, "apg_momentum", math.inf),
     (EditConfig, "dilate", -1),
     (EditConfig, "frame_num", -1),
+    (EditConfig, "fps", -1.0),
+    (EditConfig, "fps", math.inf),
     (EditConfig, "context_scale", -0.5),
     (EditConfig, "context_scale", float("inf")),
     (EditConfig, "size", "832"),
     (EditConfig, "size", "0*480"),
     (EditConfig, "size", "832*-480"),
     (EditConfig, "size", "832*480*3"),
+    (EditConfig, "size", "83 2*480"),
+    (EditConfig, "fit", "letterbox"),
     (WanConfig, "attention_head_dim", 11),
     (WanConfig, "patch_size", (1, 2)),
     *((WanConfig, "vace_layers", layers) for layers in ((1,), (0, 0), (0, 1, 0), (0, 2))),
@@ -209,7 +215,7 @@ def test_published_lock():
     assert (lock.omega_floor, lock.warmup_fusion_ratio) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("text", ["832*480", "832x480"])
+@pytest.mark.parametrize("text", ["832*480", "832x480", " 832 * 480 ", "832 X 480", "832\u00d7480"])
 def test_size_is_width_first(text):
     assert EditConfig(size=text).height_width == (480, 832)
     assert EditConfig().height_width is None

@@ -19,8 +19,8 @@ from kvlock_jax.checkpoints import format
 from kvlock_jax.convert.converter import convert
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.evaluate import metrics
-from kvlock_jax.media import encode, masks
-from kvlock_jax.media.fit import resize
+from kvlock_jax.media import encode
+from kvlock_jax.media.fit import Resize, resize_mask
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.pipeline import inputs as edit_inputs
 from kvlock_jax.pipeline import stages
@@ -101,8 +101,9 @@ def test_frames_and_size_of_ones_choice(model):
     clip, mask = tiny.clip(7, 40, 60), tiny.mask(7, 40, 60)
     result = edit(model, clip, mask, config=config_of(frame_num=5, size="48*32"))
     assert result.video.shape == result.source.shape == (5, 32, 48, 3)
-    np.testing.assert_array_equal(result.source, resize(clip[:5], 32, 48))
-    np.testing.assert_array_equal(result.mask, masks.resize_mask(mask[:5, ..., 0] > 0, 32, 48))
+    resized = [Resize((40, 60), (32, 48)).frame(frame) for frame in clip[:5]]
+    np.testing.assert_array_equal(result.source, resized)
+    np.testing.assert_array_equal(result.mask, resize_mask(mask[:5, ..., 0] > 0, 32, 48))
 
 
 def test_inverted_and_grown_masks(model):

@@ -46,7 +46,8 @@ ORDER = {
     "runtime": "clock identity trees compile_cache",
     "models": "family layout precision linear attention text vae wan",
     "checkpoints": "store registry metadata format",
-    "media": "storage decode encode fit masks",
+    "media": "storage folders footage orientation colour timing containers pictures heif memory "
+    "deinterlace sound decode encode fit timeline masks",
     "pipeline": "settings overrides inputs load encode stages background placement api report",
     "batch": "manifest grouping fingerprint resume runner",
     "cli": "terminal flags loading edit batch convert info main",

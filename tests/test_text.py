@@ -19,7 +19,7 @@ from flax import nnx
 
 from kvlock_jax.errors import CheckpointError, InputError
 from kvlock_jax.models.text.config import UMT5Config
-from kvlock_jax.models.text.prompts import encode_prompts
+from kvlock_jax.models.text.prompts import encode_prompts, prompt_warnings
 from kvlock_jax.models.text.tokenizer import Tokenizer, clean, write_word_tokenizer
 from kvlock_jax.models.text.umt5 import UMT5Encoder
 
@@ -172,6 +172,21 @@ def test_context_of_512_tokens_is_zero_after_the_last(umt5):
     context, (_, mask) = encode_prompts(model, tokenizer, prompts), tokenizer(prompts)
     assert context.shape == (3, 512, 16) and mask.sum(axis=1).tolist()[::2] == [1, 512]
     np.testing.assert_array_equal(np.abs(context).max(axis=-1) > 0, mask)
+
+
+@pytest.mark.parametrize("prompt", ["", "  red  star ", "star " * 511, "red &lt;3 " * 60])
+def test_a_prompt_that_fits_loses_nothing(umt5, prompt):
+    assert Tokenizer(umt5).cut_off(prompt) == ""
+    assert prompt_warnings(Tokenizer(umt5), prompt) == []
+
+
+@pytest.mark.parametrize("tail", ["circle", "blue circle \u7ea2", "\U0001f680 over a  blue circle"])
+def test_the_tail_of_a_long_prompt_is_named(umt5, tail):
+    tokenizer, whole = Tokenizer(umt5), "star " * 511 + tail
+    assert tokenizer.cut_off(whole) == " ".join(tail.split())
+    (line,) = prompt_warnings(tokenizer, whole)
+    assert "over 512 tokens" in line and line.endswith(repr(" ".join(tail.split())))
+    assert len(line) < 250 and "\n" not in line
 
 
 def test_pieces_alone_are_refused(pieces, tmp_path):

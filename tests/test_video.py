@@ -164,9 +164,11 @@ def test_a_folder_is_read_in_natural_order(tmp_path):
     for index, image in enumerate(frames):
         encode.write_png(tmp_path / f"frame{index}.png", image)
     (tmp_path / "notes.txt").write_text("not a frame")
-    found = decode.read_video(tmp_path)
+    with pytest.warns(UserWarning, match=r"passed over: notes\.txt$"):
+        found = decode.read_video(tmp_path)
     np.testing.assert_array_equal(found.frames, frames)
     assert found.fps == 16
+    (tmp_path / "notes.txt").unlink()
     np.testing.assert_array_equal(decode.read_video(tmp_path, 3).frames, frames[:3])
 
 

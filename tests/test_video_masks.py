@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
-from clips import SHAPE, blob, quick
+from clips import SHAPE, blob, noise, quick
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import encode, masks
+from kvlock_jax.pipeline.inputs import read_inputs
+from kvlock_jax.settings.schema import EditConfig
 
 
 def white(mask: np.ndarray) -> np.ndarray:
@@ -29,11 +31,12 @@ def test_masks_from_every_kind_of_source(tmp_path):
 def test_a_one_frame_mask_stands_for_all(tmp_path):
     encode.write_png(tmp_path / "m.png", white(blob())[2])
     np.save(tmp_path / "m.npy", blob()[2])
-    expected = np.stack([blob()[2]] * 5)
     for mask in (tmp_path / "m.png", tmp_path / "m.npy", blob()[2], blob()[2:3]):
         found = masks.read_mask(mask, *SHAPE)
-        np.testing.assert_array_equal(found, expected)
-        assert found.dtype == bool and found.flags.writeable
+        np.testing.assert_array_equal(found, blob()[2:3])
+        inputs = read_inputs(noise(), mask, "a star", EditConfig())
+        np.testing.assert_array_equal(inputs.mask, np.stack([blob()[2]] * 5))
+        assert inputs.mask.dtype == bool and inputs.mask.flags.writeable
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kvlock_jax.errors import InputError
-from kvlock_jax.media import masks
-from kvlock_jax.media.fit import Fit, resize
+from kvlock_jax.media.fit import Fit, Resize, resize_mask
+from kvlock_jax.settings.schema import FITS
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(1, 40))
 
@@ -62,7 +62,7 @@ def test_fit_names_what_does_not_fit():
 @pytest.mark.parametrize("size", [(16, 24), (20, 33), (7, 5), (64, 96), (40, 20)])
 def test_resize_is_pillows_antialiased_triangle(size):
     frames = noise(2)
-    found = resize(frames, *size)
+    found = np.stack([Resize((32, 48), size, "stretch").frame(frame) for frame in frames])
     expected = [
         np.asarray(PIL.Image.fromarray(f).resize(size[::-1], PIL.Image.Resampling.BILINEAR))
         for f in frames
@@ -72,14 +72,18 @@ def test_resize_is_pillows_antialiased_triangle(size):
 
 
 def test_resizing_to_the_same_size_changes_nothing():
-    np.testing.assert_array_equal(resize(noise(), 32, 48), noise())
+    for fit in FITS:
+        same = Resize((32, 48), (32, 48), fit)
+        np.testing.assert_array_equal(same.frame(noise()[0]), noise()[0])
+        np.testing.assert_array_equal(same.mask(blob()), blob())
+        assert same.warning() is None
 
 
 @quick
 @given(hnp.arrays(bool, st.tuples(st.just(2), st.integers(1, 9), st.integers(1, 9))), sizes)
 def test_a_resized_mask_loses_no_edited_pixel(mask, size):
     _, height, width = size
-    found = masks.resize_mask(mask, height, width)
+    found = resize_mask(mask, height, width)
 
     def overlapping(old, new):  # pairs of old and new pixels that share some of [0, 1]
         return [
@@ -95,3 +99,88 @@ def test_a_resized_mask_loses_no_edited_pixel(mask, size):
         for x, column in columns:
             expected[:, row, column] |= mask[:, y, x]
     np.testing.assert_array_equal(found, expected)
+
+
+# --- sizes of another shape -------------------------------------------------------------------
+
+
+def disc(height: int, width: int) -> np.ndarray:
+    """A picture with a white disc in its middle, on grey."""
+    y, x = np.mgrid[:height, :width]
+    radius = min(height, width) / 3
+    inside = np.hypot(y - (height - 1) / 2, x - (width - 1) / 2) <= radius
+    return np.where(inside[..., None], 255, 90).astype(np.uint8).repeat(3, -1)
+
+
+def extent(mask: np.ndarray) -> tuple[int, int]:
+    """Rows and columns of the smallest box around a mask."""
+    rows, columns = (int(np.ptp(where)) + 1 for where in np.nonzero(mask))
+    return rows, columns
+
+
+@pytest.mark.parametrize("source", [(40, 60), (60, 40), (48, 50), (54, 96)])
+@pytest.mark.parametrize("target", [(64, 64), (60, 104)])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_what_is_round_stays_round(source, target, fit):
+    resize = Resize(source, target, fit)
+    image = disc(*source)
+    shown = resize.frame(image)
+    assert shown.shape == (*target, 3)
+    mask = resize.mask(image[None, ..., 0] > 172)[0]
+    assert mask.shape == target
+    assert (mask | ~(shown[..., 0] > 172)).all()  # the mask lies over what it marked
+    whole = fit == "pad" or resize.window[0].stop - resize.window[0].start == source[0]
+    for height, width in (extent(shown[..., 0] > 172), extent(mask)) if whole else ():
+        assert abs(height - width) <= 3 and height > 5
+
+
+def test_a_crop_is_the_middle_that_has_the_shape():
+    image = noise(1, 40, 80)[0]
+    crop = Resize((40, 80), (40, 40))
+    np.testing.assert_array_equal(crop.frame(image), image[:, 20:60])
+    assert "cropped to the middle 40x40; --fit pad keeps" in crop.warning()
+    image = noise(1, 80, 41)[0]
+    np.testing.assert_array_equal(Resize((80, 41), (20, 41)).frame(image), image[30:50])
+
+
+def test_bars_are_black_and_background():
+    image = np.full((40, 80, 3), 200, np.uint8)
+    pad = Resize((40, 80), (80, 80), "pad")
+    shown, mask = pad.frame(image), pad.mask(np.ones((2, 40, 80), bool))
+    np.testing.assert_array_equal(shown[20:60], image)
+    assert not shown[:20].any() and not shown[60:].any()
+    assert mask[:, 20:60].all() and not mask[:, :20].any() and not mask[:, 60:].any()
+    assert "scaled to 80x40 between black bars" in pad.warning()
+
+
+def test_stretching_is_asked_for():
+    stretch = Resize((40, 80), (80, 80), "stretch")
+    height, width = extent(stretch.frame(disc(40, 80))[..., 0] > 172)
+    assert height == pytest.approx(2 * width, abs=2)
+    assert stretch.warning() is None
+
+
+@pytest.mark.parametrize(("source", "target"), [((1080, 1920), (90, 160)), ((31, 48), (62, 96))])
+def test_one_shape_is_neither_cropped_nor_padded(source, target):
+    for fit in FITS:
+        assert Resize(source, target, fit).warning() is None
+
+
+sides = st.tuples(st.integers(1, 60), st.integers(1, 60))
+
+
+@quick
+@given(sides, sides, st.sampled_from(FITS))
+def test_any_size_comes_to_any_other(source, target, fit):
+    resize = Resize(source, target, fit)
+    (rows, columns), (down, across) = resize.window, resize.place
+    for part, whole in zip((rows, columns, down, across), (*source, *target), strict=True):
+        assert 0 <= part.start < part.stop <= whole
+        assert abs(part.start - (whole - part.stop)) <= 1  # centred
+    expected = (down.stop - down.start) * (across.stop - across.start)
+    assert resize.mask(np.ones((1, *source), bool)).sum() == expected
+
+
+def test_a_frame_of_another_size_is_named():
+    with pytest.raises(InputError, match="one size, found 48x31 and 48x32"):
+        Resize((32, 48), (16, 24)).frame(noise()[0, 1:])

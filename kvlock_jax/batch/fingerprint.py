@@ -14,7 +14,7 @@ from kvlock_jax import demo
 from kvlock_jax.batch.manifest import Request
 from kvlock_jax.checkpoints import format
 from kvlock_jax.media import storage
-from kvlock_jax.media.decode import IMAGE_SUFFIXES
+from kvlock_jax.media.folders import IMAGE_SUFFIXES
 
 _ENDS = 1 << 16  # bytes of a weight file's head and tail that tell it from another
 

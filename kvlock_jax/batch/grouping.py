@@ -64,7 +64,10 @@ def shared_settings(settings: Settings) -> Settings:
         dilate=0,
         composite=False,
         size="",
+        fit="crop",
         frame_num=0,
+        fps=0.0,
+        no_audio=False,
     )
     sample = dataclasses.replace(settings.sample, seed=0)
     return dataclasses.replace(settings, preset="", sample=sample, edit=edit)

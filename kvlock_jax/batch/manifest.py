@@ -96,9 +96,9 @@ class Request:
 
     @property
     def footage(self) -> tuple[Hashable, ...]:
-        """What edits of one source have in common: the same frames at the same size."""
+        """Key of the frames that edits of one source share: the same part at the same size."""
         edit = self.settings.edit
-        return self.source, edit.frame_num, edit.height_width
+        return self.source, edit.frame_num, edit.height_width, edit.fit, edit.fps
 
 
 @dataclasses.dataclass(frozen=True)

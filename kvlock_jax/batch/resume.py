@@ -30,8 +30,8 @@ from kvlock_jax.batch.fingerprint import content_identity, request_hash
 from kvlock_jax.batch.manifest import Common, Failure, Manifest, Request, parse, reason
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import storage
-from kvlock_jax.media.decode import IMAGE_SUFFIXES
 from kvlock_jax.media.fit import Fit
+from kvlock_jax.media.folders import IMAGE_SUFFIXES
 from kvlock_jax.parallel.agreement import all_agree
 
 _S, _T = TypeVar("_S"), TypeVar("_T")

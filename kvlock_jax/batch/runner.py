@@ -32,17 +32,16 @@ from jaxtyping import Array
 from kvlock_jax.batch.manifest import Failure, Request, reason
 from kvlock_jax.batch.resume import Job, Work
 from kvlock_jax.errors import InputError
-from kvlock_jax.media import decode, encode, storage
-from kvlock_jax.media.decode import IMAGE_SUFFIXES
+from kvlock_jax.media import encode, storage
 from kvlock_jax.media.fit import Fit
+from kvlock_jax.media.folders import IMAGE_SUFFIXES
 from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline import report
 from kvlock_jax.pipeline.api import Result, run_batch
 from kvlock_jax.pipeline.encode import draw_noise
-from kvlock_jax.pipeline.inputs import EditInputs, read_inputs
+from kvlock_jax.pipeline.inputs import Clip, EditInputs, read_clip, read_inputs
 from kvlock_jax.pipeline.load import Model
 from kvlock_jax.pipeline.settings import Settings
-from kvlock_jax.shapes import Frames
 
 _S, _T = TypeVar("_S"), TypeVar("_T")
 
@@ -207,8 +206,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self._footage: tuple | None = None
-        self._video: decode.Video | None = None
-        self._source: Frames | None = None
+        self._clip: Clip | None = None
 
     def read(self, group: Sequence[Request]) -> list[_Read]:
         """The inputs of a group's edits."""
@@ -228,14 +226,11 @@ class _Reader:
             local = functools.partial(storage.at_hand, copies, suffixes=IMAGE_SUFFIXES)
             if self._footage != request.footage:
                 self._footage = None
-                self._video = decode.read_video(local(request.source), edit.frame_num or None)
-                self._footage, self._source = request.footage, None
+                self._clip = read_clip(local(request.source), edit)
+                self._footage = request.footage
             mask = local(request.mask) if isinstance(request.mask, str) else request.mask
             pictures = [local(file) for file in request.references]
-            inputs = read_inputs(self._video.frames, mask, request.prompt, edit, pictures)
-        if self._source is None:
-            self._source = inputs.source
-        return dataclasses.replace(inputs, source=self._source, fps=self._video.fps)
+            return read_inputs(self._clip, mask, request.prompt, edit, pictures)
 
 
 def _outcomes(runner: Runner, model: Callable[[], Model], group: Sequence[_Read]) -> list[_Outcome]:
@@ -326,7 +321,8 @@ def _staging(job: Job) -> Iterator[Path]:
 def _publish(work: Work, stage: Path, request: Request, result: Result, seconds: float) -> None:
     """Writes an edit: the video and then its JSON, each in one replacement."""
     job, edited, told = work.job, stage / request.save_file, stage / request.sidecar
-    encode.write_video(edited, result.video, result.fps, lossless=request.lossless)
+    kept = {"lossless": request.lossless, "footage": result.footage}
+    encode.write_video(edited, result.video, result.fps, **kept)
     about = {
         "id": request.id,
         "request_hash": work.hashes[request.id],

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
 import time
@@ -15,7 +16,8 @@ from kvlock_jax.cli.loading import compiler, dtype_name, join, load_model, place
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
 from kvlock_jax.evaluate.metrics import EditMetrics
-from kvlock_jax.media import decode, encode, storage
+from kvlock_jax.media import encode, storage
+from kvlock_jax.media.folders import IMAGE_SUFFIXES
 from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline import report
 from kvlock_jax.pipeline.api import Result
@@ -63,7 +65,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     settings = resolve_settings(gather_settings(args, others, own))
     mask = args.src_mask if args.bbox is None else tuple(args.bbox.split(","))
     with warnings_as_lines(), contextlib.ExitStack() as copies:
-        local = functools.partial(storage.at_hand, copies, suffixes=decode.IMAGE_SUFFIXES)
+        local = functools.partial(storage.at_hand, copies, suffixes=IMAGE_SUFFIXES)
         pictures = [local(name) for name in (args.src_ref_images or "").split(",") if name]
         mask = local(mask) if isinstance(mask, str) else mask
         inputs = read_inputs(local(args.src_video), mask, args.prompt, settings.edit, pictures)
@@ -95,7 +97,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     say("kept", _kept(result))
     if agreement.is_writer():
-        _write(args, result)
+        with warnings_as_lines():
+            _write(args, result)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -115,10 +118,17 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _write(args: argparse.Namespace, result: Result) -> None:
-    encode.write_video(args.save_file, result.video, result.fps, lossless=args.lossless)
+    encode.write_video(
+        args.save_file,
+        result.video,
+        result.fps,
+        lossless=args.lossless,
+        footage=result.footage,
+    )
     if args.compare:
         together = report.compare(result.source, result.mask, result.video)
-        encode.write_video(args.compare, together, result.fps)
+        silent = dataclasses.replace(result.footage, audio=None)
+        encode.write_video(args.compare, together, result.fps, footage=silent)
     if args.trace:
         names = "prompt ckpt_dir src_video src_mask src_ref_images bbox".split()
         facts = {name: getattr(args, name) for name in names} | {"dtype": dtype_name(args)}

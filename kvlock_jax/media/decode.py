@@ -1,62 +1,90 @@
-"""Videos and pictures to arrays (PyAV)."""
+"""Videos and pictures to arrays (PyAV, Pillow)."""
 
+import contextlib
 import dataclasses
+import errno
 import os
-import re
 import types
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import IO
 
 import av
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 
 from kvlock_jax.errors import InputError
+from kvlock_jax.media import colour, containers, heif, memory, orientation, pictures, timing
+from kvlock_jax.media.deinterlace import progressive
+from kvlock_jax.media.folders import list_frames
+from kvlock_jax.media.footage import Footage, Sound
+from kvlock_jax.media.memory import Gathered
+from kvlock_jax.media.sound import read_sound
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.shapes import Frames, Image
 
 STILL_FPS = Fraction(16)  # of images, which have no rate of their own: Wan's
-IMAGE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-)  # in a folder; its other files are passed over
 
-# A Matroska or WebM head up to the size of its one segment, seven bytes in what FFmpeg writes.
-_SEGMENT = re.compile(rb"\x1a\x45\xdf\xa3.{0,200}?\x18\x53\x80\x67\x01(.{7})", re.DOTALL)
+_HEAD = 4096  # bytes that tell the kind of a file
+
+Resize = Callable[[Image], Image]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-    """Frames and their rate in frames per second."""
+    """Frames, and what an output keeps of the file beside them.
+
+    Attributes:
+      frames: RGB, upright; where pixels are transparent, over white.
+      fps: frames per second, by the timestamps of these frames.
+      times: seconds of each frame from the first one, float64; None where they are evenly spaced.
+      audio: the sound of these frames, if any.
+      pixel_aspect: width over height of a pixel; 1 is square.
+      alpha: opacity of each pixel; None where all are opaque, or frames were resized.
+    """
 
     frames: Frames
     fps: Fraction
+    times: np.ndarray | None = None
+    audio: Sound | None = None
+    pixel_aspect: Fraction = Fraction(1)
+    alpha: UInt8[np.ndarray, "frames height width"] | None = None
+
+    @property
+    def footage(self) -> Footage:
+        """What an edited video keeps of this one."""
+        return Footage(self.times, self.audio, self.pixel_aspect)
 
 
-def read_video(path: FilePath, max_frames: int | None = None) -> Video:
+def read_video(
+    path: FilePath, max_frames: int | None = None, *, resize: Resize | None = None
+) -> Video:
     """Reads a video, an image, or a folder of images in natural order (`2.png` before `10.png`).
 
-    Any format, pixel format and bit depth that FFmpeg decodes; quarter-turn rotation metadata is
-    applied, alpha is dropped, a variable frame rate becomes its average. `max_frames` stops early.
+    Any format, pixel format and bit depth that FFmpeg decodes, and animated pictures. Of several
+    video streams the default one is read. Frames are upright and progressive; HDR is tone-mapped;
+    the rate is that of the timestamps of the frames taken.
+
+    Args:
+      path: a file or a folder.
+      max_frames: frames to take from the start.
+      resize: applied to each frame as soon as it is decoded, so that no more stays in memory.
 
     Raises:
-      InputError: the path is missing, empty, truncated, damaged, holds no video or no frame, or
-        frames of different sizes.
+      InputError: the path is missing, empty, truncated, damaged, too large for the memory, holds no
+        video or no frame, or frames of different sizes.
     """
     source = epath.Path(path).expanduser()
     if not source.exists():
         raise InputError(f"{path}: no such file or folder")
     if not source.is_dir():
-        return _decode(source, max_frames)
-    files = sorted(
-        (f for f in source.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=_natural
-    )
-    frames = [read_image(file) for file in files[:max_frames]]
-    if not frames:
-        raise InputError(f"{path}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return Video(_stack(source, frames), STILL_FPS)
+        return _read_file(source, max_frames, resize)
+    images = Gathered(source, resize)
+    for file in list_frames(source)[:max_frames]:
+        image = read_video(file, 1)
+        images.add(image.frames[0], None if image.alpha is None else image.alpha[0])
+    return Video(images.frames, STILL_FPS, alpha=images.alpha)
 
 
 def read_image(path: FilePath) -> Image:
@@ -64,73 +92,130 @@ def read_image(path: FilePath) -> Image:
     return read_video(path, 1).frames[0]
 
 
-def _natural(file: epath.Path) -> list[int | str]:
-    return [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", file.name)]
-
-
-def _decode(source: epath.Path, max_frames: int | None) -> Video:
-    frames: list[Image] = []
+def _read_file(source: epath.Path, limit: int | None, resize: Resize | None) -> Video:
+    images = Gathered(source, resize)
     try:
         with source.open("rb") as file:
-            head, length = file.read(256), file.seek(0, os.SEEK_END)
-            file.seek(0)
-            if not length:
+            head = file.read(_HEAD)
+            if not head:
                 raise InputError(f"{source}: the file is empty")
-            # Without its name, or FFmpeg trusts a suffix over the content.
-            raw = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
-            with av.open(raw, metadata_errors="replace") as container:
-                stream = _video_stream(source, container)
-                ends = [entry.pos + entry.size for entry in stream.index_entries]
-                # FFmpeg stops at the end of a cut file without a word: what the container
-                # promises is compared with what is there.
-                if max([_matroska_end(head), *ends]) > length:
-                    raise InputError(f"{source}: the video is truncated")
-                still = container.format.name.endswith("_pipe")
-                if still:  # or half a JPEG decodes to a picture that is half grey
-                    stream.codec_context.options = {"err_detect": "explode"}
-                stream.thread_type = "AUTO"
-                for frame in container.decode(stream):
-                    image = frame.to_ndarray(format="rgb24")
-                    frames.append(np.rot90(image, round(frame.rotation / 90) % 4))
-                    if len(frames) == max_frames:
-                        break
-                fps = stream.average_rate or stream.guessed_rate
-    except (av.FFmpegError, OSError) as error:
-        what = f"damaged after frame {len(frames)}" if frames else "not a readable video or image"
-        raise InputError(f"{source}: {what} ({error.strerror or error})") from error
-    if not frames:
-        raise InputError(f"{source}: the video has no frames")
-    return Video(_stack(source, frames), STILL_FPS if still or not fps else fps)
+            containers.check_whole(source, file)
+            file.seek(0)
+            if pictures.is_picture(head):
+                return _read_pictures(file, limit, images)
+            if heif.is_heic(head):
+                return _read_heic(source, file, images)
+            return _read_footage(source, file, limit, images)
+    except (av.FFmpegError, OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+            problem = f"out of memory after {images.count} frames: {memory.HINT}"
+            raise InputError(f"{source}: {problem}") from error
+        count = images.count
+        problem = f"damaged after frame {count}" if count else "not a readable video or image"
+        raise InputError(f"{source}: {problem} ({error.strerror or error})") from error
+
+
+def _read_pictures(file: IO[bytes], limit: int | None, images: Gathered) -> Video:
+    """A picture, or the frames of an animated one."""
+    stamps, end = [], Fraction(0)
+    for pixels, seconds in pictures.read_pictures(file):
+        if images.count == limit:
+            break
+        images.add(*(colour.over_white(pixels) if pixels.shape[-1] == 4 else (pixels, None)))
+        stamps.append(end)
+        end += seconds
+    declared = [images.count / end if end else None]
+    fps, times = timing.pace(stamps, declared, Fraction(1, 1000))
+    return Video(images.frames, fps or STILL_FPS, times, alpha=images.alpha)
+
+
+def _read_heic(source: epath.Path, file: IO[bytes], images: Gathered) -> Video:
+    """A picture of one tile or several."""
+    try:
+        layout = heif.read_layout(file)
+        items = {}
+        with _opened(file) as container:
+            streams = [stream for stream in container.streams.video if stream.id in layout.tiles]
+            for packet in container.demux(streams):
+                for frame in packet.decode():
+                    items[packet.stream.id], _ = colour.rgb(frame)
+        images.add(layout.assemble(items))
+    except (ValueError, KeyError) as error:
+        problem = f"a HEIC picture that cannot be put together ({error}), save it as PNG"
+        raise InputError(f"{source}: {problem}") from error
+    return Video(images.frames, STILL_FPS)
+
+
+def _read_footage(
+    source: epath.Path, file: IO[bytes], limit: int | None, images: Gathered
+) -> Video:
+    """Frames, timestamps and sound of whatever FFmpeg decodes."""
+    stamps: list[Fraction | None] = []
+    swaps, end, length = False, None, file.seek(0, os.SEEK_END)
+    with _opened(file) as container:
+        stream = _video_stream(source, container)
+        is_still = container.format.name.endswith("_pipe")
+        # The index of a cut file points past its end.
+        ends = [entry.pos + entry.size for entry in stream.index_entries]
+        if max(ends, default=0) > length:
+            raise InputError(f"{source}: the video is truncated")
+        stream.thread_type = "AUTO"
+        images.expected = _frame_count(container, stream, limit)
+        for frame in progressive(stream, container.decode(stream)):
+            stamp = None if frame.pts is None else frame.pts * frame.time_base
+            if images.count == limit:
+                end = stamp
+                break
+            matrix = orientation.display_matrix(frame)
+            pixels, alpha = colour.rgb(frame)
+            upright = orientation.upright(pixels, matrix)
+            images.add(upright, alpha if alpha is None else orientation.upright(alpha, matrix))
+            stamps.append(stamp)
+            swaps = orientation.swaps_sides(matrix)
+            if stamp is not None:
+                end = stamp + (frame.duration or 0) * frame.time_base
+        declared = stream.average_rate, stream.guessed_rate
+        fps, times = timing.pace(stamps, declared, stream.time_base)
+        if (
+            fps and stamps and end is not None and end == stamps[-1]
+        ):  # the file does not say how long the last frame lasts
+            end += 1 / fps
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+    frames = images.frames
+    if is_still or fps is None:
+        return Video(frames, STILL_FPS, alpha=images.alpha)
+    audio = None
+    if stamps[0] is not None and end is not None:
+        with _opened(file) as container:
+            audio = read_sound(source, container, stamps[0], end)
+    return Video(frames, fps, times, audio, 1 / aspect if swaps else aspect, images.alpha)
+
+
+@contextlib.contextmanager
+def _opened(file: IO[bytes]) -> Iterator[av.container.InputContainer]:
+    file.seek(0)
+    # Without its name, or FFmpeg trusts a suffix over the content.
+    raw = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+    with av.open(raw, metadata_errors="replace") as container:
+        yield container
 
 
 def _video_stream(source: epath.Path, container: av.container.InputContainer) -> av.VideoStream:
-    """The first video that is not the cover of a song."""
-    cover = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover]
+    """The default video of those that are not the cover of a song."""
+    disposition = av.stream.Disposition
+    covers = disposition.attached_pic | disposition.timed_thumbnails | disposition.dependent
+    streams = [s for s in container.streams.video if not s.disposition & covers]
     if not streams:
-        found = ", ".join(sorted({s.type for s in container.streams} - {"video"})) or "nothing"
-        raise InputError(f"{source}: no video stream, only {found}")
-    return streams[0]
+        kinds = ", ".join(sorted({s.type for s in container.streams} - {"video"})) or "nothing"
+        raise InputError(f"{source}: no video stream, only {kinds}")
+    return next((s for s in streams if s.disposition & disposition.default), streams[0])
 
 
-def _matroska_end(head: bytes) -> int:
-    """The byte where a Matroska or WebM file ends by its own header; 0 where it does not say."""
-    match = _SEGMENT.match(head)
-    if match is None or match[1] == b"\xff" * 7:  # all ones: a live recording
-        return 0
-    return match.end() + int.from_bytes(match[1], "big")
-
-
-def _stack(source: epath.Path, frames: list[Image]) -> Frames:
-    for index, frame in enumerate(frames):
-        if frame.shape != frames[0].shape:
-            sizes = (
-                f"frame {index} has {size_text(frame)} pixels, frame 0 has {size_text(frames[0])}"
-            )
-            raise InputError(f"{source}: all frames must have one size, but {sizes}")
-    return np.stack(frames)
-
-
-def size_text(image: np.ndarray) -> str:
-    """The size of an image as `WIDTHxHEIGHT`."""
-    return f"{image.shape[1]}x{image.shape[0]}"
+def _frame_count(
+    container: av.container.InputContainer, stream: av.VideoStream, limit: int | None
+) -> int:
+    """Frames to expect, by what the container says; 0 where it does not."""
+    count = stream.frames
+    if not count and container.duration and stream.guessed_rate:
+        count = round(Fraction(container.duration, av.time_base) * stream.guessed_rate)
+    return min(count, limit) if count and limit else count

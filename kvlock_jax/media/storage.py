@@ -76,7 +76,9 @@ def opened(path: str) -> Iterator[IO[bytes]]:
 
 
 def files(path: str, suffixes: Sequence[str]) -> list[str]:
-    """The file itself; of a folder those of its files that end in one of `suffixes`, by name.
+    """The file itself, or the files of a folder that end in one of `suffixes`, sorted by name.
+
+    Dot files, such as the `._0001.png` of macOS, are passed over.
 
     Raises:
       InputError: there is no such file or folder, or it cannot be listed.
@@ -86,7 +88,8 @@ def files(path: str, suffixes: Sequence[str]) -> list[str]:
         if system.info(place)["type"] != "directory":
             return [path]
         names = sorted(os.path.basename(entry) for entry in system.ls(place, detail=False))
-    return [join(path, name) for name in names if name.lower().endswith(tuple(suffixes))]
+    ends = tuple(suffixes)
+    return [join(path, n) for n in names if n.lower().endswith(ends) and not n.startswith(".")]
 
 
 def identity(path: str) -> str:

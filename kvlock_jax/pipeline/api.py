@@ -18,8 +18,10 @@ from kvlock_jax.checkpoints.registry import Checkpoint, family, not_finite
 from kvlock_jax.errors import InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
 from kvlock_jax.media.fit import Fit
+from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.masks import Box
 from kvlock_jax.media.storage import FilePath
+from kvlock_jax.models.text.prompts import prompt_warnings
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.pipeline import stages
 from kvlock_jax.pipeline.background import BackgroundCompiler
@@ -48,6 +50,7 @@ class Result:
       metrics: errors of background and ring (METHOD.md section 13).
       seconds: time of each stage, with compilation apart.
       settings: settings of the edit.
+      footage: timestamps, sound and pixel aspect of the source, for the file of the result.
     """
 
     video: Frames
@@ -58,6 +61,7 @@ class Result:
     metrics: EditMetrics
     seconds: dict[str, float]
     settings: Settings
+    footage: Footage = dataclasses.field(default_factory=Footage)
 
 
 def edit(
@@ -146,10 +150,14 @@ def run_batch(
     kind = family(model.checkpoint.configs.transformer)
     if inputs[0].references and not kind.conditioner.takes_references:
         raise InputError(f"reference pictures need a VACE model, this one is {kind.name}")
-    for given in inputs:
-        if words := ", ".join(model.tokenizer.unknown(given.prompt)):
-            message = f"{given.prompt!r} has words that the text encoder does not know: {words}"
-            warnings.warn(message, stacklevel=2)
+    prompts = [
+        prompt
+        for one, own in zip(inputs, settings, strict=True)
+        for prompt in (one.prompt, own.edit.negative_prompt, own.edit.source_prompt)
+    ]
+    for prompt in dict.fromkeys(prompts):
+        for line in prompt_warnings(model.tokenizer, prompt):
+            warnings.warn(line, stacklevel=2)
     clock, rows = Clock(), batch_rows(inputs, settings, noise, model.mesh)
     compiler = background.compiler if background is not None else Compiler()
 
@@ -221,7 +229,17 @@ def _result(
     if settings.edit.composite:
         video = np.where(mask[..., None], video, source)
     measured = measure(source, video, mask, None if round_trip is None else fit.undo(round_trip))
-    return Result(video, source, mask, inputs.fps, trace, measured, seconds, settings)
+    return Result(
+        video=video,
+        source=source,
+        mask=mask,
+        fps=inputs.fps,
+        trace=trace,
+        metrics=measured,
+        seconds=seconds,
+        settings=settings,
+        footage=inputs.footage,
+    )
 
 
 def _finite(video: Frames | None, trace: Trace, networks: Checkpoint) -> Frames:

@@ -1,4 +1,4 @@
-"""What a user hands over to be edited, read and checked: a video, its mask, a prompt, pictures."""
+"""Reads and checks the user's inputs of one edit: video, mask, prompt and reference pictures."""
 
 import dataclasses
 import os
@@ -11,9 +11,12 @@ import numpy as np
 from kvlock_jax import lock
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import decode, masks
-from kvlock_jax.media.fit import resize
+from kvlock_jax.media.decode import STILL_FPS, Video
+from kvlock_jax.media.fit import Resize
+from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.masks import Box
 from kvlock_jax.media.storage import FilePath
+from kvlock_jax.media.timeline import Timeline, declared_frames
 from kvlock_jax.settings.schema import EditConfig
 from kvlock_jax.shapes import Frames, Image, Mask
 
@@ -22,14 +25,15 @@ TRAINED_FRAMES = 81  # Wan 2.1 was trained on clips of 81 frames
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EditInputs:
-    """A video as it is edited: shortened or resized where the settings say so.
+    """The inputs of one edit, shortened and resized as the settings say.
 
     Attributes:
-      source: its frames.
-      mask: of the same size; true is edited.
-      fps: frames per second; 16, Wan's own rate, where the video came as an array.
-      prompt: what the masked part should show.
-      references: pictures that it should look like, each of its own size; VACE models only.
+      source: frames of the video.
+      mask: mask of the same size; true is edited.
+      fps: frames per second; 16, Wan's own rate, for arrays and images without `edit.fps`.
+      prompt: text that describes the masked part.
+      references: pictures of the wanted content, each of its own size; VACE models only.
+      footage: timing, sound and pixel aspect ratio of the video, which the result keeps.
     """
 
     source: Frames
@@ -37,57 +41,156 @@ class EditInputs:
     fps: Fraction
     prompt: str
     references: tuple[Image, ...] = ()
+    footage: Footage = dataclasses.field(default_factory=Footage)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """A source video, shortened and resized as the settings say; several edits may share it.
+
+    Attributes:
+      frames: frames at the size to work at.
+      size: height and width before resizing: those of masks and boxes.
+      fps: frames per second.
+      footage: timing, sound and pixel aspect ratio.
+      timeline: timing for masks of another rate; None for arrays and images without `edit.fps`.
+    """
+
+    frames: Frames
+    size: tuple[int, int]
+    fps: Fraction
+    footage: Footage
+    timeline: Timeline | None
+
+
+def read_clip(video: FilePath | Frames, settings: EditConfig) -> Clip:
+    """Reads a source video; each frame is resized as soon as it is decoded.
+
+    Args:
+      video: file, folder of images, or uint8 frames.
+      settings: `frame_num`, `size`, `fit` and `fps` of the edit.
+
+    Raises:
+      InputError: the video cannot be used.
+    """
+    limit = settings.frame_num or None
+    if isinstance(video, (str, os.PathLike)):
+        size = decode.read_image(video).shape[:2] if settings.height_width else None
+        resize = _resize(size, settings)
+        loaded = decode.read_video(video, limit, resize=resize.frame if resize else None)
+        is_timed = len(loaded.frames) > 1 and not os.path.isdir(os.path.expanduser(video))
+    else:
+        frames = np.asarray(video)[:limit]
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            found = f"{frames.dtype} of shape {frames.shape}"
+            raise InputError(f"a video must be uint8 frames height width 3, found {found}")
+        size = frames.shape[1:3]
+        if resize := _resize(size, settings):
+            frames = np.stack([resize.frame(frame) for frame in frames])
+        loaded, is_timed = Video(frames, STILL_FPS), False
+    fps = Fraction(settings.fps).limit_denominator(1001) if settings.fps else None
+    if fps and is_timed:
+        own = f"{float(loaded.fps):.4g} frames per second"
+        warnings.warn(f"{video}: keeps its own {own}, fps is for images", stacklevel=3)
+        fps = None
+    timeline = None
+    if fps or is_timed:
+        is_cut = is_timed and len(loaded.frames) == limit
+        whole = declared_frames(video) if is_cut else len(loaded.frames)
+        timeline = Timeline.of(loaded, fps, whole)
+    size = size or loaded.frames.shape[1:3]
+    return Clip(loaded.frames, size, fps or loaded.fps, loaded.footage, timeline)
+
+
+def _resize(size: tuple[int, int] | None, settings: EditConfig) -> Resize | None:
+    """The change of size that the settings ask for, if any."""
+    if size is None or not settings.height_width:
+        return None
+    return Resize(size, settings.height_width, settings.fit)
 
 
 def read_inputs(
-    video: FilePath | Frames,
+    video: FilePath | Frames | Clip,
     mask: FilePath | Box | np.ndarray,
     prompt: str,
     settings: EditConfig,
     references: FilePath | Image | Sequence[FilePath | Image] = (),
 ) -> EditInputs:
-    """What `edit` edits; arguments as there. A model need not be loaded to find faults in it.
+    """Reads and checks the inputs of one edit; no model is needed to find their faults.
+
+    Masks and boxes are in pixels of the video as it comes, and are cropped, padded or stretched
+    with it (`media.fit.Resize`). References keep their own shape: the model gets each one as large
+    as fits, on white. Transparent pixels of pictures are composed over white.
+
+    Args:
+      video: file, folder of images, uint8 frames, or a clip of `read_clip` under these settings.
+      mask: file, folder of images, array (`media.masks.read_mask`), or box.
+      prompt: text that describes the masked part.
+      settings: settings of the edit.
+      references: pictures of the wanted content, files or uint8 arrays.
 
     Raises:
       InputError: the prompt is empty, or a file cannot be used.
     """
     if not prompt.strip():
         raise InputError("the prompt is empty: say what the masked part should show")
-    if isinstance(video, (str, os.PathLike)):
-        loaded = decode.read_video(video, settings.frame_num or None)
-        frames, fps = loaded.frames, loaded.fps
-    else:
-        frames, fps = np.asarray(video)[: settings.frame_num or None], Fraction(16)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            found = f"{frames.dtype} of shape {frames.shape}"
-            raise InputError(f"a video must be uint8 frames height width 3, found {found}")
+    clip = video if isinstance(video, Clip) else read_clip(video, settings)
+    count, resize = len(clip.frames), _resize(clip.size, settings)
     if isinstance(mask, tuple):
-        region = masks.bbox_mask(mask, *frames.shape[:3])
+        region = masks.bbox_mask(mask, 1, *clip.size)
     else:
-        region = masks.read_mask(mask, *frames.shape[:3], cut=bool(settings.frame_num))
+        cut = bool(settings.frame_num)
+        region = masks.read_mask(mask, count, *clip.size, cut, clip.timeline)
     if settings.invert_mask:
         region = ~region
     if settings.dilate:
         region = np.asarray(lock.dilate(region, settings.dilate))
     masks.check_mask(region)
-    if settings.height_width:
-        frames = resize(frames, *settings.height_width)
-        region = masks.resize_mask(region, *settings.height_width)
-    if len(frames) > TRAINED_FRAMES:
+    if resize:
+        region = _resized_mask(region, resize)
+    if count > TRAINED_FRAMES:
         warnings.warn(
-            f"{len(frames)} frames: the model was trained on {TRAINED_FRAMES}, longer ones flicker",
+            f"{count} frames: the model was trained on {TRAINED_FRAMES}, longer ones flicker",
             stacklevel=3,
         )
     if isinstance(references, (str, os.PathLike, np.ndarray)):
         references = [references]
-    return EditInputs(frames, region, fps, prompt, tuple(_picture(r) for r in references))
+    footage = clip.footage
+    if settings.no_audio:
+        footage = dataclasses.replace(footage, audio=None)
+    return EditInputs(
+        source=clip.frames,
+        mask=np.array(np.broadcast_to(region, clip.frames.shape[:3])),
+        fps=clip.fps,
+        prompt=prompt,
+        references=tuple(_picture(reference) for reference in references),
+        footage=footage,
+    )
+
+
+def _resized_mask(region: Mask, resize: Resize) -> Mask:
+    """The mask at the size to work at, with a warning of what is cropped with it."""
+    if line := resize.warning():
+        warnings.warn(line, stacklevel=4)
+    resized = resize.mask(region)
+    if not resized.any():
+        raise InputError("the mask lies in the part that is cropped: give --fit pad")
+    lost = 1 - region[:, *resize.window].sum() / region.sum()
+    if lost:
+        text = f"{100 * lost:.1f} % of the mask is cropped with the picture; --fit pad keeps it"
+        warnings.warn(text, stacklevel=4)
+    return resized
 
 
 def _picture(reference: FilePath | Image) -> Image:
     if isinstance(reference, (str, os.PathLike)):
         return decode.read_image(reference)
     picture = np.asarray(reference)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] not in (3, 4):
         found = f"{picture.dtype} of shape {picture.shape}"
         raise InputError(f"a reference picture must be uint8 height width 3, found {found}")
-    return picture
+    if picture.shape[-1] == 3:
+        return picture
+    opacity = picture[..., 3:].astype(np.float32) / 255
+    over_white = picture[..., :3] * opacity + 255 * (1 - opacity)
+    return np.round(over_white).astype(np.uint8)

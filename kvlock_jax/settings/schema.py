@@ -6,6 +6,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -151,6 +152,10 @@ class LockConfig:
         return self.enabled or self.background == "source"
 
 
+FITS = ("crop", "pad", "stretch")
+"""Ways of `media.fit.Resize` to bring a video to a size of another shape."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EditConfig:
     """The settings of one video, its mask and its prompts.
@@ -162,7 +167,11 @@ class EditConfig:
       dilate: pixels by which the mask grows, before any other use of it.
       composite: whether the result takes the pixels outside the mask from the source.
       size: `"832*480"` (width, height) to work at another size; empty keeps the video's.
+      fit: `"crop"`, `"pad"` or `"stretch"`, for a `size` of another shape than the video's
+        (`media.fit.Resize`).
       frame_num: number of frames to take from the start of the video; 0 takes all.
+      fps: frames per second of a folder of images, which has no rate of its own; 0 takes 16, Wan's.
+      no_audio: whether the source's sound is left out of the result.
       context_scale: factor of a VACE model's hints, 0 or more; published 1.
       show_masked: whether a VACE model sees the pixels under the mask, which it then follows as a
         sketch. By default x of METHOD.md section 11 is blank (grey) there, as the publisher's
@@ -177,7 +186,10 @@ class EditConfig:
     dilate: int = 0
     composite: bool = False
     size: str = ""
+    fit: str = "crop"
     frame_num: int = 0
+    fps: float = 0.0
+    no_audio: bool = False
     context_scale: float = 1.0
     show_masked: bool = False
     ceiling: bool = False
@@ -187,17 +199,23 @@ class EditConfig:
         require(0 <= scale < math.inf, self, "context_scale", "0 or more, and finite")
         require(self.dilate >= 0, self, "dilate", "0 or more pixels")
         require(self.frame_num >= 0, self, "frame_num", "0 or more frames")
-        sides = self.size.replace("x", "*").split("*") if self.size else ["1", "1"]
+        require(0 <= self.fps < math.inf, self, "fps", "over 0 frames per second, or 0 for 16")
+        sides = self._sides if self.size else ["1", "1"]
         is_size = len(sides) == 2 and all(side.isdecimal() and int(side) > 0 for side in sides)
         require(is_size, self, "size", "width*height, such as 832*480")
+        require(self.fit in FITS, self, "fit", "'crop', 'pad' or 'stretch'")
 
     @property
     def height_width(self) -> tuple[int, int] | None:
         """The size to work at, or `None` for the video's own."""
         if not self.size:
             return None
-        width, height = (int(side) for side in self.size.replace("x", "*").split("*"))
+        width, height = (int(side) for side in self._sides)
         return height, width
+
+    @property
+    def _sides(self) -> list[str]:
+        return [side.strip() for side in re.split(r"[*xX\u00d7]", self.size)]
 
 
 def run_config(preset: str, **sample: Any) -> ConfigDict:

@@ -1,4 +1,4 @@
-"""Prompts to the text context that Wan's transformer attends to."""
+"""Encodes prompts into the text context that Wan's transformer attends to."""
 
 from collections.abc import Sequence
 
@@ -21,28 +21,49 @@ def encode_prompts(
     """The text context of prompts: hidden states, and zeros after each end token, float32.
 
     Args:
-      encoder: called with ids and mask, such as `UMT5Encoder`; its `config.vocab_size` bounds ids.
-      tokenizer: of the same checkpoint.
-      prompts: one for each edit; an empty string is a prompt too.
-      run: how the compiled program is called.
+      encoder: network that takes ids and mask, such as `UMT5Encoder`; `config.vocab_size` bounds
+        the ids.
+      tokenizer: tokenizer of the same checkpoint.
+      prompts: texts to encode; an empty string is a prompt too.
+      run: caller of the compiled program.
 
     Raises:
-      CheckpointError: if the tokenizer knows more tokens than the encoder.
-      InputError: if `prompts` is not a sequence of strings.
+      CheckpointError: the tokenizer has more tokens than the encoder embeds.
+      InputError: `prompts` is not a sequence of strings.
     """
     known = encoder.config.vocab_size
     if tokenizer.vocab_size > known:
         raise CheckpointError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the text encoder embeds "
-            f"{known}: they are not of one checkpoint"
+            f"{known}: they come from different checkpoints"
         )
     return run(encode_ids, encoder, *tokenizer(prompts))
+
+
+def prompt_warnings(tokenizer: Tokenizer, prompt: str) -> list[str]:
+    """One line for each way in which a prompt reaches the model incomplete.
+
+    Either the vocabulary lacks some of its words, or it has more tokens than the model takes and
+    loses its tail. Empty for a prompt that arrives whole.
+    """
+    lines = []
+    if words := ", ".join(tokenizer.unknown(prompt)):
+        lines.append(f"{_short(prompt)} has words that the text encoder does not know: {words}")
+    if tail := tokenizer.cut_off(prompt):
+        limit = f"{tokenizer.text_len} tokens"
+        lines.append(f"{_short(prompt)} is over {limit} long, the model never sees {_short(tail)}")
+    return lines
+
+
+def _short(text: str) -> str:
+    """A text in quotes, its middle left out where it is long."""
+    return repr(text if len(text) <= 80 else f"{text[:50]} ... {text[-20:]}")
 
 
 @jax.jit
 def encode_ids(
     encoder: nnx.Module, ids: Int[Array, "B S"], mask: Bool[Array, "B S"]
 ) -> Float[Array, "B S D"]:
-    """Hidden states of token ids, float32, and zeros where the mask is not set."""
+    """Hidden states of token ids, float32, and zeros where the mask is false."""
     hidden = encoder(ids, mask).astype(jnp.float32)
     return jnp.where(mask[..., None], hidden, 0.0)

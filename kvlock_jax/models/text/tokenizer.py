@@ -1,4 +1,4 @@
-"""Prompts to token ids, and prompts to the text context that Wan's transformer attends to."""
+"""Turns prompts into token ids, and writes tokenizers of whole words for small models."""
 
 import html
 import json
@@ -20,8 +20,8 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 def clean(prompt: str) -> str:
     """A prompt as the publisher cleans it.
 
-    Broken encodings mended, full-width characters made plain and quotes straight (ftfy), HTML
-    entities resolved twice over, every run of white space one space, none at the ends.
+    Repairs broken encodings, full-width characters and curly quotes (ftfy), resolves HTML entities
+    twice, and turns each run of white space into one space, with none at the ends.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
@@ -30,23 +30,23 @@ def clean(prompt: str) -> str:
 class Tokenizer:
     """The tokenizer of a Diffusers folder (`tokenizer/`) or an original one (`google/umt5-xxl/`).
 
-    What the user types is text, with one exception that the publisher's code has too: a special
-    token written out, such as `</s>` or `<extra_id_0>`, is that token.
+    Prompts are plain text, with one exception that the publisher's code shares: a special token
+    spelled out, such as `</s>` or `<extra_id_0>`, becomes that token.
 
     Attributes:
-      text_len: length to which ids are padded or cut.
-      vocab_size: one more than the largest id.
+      text_len: number of ids of each prompt, after padding or truncation, end token included.
+      vocab_size: largest id plus one.
     """
 
     def __init__(self, folder: epath.PathLike, text_len: int = 512):
         """Opens `tokenizer.json` and `tokenizer_config.json`.
 
         Args:
-          folder: where they are; local, or of a scheme that etils knows, such as `gs://`.
-          text_len: tokens of a prompt, with the end token; the model's own maximum where smaller.
+          folder: folder of both files, local or of a scheme that etils reads, such as `gs://`.
+          text_len: tokens of a prompt, end token included; `model_max_length` wins where smaller.
 
         Raises:
-          CheckpointError: if a file is missing or damaged, or the tokenizer ends no prompt.
+          CheckpointError: a file is missing or damaged, or the tokenizer adds no end token.
         """
         folder = epath.Path(folder)
         settings = _read_settings(folder)
@@ -72,12 +72,12 @@ class Tokenizer:
     def __call__(
         self, prompts: Sequence[str]
     ) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-        """Ids of cleaned prompts, and a mask that is true up to the end token.
+        """Ids of cleaned prompts, and a mask that is true up to and including the end token.
 
-        Both are `text_len` long; longer prompts are cut and keep their end token.
+        Both are `text_len` long. A longer prompt loses its tail (`cut_off`), not its end token.
 
         Raises:
-          InputError: if `prompts` is one string, or holds something that is not a string.
+          InputError: `prompts` is one string, or holds something other than strings.
         """
         if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
             raise InputError(f"prompts must be a sequence of strings, found {prompts!r}")
@@ -87,28 +87,36 @@ class Tokenizer:
         return ids, mask
 
     def unknown(self, prompt: str) -> list[str]:
-        """What of a prompt the vocabulary does not hold, as typed."""
+        """Words of a prompt outside the vocabulary, each once."""
         text = clean(prompt)
-        found = self._inner.encode(text)
-        spans = zip(found.ids, found.offsets, strict=True)
+        encoded = self._inner.encode(text)
+        spans = zip(encoded.ids, encoded.offsets, strict=True)
         words = [text[first:last] for token, (first, last) in spans if token == self._unknown]
         return list(dict.fromkeys(words))
 
+    def cut_off(self, prompt: str) -> str:
+        """The tail of a cleaned prompt beyond `text_len` tokens; empty where the prompt fits."""
+        text = clean(prompt)
+        encoded = self._inner.encode(text)
+        if not encoded.overflowing:
+            return ""
+        return text[max(last for _, last in encoded.offsets) :].strip()
+
 
 def write_word_tokenizer(folder: epath.PathLike, words: Iterable[str], text_len: int) -> None:
-    """Writes a tokenizer of whole words, for models with a small vocabulary of their own.
+    """Writes a tokenizer of whole words, for models with a small vocabulary.
 
-    Letters are lowered and punctuation is dropped; a word that is not listed becomes `<unk>`. Ids
-    are `<pad>` 0, `</s>` 1, `<unk>` 2, then the words in order. The folder loads in Transformers
-    and in Diffusers' pipelines as well.
+    Prompts are lower-cased and lose their punctuation; an unlisted word becomes `<unk>`. Ids are
+    `<pad>` 0, `</s>` 1, `<unk>` 2, then the words in order. Transformers and Diffusers' pipelines
+    load the folder too.
 
     Raises:
-      InputError: if a word is listed twice, or is more than one lower-case word.
+      InputError: a word is listed twice, or is not one lower-case word.
     """
     words = list(words)
-    fits = re.compile(r"[^\W_]+").fullmatch
-    if bad := [w for w in words if not fits(w) or w != w.lower() or words.count(w) > 1]:
-        raise InputError(f"words must be single, lower-case and unlike each other, found {bad}")
+    is_word = re.compile(r"[^\W_]+").fullmatch
+    if bad := [w for w in words if not is_word(w) or w != w.lower() or words.count(w) > 1]:
+        raise InputError(f"words must be single, lower-case and distinct, found {bad}")
     vocabulary = {word: i for i, word in enumerate((PAD, END, UNKNOWN, *words))}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
     inner.normalizer = tokenizers.normalizers.Lowercase()
@@ -136,7 +144,7 @@ def write_word_tokenizer(folder: epath.PathLike, words: Iterable[str], text_len:
 
 
 def _read_settings(folder: epath.Path) -> dict:
-    """`tokenizer_config.json`, which may be left out."""
+    """The contents of `tokenizer_config.json`; empty where the file is missing."""
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return {}
