@@ -46,6 +46,11 @@ SETTINGS = (
 """Key of the config, type, names, help."""
 
 
+def file_names(text: str) -> list[str]:
+    """The names of a list such as `"a.png, b.png"`, without blanks around them and empty ones."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def update(run: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     """A copy with values by dotted keys, such as `sample.steps`; `settle` checks them."""
     run = copy.deepcopy(run)
