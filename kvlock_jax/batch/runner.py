@@ -321,7 +321,8 @@ def _staging(job: Job) -> Iterator[Path]:
 def _publish(work: Work, stage: Path, request: Request, result: Result, seconds: float) -> None:
     """Writes an edit: the video and then its JSON, each in one replacement."""
     job, edited, told = work.job, stage / request.save_file, stage / request.sidecar
-    encode.write_video(edited, result.video, result.fps, lossless=request.lossless)
+    kept = {"lossless": request.lossless, "footage": result.footage}
+    encode.write_video(edited, result.video, result.fps, **kept)
     about = {
         "id": request.id,
         "request_hash": work.hashes[request.id],

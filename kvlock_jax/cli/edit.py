@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
 import time
@@ -97,7 +98,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     say("kept", _kept(result))
     if agreement.is_writer():
-        _write(args, result)
+        with warnings_as_lines():
+            _write(args, result)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -117,10 +119,17 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _write(args: argparse.Namespace, result: Result) -> None:
-    encode.write_video(args.save_file, result.video, result.fps, lossless=args.lossless)
+    encode.write_video(
+        args.save_file,
+        result.video,
+        result.fps,
+        lossless=args.lossless,
+        footage=result.footage,
+    )
     if args.compare:
         together = report.compare(result.source, result.mask, result.video)
-        encode.write_video(args.compare, together, result.fps)
+        silent = dataclasses.replace(result.footage, audio=None)
+        encode.write_video(args.compare, together, result.fps, footage=silent)
     if args.trace:
         names = "prompt ckpt_dir src_video src_mask src_ref_images bbox dtype".split()
         report.write_trace(args.trace, result, {name: getattr(args, name) for name in names})

@@ -1,10 +1,7 @@
-"""Videos, masks and images: files <-> arrays (PyAV), and the model's frame-count and size rules.
-
-Colours are RGB, uint8. A mask is 1 (white) where the video is edited (METHOD.md section 2). Paths
-are `str` or `os.PathLike`. Whatever cannot be used is an `InputError` of one line.
-"""
+"""Arrays to videos and pictures (PyAV). Files appear whole or not at all."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import uuid
@@ -16,16 +13,19 @@ import numpy as np
 from etils import epath
 
 from kvlock_jax.errors import InputError
+from kvlock_jax.media.footage import Footage
+from kvlock_jax.media.sound import copying
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.shapes import Frames, Image
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # to write
 _BT709 = 1  # the code of BT.709 in a stream's matrix, primaries and transfer fields
 _LIMITED = 1  # the code of 16-235 luma ("MPEG" range)
+_CLOCK = Fraction(1, 90000)  # seconds of a tick, where timestamps are no multiple of 1 / fps
 
 
 def check_output(path: FilePath, suffixes: Sequence[str] = tuple(CONTAINERS)) -> epath.Path:
-    """The path as one that can be written; to be called before the work starts.
+    """Checks a path of an output before the work starts, and expands it.
 
     Raises:
       InputError: another suffix than `suffixes`, a missing folder, or the path is a folder.
@@ -47,13 +47,22 @@ def write_video(
     *,
     lossless: bool = False,
     crf: float = 14.0,
+    footage: Footage | None = None,
 ) -> None:
     """Writes a video under a temporary name and renames it: the path never holds half a file.
 
-    As a rule H.264 in 4:2:0, which browsers play, in BT.709 and tagged so. 4:2:0 has no odd sizes:
-    those are written in 4:4:4, which desktop players play but few browsers do. `lossless` keeps
-    every bit of the RGB: FFV1 in `.mkv`, H.264 RGB in the others (again not for browsers); else
-    `crf` is the quality, 0 (best) to 51. `fps` is over 0.
+    The default is H.264 in 4:2:0, which browsers play, in BT.709 and tagged as such. Odd sizes,
+    which 4:2:0 does not have, are written in 4:4:4, which desktop players play but few browsers do.
+
+    Args:
+      path: ends in a suffix of `CONTAINERS`.
+      frames: RGB.
+      fps: frames per second, over 0.
+      lossless: whether every bit of the RGB is kept: by FFV1 in `.mkv`, by H.264 RGB, which
+        browsers do not play, in the others.
+      crf: quality where not `lossless`, 0 (best) to 51.
+      footage: timestamps, sound and pixel aspect of the source. Sound that the container cannot
+        hold is left out, with a warning.
 
     Raises:
       InputError: as in `check_output`, or the frames or their rate cannot be written.
@@ -63,15 +72,19 @@ def write_video(
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
         found = f"{images.dtype} of shape {images.shape}"
         raise InputError(f"{path}: must be uint8 of shape frames height width 3, found {found}")
+    footage = footage or Footage()
+    if footage.times is not None and len(footage.times) != len(images):
+        raise InputError(f"{path}: {len(images)} frames, but {len(footage.times)} timestamps")
     if not (math.isfinite(fps) and fps > 0):
         raise InputError(f"{path}: the frame rate must be over 0, found {fps}")
     rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 and its kin survive a float
+    codec = _codec(target, images, lossless, crf)
     with replacing(target) as part:
-        _encode(part, CONTAINERS[target.suffix.lower()], images, rate, lossless, crf)
+        _encode(target, part, images, rate, codec, footage)
 
 
 def write_png(path: FilePath, image: Image) -> None:
-    """Writes one image as PNG, lossless, by the same renaming; errors as in `write_video`."""
+    """Writes one image as PNG, lossless, renamed like videos; errors as in `write_video`."""
     target = check_output(path, (".png",))
     codec = av.CodecContext.create("png", "w")
     codec.height, codec.width = image.shape[:2]
@@ -95,32 +108,69 @@ def replacing(target: epath.Path) -> Iterator[epath.Path]:
         raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
-def _encode(
-    part: epath.Path, container: str, images: Frames, rate: Fraction, lossless: bool, crf: float
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Codec:
+    """A video codec by FFmpeg's name, its pixel format and options."""
+
+    name: str
+    pixels: str
+    options: dict[str, str]
+
+    @property
+    def is_rgb(self) -> bool:
+        return not self.pixels.startswith("yuv")
+
+
+def _codec(target: epath.Path, images: Frames, lossless: bool, crf: float) -> _Codec:
     height, width = images.shape[1:3]
-    name, pixels, options = "libx264", "yuv444p", {"crf": str(crf)}
+    if lossless and CONTAINERS[target.suffix.lower()] == "matroska":
+        return _Codec("ffv1", "bgr0", {})
     if lossless:
-        name, pixels, options = "libx264rgb", "rgb24", {"crf": "0"}
-        if container == "matroska":
-            name, pixels, options = "ffv1", "bgr0", {}
-    elif height % 2 == 0 and width % 2 == 0:
-        pixels = "yuv420p"
+        return _Codec("libx264rgb", "rgb24", {"crf": "0"})
+    is_even = height % 2 == 0 and width % 2 == 0
+    return _Codec("libx264", "yuv420p" if is_even else "yuv444p", {"crf": str(crf)})
+
+
+def _encode(
+    target: epath.Path,
+    part: epath.Path,
+    images: Frames,
+    rate: Fraction,
+    codec: _Codec,
+    footage: Footage,
+) -> None:
+    container = CONTAINERS[target.suffix.lower()]
     start = {"movflags": "faststart"} if container in ("mp4", "mov") else {}  # plays while it loads
     # Absolute, or FFmpeg takes what stands before a colon for a protocol.
     with av.open(os.path.abspath(part), "w", format=container, options=start) as output:
-        stream = output.add_stream(name, rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, pixels
-        codec, matrix = stream.codec_context, {}
-        if not lossless:
-            codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
-            codec.color_range = _LIMITED
+        stream = output.add_stream(codec.name, rate=rate, options=codec.options)
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt = codec.pixels
+        context, matrix = stream.codec_context, {}
+        context.sample_aspect_ratio = footage.pixel_aspect
+        if not codec.is_rgb:
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _LIMITED
             matrix = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
-        for index, image in enumerate(images):
-            frame = _frame(image).reformat(format=pixels, **matrix)
-            frame.pts, frame.time_base = index, 1 / rate
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
+        stamps, tick = _stamps(len(images), rate, footage)
+        context.time_base = tick
+        with copying(target, output, footage.audio) as copy_sound_until:
+            for image, stamp in zip(images, stamps, strict=True):
+                frame = _frame(image).reformat(format=codec.pixels, **matrix)
+                frame.pts, frame.time_base = stamp, tick
+                packets = stream.encode(frame)
+                copy_sound_until(stamp * tick)
+                output.mux(packets)
+            output.mux(stream.encode(None))
+
+
+def _stamps(count: int, rate: Fraction, footage: Footage) -> tuple[Sequence[int], Fraction]:
+    """Timestamps of the frames, and the seconds that they count."""
+    lead = footage.audio.lead if footage.audio else Fraction(0)
+    if footage.times is None and not lead:
+        return range(count), 1 / rate
+    times = footage.times if footage.times is not None else np.arange(count) / float(rate)
+    return [round((float(time) + float(lead)) / float(_CLOCK)) for time in times], _CLOCK
 
 
 def _frame(image: Image) -> av.VideoFrame:

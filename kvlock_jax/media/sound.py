@@ -1,17 +1,20 @@
 """Sound of a video: its packets, copied bit for bit, cut to the frames taken."""
 
+import collections
+import contextlib
 import io
+import itertools
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import av
 
 from kvlock_jax.media.footage import Sound
 
-_KEEPERS = ("nut", "mov")
-"""Containers to keep packets in, which between them hold every codec; NUT has exact times."""
+_KEEPERS = ("nut", "matroska", "mov", "mp4")
+"""Containers to keep packets in; the source's own is tried first."""
 
 
 def read_sound(
@@ -24,7 +27,7 @@ def read_sound(
 
     Args:
       name: of the file, for the warning.
-      container: the open file, at any place.
+      container: the file, opened anew: a seek loses what decoders skip at the start.
       start: seconds of the first frame, by the file's clock.
       end: seconds at which the last frame ends; None takes all sound.
     """
@@ -37,11 +40,17 @@ def read_sound(
             return None
         shown = min(_time(packet) + _skipped(packet) for packet in _firsts(packets))
         first = min(_time(packet) for packet in packets)
-        data = _kept(packets, streams, first)
+        rounding = max(packet.time_base for packet in packets)
+        used = {packet.stream_index for packet in packets}
+        streams = [stream for stream in streams if stream.index in used]
+        data = _kept(container.format.name, packets, streams, first)
     except (av.FFmpegError, ValueError) as error:
         warnings.warn(f"{name}: the sound is left out, it cannot be copied ({error})", stacklevel=2)
         return None
-    return Sound(data, lead=max(Fraction(0), start - shown), shift=first - start)
+    lead = start - shown
+    if abs(lead) <= rounding:
+        return Sound(data, shift=first - shown)
+    return Sound(data, lead=max(Fraction(0), lead), shift=first - start)
 
 
 def _packets(
@@ -50,7 +59,6 @@ def _packets(
     end: Fraction | None,
 ) -> list[av.Packet]:
     """The packets of sound that begin before `end`."""
-    container.seek(0, backward=True)
     packets, reached = [], set()
     for packet in container.demux(streams):
         if not packet.size or packet.pts is None:
@@ -65,8 +73,7 @@ def _packets(
 
 
 def _time(packet: av.Packet) -> Fraction:
-    stamps = [stamp for stamp in (packet.pts, packet.dts) if stamp is not None]
-    return min(stamps) * packet.time_base
+    return packet.pts * packet.time_base
 
 
 def _firsts(packets: list[av.Packet]) -> list[av.Packet]:
@@ -82,67 +89,101 @@ def _skipped(packet: av.Packet) -> Fraction:
     return Fraction(samples, packet.stream.codec_context.sample_rate)
 
 
-def _kept(packets: list[av.Packet], streams: list[av.AudioStream], first: Fraction) -> bytes:
+def _kept(
+    source: str, packets: list[av.Packet], streams: list[av.AudioStream], first: Fraction
+) -> bytes:
     """A file of the packets, their times counted from `first`."""
-    for keeper in _KEEPERS:
-        try:
-            return _written(keeper, packets, streams, first)
-        except (av.FFmpegError, ValueError):
-            if keeper == _KEEPERS[-1]:
-                raise
-    raise AssertionError
+    family = [keeper for keeper in _KEEPERS if keeper in source]
+    files = []
+    for keeper in dict.fromkeys([*family, *_KEEPERS]):
+        with contextlib.suppress(av.FFmpegError, ValueError):
+            files.append(_written(keeper, packets, streams, first))
+            with av.open(io.BytesIO(files[-1])) as kept:
+                if _natures(kept.streams.audio) == _natures(streams):
+                    return files[-1]
+    for file in files:  # NUT forgets how some codecs place their channels
+        with av.open(io.BytesIO(file)) as kept:
+            if _codecs(kept.streams.audio) == _codecs(streams):
+                return file
+    raise ValueError(f"no container keeps {', '.join(_codecs(streams))}")
+
+
+def _natures(streams: Sequence[av.AudioStream]) -> list[tuple[str, str]]:
+    return [(stream.codec_context.name, stream.codec_context.layout.name) for stream in streams]
+
+
+def _codecs(streams: Sequence[av.AudioStream]) -> list[str]:
+    return [stream.codec_context.name for stream in streams]
 
 
 def _written(
-    keeper: str, packets: list[av.Packet], streams: list[av.AudioStream], first: Fraction
+    keeper: str,
+    packets: Iterable[av.Packet],
+    streams: Sequence[av.AudioStream],
+    first: Fraction,
 ) -> bytes:
     file = io.BytesIO()
-    used = {packet.stream_index for packet in packets}
     with av.open(file, "w", format=keeper) as output:
-        copies = {s.index: _copy_stream(output, s) for s in streams if s.index in used}
+        copies = {stream.index: _copy_stream(output, stream) for stream in streams}
         for packet in packets:
             output.mux(_moved(packet, copies[packet.stream_index], -first))
     return file.getvalue()
 
 
-def add_sound(
-    name: object, output: av.container.OutputContainer, sound: Sound
-) -> tuple[av.container.InputContainer, dict[int, av.AudioStream]]:
-    """Adds the streams of a sound to an output; gives the opened sound, and the streams by index.
+@contextlib.contextmanager
+def copying(
+    name: object, output: av.container.OutputContainer, sound: Sound | None
+) -> Iterator[Callable[[Fraction], None]]:
+    """Copies a sound into an output; to be entered before anything is muxed.
 
     A codec that the output's container cannot hold is left out, with a warning that names it.
+
+    Yields:
+      A function to call before frames are muxed, with their time in seconds: it copies the packets
+      up to there. The others are copied at the end.
     """
-    source = av.open(io.BytesIO(sound.data))
-    copies = {}
-    for stream in source.streams.audio:
-        codec = stream.codec_context.name
-        if _holds(output.format.name, stream):
-            copies[stream.index] = _copy_stream(output, stream)
-        else:
-            warnings.warn(
-                f"{name}: the sound is left out, {output.format.name} cannot hold {codec}: "
-                "write .mkv to keep it",
-                stacklevel=2,
-            )
-    return source, copies
+    if sound is None:
+        yield lambda time: None
+        return
+    with av.open(io.BytesIO(sound.data)) as source:
+        copies = {}
+        for stream in source.streams.audio:
+            if _holds(output.format.name, sound, stream.index):
+                copies[stream.index] = _copy_stream(output, stream)
+            else:
+                codec = stream.codec_context.name
+                problem = f"the container cannot hold {codec}, .mkv can"
+                warnings.warn(f"{name}: the sound is left out: {problem}", stacklevel=5)
+        packets = _shifted(source, copies, sound.shift + sound.lead)
+        waiting = collections.deque(itertools.islice(packets, 1))
+
+        def copy_until(time: Fraction | None) -> None:
+            while waiting and (time is None or _time(waiting[0]) <= time):
+                output.mux(waiting.popleft())
+                waiting.extend(itertools.islice(packets, 1))
+
+        yield copy_until
+        copy_until(None)
 
 
-def moved_packets(
-    source: av.container.InputContainer, copies: dict[int, av.AudioStream], shift: Fraction
-) -> Iterator[tuple[Fraction, av.Packet]]:
-    """The packets of `add_sound` for its streams, later by `shift` seconds, each with its time."""
-    for packet in source.demux([stream for stream in source.streams if stream.index in copies]):
+def _shifted(
+    source: av.container.InputContainer, copies: Mapping[int, av.AudioStream], shift: Fraction
+) -> Iterator[av.Packet]:
+    """The packets for the copies of streams, later by `shift` seconds."""
+    if not copies:
+        return
+    for packet in source.demux([s for s in source.streams.audio if s.index in copies]):
         if packet.size:
-            moved = _moved(packet, copies[packet.stream_index], shift)
-            yield _time(moved), moved
+            yield _moved(packet, copies[packet.stream_index], shift)
 
 
-def _holds(container: str, stream: av.AudioStream) -> bool:
-    """Whether a container holds the stream's codec, by writing a header into memory."""
+def _holds(container: str, sound: Sound, index: int) -> bool:
+    """Whether a container holds a stream of the sound, by writing it into memory."""
     try:
-        with av.open(io.BytesIO(), "w", format=container) as trial:
-            _copy_stream(trial, stream)
-            trial.start_encoding()
+        with av.open(io.BytesIO(sound.data)) as source:
+            stream = source.streams[index]
+            packets = (packet for packet in source.demux(stream) if packet.size)
+            _written(container, packets, [stream], Fraction(0))
     except (av.FFmpegError, ValueError):
         return False
     return True
@@ -152,12 +193,22 @@ def _copy_stream(output: av.container.OutputContainer, stream: av.AudioStream) -
     copy = output.add_stream_from_template(stream)
     if stream.language:
         copy.metadata["language"] = stream.language
+    channels = stream.codec_context.channels
+    if stream.codec_context.layout.name == f"{channels} channels":  # AVI does not place them
+        copy.codec_context.layout = {1: "mono", 2: "stereo"}.get(channels, copy.layout)
     return copy
 
 
 def _moved(packet: av.Packet, stream: av.AudioStream, shift: Fraction) -> av.Packet:
-    ticks = round(shift / packet.time_base)
-    packet.stream = stream
-    packet.pts = None if packet.pts is None else packet.pts + ticks
-    packet.dts = None if packet.dts is None else packet.dts + ticks
-    return packet
+    """A packet for another stream, later by `shift` seconds.
+
+    It has no side data: what to skip at the start is said by its time, and not twice.
+    """
+    tick = min(packet.time_base, Fraction(1, stream.codec_context.sample_rate))
+    copy = av.Packet(bytes(packet))
+    copy.stream, copy.time_base = stream, tick
+    copy.pts = round((packet.pts * packet.time_base + shift) / tick)
+    copy.dts = copy.pts
+    copy.duration = round((packet.duration or 0) * packet.time_base / tick)
+    copy.is_keyframe = packet.is_keyframe
+    return copy

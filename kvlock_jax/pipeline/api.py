@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from kvlock_jax.errors import InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
 from kvlock_jax.media.fit import Fit
+from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.masks import Box
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.models.text.prompts import prompt_warnings
@@ -47,6 +48,7 @@ class Result:
       metrics: how far background and ring moved (METHOD.md section 13).
       seconds: time of each stage, with compilation apart.
       settings: what it was made with.
+      footage: timestamps, sound and pixel aspect of the source, for the file of the result.
     """
 
     video: Frames
@@ -57,6 +59,7 @@ class Result:
     metrics: EditMetrics
     seconds: dict[str, float]
     settings: Settings
+    footage: Footage = dataclasses.field(default_factory=Footage)
 
 
 def edit(
@@ -189,7 +192,17 @@ def run_batch(
             video = np.where(given.mask[..., None], video, given.source)
         measured = measure(given.source, video, given.mask)
         results.append(
-            Result(video, given.source, given.mask, given.fps, told, measured, clock.seconds, own)
+            Result(
+                video=video,
+                source=given.source,
+                mask=given.mask,
+                fps=given.fps,
+                trace=told,
+                metrics=measured,
+                seconds=clock.seconds,
+                settings=own,
+                footage=given.footage,
+            )
         )
     return results
 
