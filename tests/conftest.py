@@ -27,6 +27,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook("kvlock_jax", "annotations.arrays")
 
 
+def pytest_report_header(config):
+    """Says which tests do not run, and why."""
+    if config.option.markexpr == "not nightly":
+        return "nightly: deselected, since they take long; run with -m nightly"
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Path:
     """The folder of this run, the same one for all workers of pytest-xdist."""

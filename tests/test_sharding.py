@@ -6,6 +6,7 @@ import functools
 import math
 import re
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,11 +132,7 @@ def make_edits() -> Edits:
 
 
 def model_of(attend=gathered):
-    model = wan_transformer(CONFIG, attend=attend, rngs=nnx.Rngs(0))
-    for projection in (model.vace_proj_in, model.vace_blocks.proj_out):
-        kernel = projection.kernel  # a fresh one is zero: no hint would reach the edit
-        kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape) / CONFIG.dim**0.5
-    return model
+    return fresh.module(lambda: wan_transformer(CONFIG, attend=attend, rngs=nnx.Rngs(0)))
 
 
 def placed(module, name, mesh, spread):
@@ -339,7 +336,7 @@ def test_heads_that_do_not_divide_are_refused():
 def make_vae():
     config = VAEConfig(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4,
                        latents_std=(1.0,) * 4)  # fmt: skip
-    return autoencoder.WanVAE(config, rngs=nnx.Rngs(0))
+    return fresh.module(lambda: autoencoder.WanVAE(config, rngs=nnx.Rngs(0)))
 
 
 @functools.cache
