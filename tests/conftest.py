@@ -1,46 +1,84 @@
-"""Eight CPU devices, quick compilation and strict dtype promotion, set before JAX starts."""
+"""Eight CPU devices, quick compilation, strict dtype promotion, and fixtures that modules share."""
 
 import os
 import re
+from pathlib import Path
 
 import jax
 import pytest
+from filelock import FileLock
+from jax.experimental.compilation_cache import compilation_cache
+from jaxtyping import install_import_hook
 
-# Small programs that run a few times: most of the suite's time would be LLVM's optimisations. They
-# come after XLA's own, which stay; the demo, which CI runs too, has both. A caller's flags win.
+# Small programs that run a few times: LLVM's optimisations would take most of the suite's time. XLA's
+# own optimisations stay. `test_optimised.py` and the demo in CI run with both. A caller's flags win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     + os.environ.get("XLA_FLAGS", "")
 )
-os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # it is the user's
+# For the processes that tests start; this process has read its own settings.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
-
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+install_import_hook("kvlock_jax", "annotations.arrays")
+
+
+def pytest_report_header(config):
+    """Says which tests do not run, and why."""
+    if config.option.markexpr == "not nightly":
+        return "nightly: deselected, since they take long; run with -m nightly"
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """The folder of this run, the same one for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(shared_folder):
+    """Workers and modules share compiled programs: many modules run the same ones."""
+    jax.config.update("jax_compilation_cache_dir", str(shared_folder / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # collection may have compiled, and settled on no folder
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forgotten():
-    """Lets go of a module's programs: each is memory maps, of which a process has 65,530."""
+def cleared_caches():
+    """Frees a module's programs: each takes memory maps, and a process may have 65,530 of them."""
     yield
     jax.clear_caches()
 
 
+def written_once(folder: Path, write) -> Path:
+    """What `write` returns for a new folder; the first worker writes, the others wait."""
+    with FileLock(f"{folder}.lock"):
+        done = folder / "done"
+        if not done.exists():
+            folder.mkdir()
+            done.write_text(str(write(folder)))
+        return Path(done.read_text())
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory):
+def tiny_checkpoint(shared_folder):
     """A tiny Wan 2.1 in a Diffusers folder (tests/tiny.py); a test that damages it copies it."""
     import tiny
 
-    return tiny.write_folder(tmp_path_factory.mktemp("tiny"))
+    return written_once(shared_folder / "tiny", tiny.write_folder)
 
 
 @pytest.fixture(scope="session")
-def tiny_vace_checkpoint(tmp_path_factory):
+def tiny_vace_checkpoint(shared_folder):
     """A tiny Wan 2.1 VACE in a Diffusers folder (tests/tiny.py)."""
     import tiny
 
-    return tiny.write_vace_folder(tmp_path_factory.mktemp("tiny_vace"))
+    return written_once(shared_folder / "tiny_vace", tiny.write_vace_folder)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import fresh
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,7 +38,9 @@ def attend(q, k, v, keys=None):
 
 
 def transformer(config=T2V, dtype=LOW):
-    return wan_transformer(config, dtype=dtype, attend=attend, rngs=nnx.Rngs(0))
+    return fresh.module(
+        lambda: wan_transformer(config, dtype=dtype, attend=attend, rngs=nnx.Rngs(0))
+    )
 
 
 def context_of(config, rows, rng, edits=1):

@@ -2,6 +2,7 @@
 
 import re
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,11 @@ from kvlock_jax.models.vae.convolutions import CausalConv3d, DoublingConv2d, Hal
 
 
 def features(*shape):
-    return jax.random.normal(jax.random.key(1), shape)
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+
+def fresh_layer(kind, *sizes):
+    return fresh.module(lambda: kind(*sizes, rngs=nnx.Rngs(0)))
 
 
 def same(found, want):
@@ -22,26 +27,27 @@ def same(found, want):
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("c_in", [3, 32, 33])  # three frames' channels at once, and one's
-@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("time_stride", [1, 2])
-@pytest.mark.parametrize("frames", [1, 2, 5])
+@pytest.mark.parametrize(
+    "c_in, size, frames",  # up to 32 channels three frames are convolved at once, over it one
+    [(3, 1, 5), (3, 3, 5), (32, 1, 2), (32, 3, 5), (33, 1, 5), (33, 3, 1), (33, 3, 2), (33, 3, 5)],
+)
 def test_frames_on_cpu_are_the_whole_convolution(c_in, size, time_stride, frames):
-    layer = CausalConv3d(c_in, 5, size, time_stride, rngs=nnx.Rngs(0))
+    layer = fresh_layer(CausalConv3d, c_in, 5, size, time_stride)
     x, kernel = features(2, frames + 2, 6, 9, c_in), layer.kernel[...]
     same(jax.jit(layer._by_frames)(x, kernel), layer._whole(x, kernel))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_wide_channels_of_large_frames_are_filtered_and_the_same(frames):
-    layer = CausalConv3d(104, 96, rngs=nnx.Rngs(0))
+    layer = fresh_layer(CausalConv3d, 104, 96)
     x, kernel = features(1, frames + 2, 23, 25, 104), layer.kernel[...]  # not whole tiles
     assert convolutions._filtered(x, kernel)
     same(jax.jit(layer._by_frames)(x, kernel), layer._whole(x, kernel))
 
 
 def test_a_filter_holds_no_copies_of_its_inputs():
-    layer = CausalConv3d(96, 96, rngs=nnx.Rngs(0))
+    layer = fresh_layer(CausalConv3d, 96, 96)
     x = jax.ShapeDtypeStruct((1, 6, 120, 208, 96), jnp.float32)
     memory = jax.jit(layer.valid).lower(x).compile().memory_analysis()
     # its six products, and what one of them is made of; six windows would be another input
@@ -67,7 +73,7 @@ def test_narrow_channels_and_small_frames_are_not(shape):
 @pytest.mark.parametrize("channels", [6, 96])
 @pytest.mark.parametrize("sides", [(22, 25), (1, 2)])
 def test_a_doubled_frame_is_convolved_without_being_made(channels, sides):
-    layer = DoublingConv2d(channels, 96, rngs=nnx.Rngs(0))
+    layer = fresh_layer(DoublingConv2d, channels, 96)
     x, kernel = features(2, 3, *sides, channels), layer.kernel[...]
     found = jax.jit(layer._filtered)(x, kernel)
     assert found.shape == (2, 3, 2 * sides[0], 2 * sides[1], 96)
@@ -82,7 +88,7 @@ def test_a_frame_is_doubled_cell_by_cell():
 
 @pytest.mark.parametrize("module", [CausalConv3d, DoublingConv2d])
 def test_other_dtypes_are_not_filtered(module):
-    layer = module(96, 96, rngs=nnx.Rngs(0))
+    layer = fresh_layer(module, 96, 96)
     x = features(1, 6, 24, 24, 96).astype(jnp.bfloat16)
     form = layer._by_frames if module is CausalConv3d else layer._filtered
     found = form(x, layer.kernel[...].astype(x.dtype))
@@ -92,7 +98,7 @@ def test_other_dtypes_are_not_filtered(module):
 
 
 def test_halving_takes_a_row_and_column_after_the_frame():
-    layer = HalvingConv2d(1, 1, rngs=nnx.Rngs(0))
+    layer = fresh_layer(HalvingConv2d, 1, 1)
     layer.kernel[...] = jnp.zeros((3, 3, 1, 1)).at[2, 2].set(1.0)
     x = jnp.arange(16.0).reshape(1, 1, 4, 4, 1)
     np.testing.assert_array_equal(layer(x)[0, 0, ..., 0], [[10.0, 0.0], [0.0, 0.0]])
@@ -100,7 +106,7 @@ def test_halving_takes_a_row_and_column_after_the_frame():
 
 @pytest.mark.parametrize("c_in", [32, 33])
 def test_a_cpu_convolves_no_more_than_a_frame(c_in):
-    layer = CausalConv3d(c_in, 5, rngs=nnx.Rngs(0))
+    layer = fresh_layer(CausalConv3d, c_in, 5)
     x = features(2, 7, 6, 9, c_in)
     by_platform = {
         platform: jax.jit(layer.valid).trace(x).lower(lowering_platforms=(platform,)).as_text()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-import jax
+import fresh
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,12 +27,7 @@ OMEGA, SHIFT = 3.0, 3.0
 
 @functools.cache
 def model(config):
-    made = wan_transformer(config, rngs=nnx.Rngs(0))
-    if config.vace_layers:
-        for projection in (made.vace_proj_in, made.vace_blocks.proj_out):
-            kernel = projection.kernel  # a fresh one is zero: no hint would reach the edit
-            kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape) / config.dim**0.5
-    return made
+    return fresh.module(lambda: wan_transformer(config, rngs=nnx.Rngs(0)))
 
 
 def given(config, each=1, references=0) -> Edits:

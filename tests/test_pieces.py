@@ -2,6 +2,7 @@
 
 import re
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,7 @@ WIDTH = 44  # latent columns: three tiles of two reaches and an own part are nar
 
 @pytest.fixture(scope="module")
 def network():
-    return autoencoder.WanVAE(CONFIG, rngs=nnx.Rngs(0))
+    return fresh.module(lambda: autoencoder.WanVAE(CONFIG, rngs=nnx.Rngs(0)))
 
 
 def tiled(network, tiles):

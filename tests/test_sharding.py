@@ -6,6 +6,7 @@ import functools
 import math
 import re
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,7 @@ from kvlock_jax.sampling.edits import Edits, bucket
 from kvlock_jax.sampling.loop import Program, sample
 
 MESHES = ((1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1))
+FRAMES, TOKENS = 7, 63  # of 9 tokens each: every mesh that shards tokens pads them, to 64
 EDITS, STEPS, HEADS, SIZE, LAYERS, TEXT = 8, 4, 4, 12, 3, 6
 CONFIG = WanConfig(
     HEADS, SIZE, LAYERS, ffn_dim=40, in_channels=4, out_channels=4, text_dim=16, freq_dim=8,
@@ -110,9 +112,9 @@ def test_a_row_of_tokens_is_padded_to_equal_shards(tokens, shards, length):
 # -- whole runs ------------------------------------------------------------------------------------
 
 
-def given(frames: int) -> Edits:
-    """Eight edits of 16 tokens a frame, as NumPy arrays, padded for the ambient mesh."""
-    rng, space = np.random.default_rng(frames), (frames, 8, 8)
+def make_edits() -> Edits:
+    """Eight edits, as NumPy arrays, padded for the ambient mesh."""
+    rng, space = np.random.default_rng(FRAMES), (FRAMES, 6, 6)
     source, noise = (rng.normal(size=(EDITS, *space, 4)).astype(np.float32) for _ in range(2))
     control = rng.normal(size=(EDITS, *space, 6)).astype(np.float32)
     text = rng.normal(size=(3 * EDITS, TEXT, 16)).astype(np.float32)
@@ -130,11 +132,7 @@ def given(frames: int) -> Edits:
 
 
 def model_of(attend=gathered):
-    model = wan_transformer(CONFIG, attend=attend, rngs=nnx.Rngs(0))
-    for projection in (model.vace_proj_in, model.vace_blocks.proj_out):
-        kernel = projection.kernel  # a fresh one is zero: no hint would reach the edit
-        kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape) / CONFIG.dim**0.5
-    return model
+    return fresh.module(lambda: wan_transformer(CONFIG, attend=attend, rngs=nnx.Rngs(0)))
 
 
 def placed(module, name, mesh, spread):
@@ -162,61 +160,68 @@ def arguments(edits: Edits, model, preset="kvlock_anchor", kind="carried"):
 
 
 @functools.cache
-def on_one_device(frames: int, preset="kvlock_anchor"):
-    edits = given(frames)
-    args, program = arguments(edits, model_of(), preset)
+def on_one_device():
+    edits = make_edits()
+    args, program = arguments(edits, model_of())
     latents, trace = sample(*args, program=program)
     return np.asarray(edits.grid.join(latents)), jax.tree.map(np.asarray, trace)
 
 
 @functools.cache
-def on_a_mesh(
-    shape: tuple[int, int, int], frames: int, spread=True, attend=gathered, kind="carried"
-):
+def on_a_mesh(shape: tuple[int, int, int], attend=gathered, kind="carried"):
     """Latents, trace, their sharding, and the compiled program of a run on a mesh."""
     mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
-        edits = given(frames)
-        model = placed(model_of(attend), "transformer", mesh, spread)
+        edits = make_edits()
+        model = placed(model_of(attend), "transformer", mesh, True)
         args, program = arguments(edits, model, kind=kind)
-        text = sample.lower(*args, program=program).compile().as_text()
-        latents, trace = sample(*args, program=program)
-        whole = np.asarray(edits.grid.join(latents))
-    return whole, jax.tree.map(np.asarray, trace), latents.sharding.spec, text
+        compiled = sample.lower(*args, program=program).compile()
+        latents, trace = compiled(*args)
+        joined = np.asarray(edits.grid.join(latents))
+    return joined, jax.tree.map(np.asarray, trace), latents.sharding.spec, compiled.as_text()
 
 
 def relative(found, wanted):
     return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("frames", [3, 5, 7])
+def assert_same_run(got, want):
+    """Two runs' latents and traces, up to the order of sums."""
+    assert relative(got[0], want[0]) < 1e-5
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got[1], want[1]
+    )
+
+
 @pytest.mark.parametrize("shape", MESHES)
-def test_sharded_is_unsharded(shape, frames):
-    wanted, trace = on_one_device(frames)
-    found, told, spec, _ = on_a_mesh(shape, frames)
-    assert relative(found, wanted) < 1e-5
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), told, trace)
+def test_a_sharded_run_equals_one_device(shape):
+    latents, trace, spec, _ = on_a_mesh(shape)
+    assert_same_run((latents, trace), on_one_device())
     wanted_spec = jax.sharding.NamedSharding(make_mesh(*shape), sharding.spec("BLcC"))
     got = jax.sharding.NamedSharding(make_mesh(*shape), spec)
     assert got.is_equivalent_to(wanted_spec, 4)
 
 
-@pytest.mark.parametrize("attend", [gathered, ring])
-@pytest.mark.parametrize("kind", ["fused", "foreground"])
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_without_a_cache_it_is_the_same(shape, kind, attend):
-    found, told, _, text = on_a_mesh(shape, 5, True, attend, kind)
-    wanted, trace = on_one_device(5)
-    assert relative(found, wanted) < 1e-5
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), told, trace)
-    whole = 4 * 80 * 4 * EDITS // shape[0]  # numbers of a share's latents
-    assert not any(math.prod(s) == whole for kind, s in collectives(text) if kind == "all-gather")
+@pytest.mark.parametrize(
+    "shape, kind, attend",
+    [
+        ((1, 8, 1), "fused", gathered),
+        ((1, 8, 1), "foreground", ring),
+        ((2, 2, 2), "fused", ring),
+        ((2, 2, 2), "foreground", gathered),
+    ],
+)
+def test_a_run_without_a_cache_equals_one_device(shape, kind, attend):
+    latents, trace, _, text = on_a_mesh(shape, attend, kind)
+    assert_same_run((latents, trace), on_one_device())
+    share = 4 * 64 * 4 * EDITS // shape[0]  # numbers of a share's latents
+    assert not any(math.prod(s) == share for kind, s in collectives(text) if kind == "all-gather")
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_a_ring_is_the_same(shape):
-    found, _, _, text = on_a_mesh(shape, 5, True, ring)
-    assert relative(found, on_one_device(5)[0]) < 1e-5
+    latents, trace, _, text = on_a_mesh(shape, ring)
+    assert_same_run((latents, trace), on_one_device())
     heads = {s for kind, s in collectives(text) if kind == "all-gather" and len(s) == 4}
     assert not heads  # keys and values are never gathered
     assert "collective-permute" in {kind for kind, _ in collectives(text)}
@@ -240,9 +245,9 @@ def collectives(text: str) -> collections.Counter:
 def test_collectives_are_those_that_are_meant(shape):
     data, frames, model = shape
     edits = EDITS // data
-    length, wide = padding.padded(80, frames), CONFIG.dim
+    length, wide = padding.padded(TOKENS, frames), CONFIG.dim
     local, heads = length // frames, HEADS // model
-    found = collectives(on_a_mesh(shape, 5)[3])
+    found = collectives(on_a_mesh(shape)[3])
     meant = {("all-gather", (STEPS, EDITS))}  # the trace at the end, for whoever reads it
     if shape == (8, 1, 1):  # each device has an edit of its own
         assert set(found) == meant
@@ -273,8 +278,8 @@ def test_collectives_are_those_that_are_meant(shape):
 def test_the_carry_lies_in_shards(shape):
     """The loop's state as the compiler laid it out: shapes in its `while` are those of a device."""
     data, frames, model = shape
-    edits, local = EDITS // data, padding.padded(80, frames) // frames
-    text = on_a_mesh(shape, 5)[3]
+    edits, local = EDITS // data, padding.padded(TOKENS, frames) // frames
+    text = on_a_mesh(shape)[3]
     carried = {
         tuple(int(n) for n in s.split(","))
         for line in text.splitlines()
@@ -287,14 +292,14 @@ def test_the_carry_lies_in_shards(shape):
     assert (LAYERS, CONFIG.dim // frames, CONFIG.dim // model) in carried  # queries' kernels
     assert (LAYERS, 40 // model, CONFIG.dim // frames) in carried
     if shape != (8, 1, 1):
-        whole = {(LAYERS, EDITS, 80, HEADS, SIZE), (EDITS, 80, 4, 4), (10, EDITS, 80, 4, 4)}
+        whole = {(LAYERS, EDITS, 64, HEADS, SIZE), (EDITS, 64, 4, 4), (10, EDITS, 64, 4, 4)}
         assert not whole & carried
 
 
 def test_a_cache_is_laid_out_as_its_letters_say():
     mesh = make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
-        edits, model = given(5), placed(model_of(), "transformer", mesh, True)
+        edits, model = make_edits(), placed(model_of(), "transformer", mesh, True)
 
         @jax.jit
         def source_pass(model, edits):
@@ -319,7 +324,7 @@ def test_a_cache_is_laid_out_as_its_letters_say():
 def test_heads_that_do_not_divide_are_refused():
     mesh = make_mesh(1, 1, 8)
     with jax.set_mesh(mesh):
-        edits, model = given(3), model_of()
+        edits, model = make_edits(), model_of()
         args, program = arguments(edits, model)
         with pytest.raises(ConfigError, match=r"is 4, .* 8 devices .*: 1, 2, 4"):
             sample.lower(*args, program=program)
@@ -328,23 +333,34 @@ def test_heads_that_do_not_divide_are_refused():
 # -- the VAE ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(32, 64), (64, 32)])
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_a_video_is_coded_in_parts(shape, size):
+def make_vae():
     config = VAEConfig(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4,
                        latents_std=(1.0,) * 4)  # fmt: skip
-    networks = autoencoder.WanVAE(config, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)
-    video = rng.integers(0, 256, (2, 9, *size, 3), np.uint8)
-    latents = np.asarray(autoencoder.encode(networks, video))
-    wanted = np.asarray(autoencoder.decode(networks, latents)[0]).astype(int)
+    return fresh.module(lambda: autoencoder.WanVAE(config, rngs=nnx.Rngs(0)))
+
+
+@functools.cache
+def coded_on_one_device(size):
+    """A video of noise, its latents, and its pixels after the round trip."""
+    video = np.random.default_rng(0).integers(0, 256, (2, 9, *size, 3), np.uint8)
+    latents = np.asarray(autoencoder.encode(make_vae(), video))
+    return video, latents, np.asarray(autoencoder.decode(make_vae(), latents)[0])
+
+
+# Spread by columns, by rows, and over a part of the devices.
+@pytest.mark.parametrize(
+    "shape, size", [((1, 8, 1), (32, 64)), ((1, 8, 1), (64, 32)), ((2, 2, 2), (32, 64))]
+)
+def test_a_video_is_coded_in_parts(shape, size):
+    video, latents, pixels = coded_on_one_device(size)
     mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
-        networks = placed(networks, "vae", mesh, False)
+        networks = placed(make_vae(), "vae", mesh, False)
         found = np.asarray(autoencoder.encode(networks, video))
-        decoded, finite = autoencoder.decode(networks, latents)
-        text = autoencoder.decode.lower(networks, latents).compile().as_text()
+        decode = autoencoder.decode.lower(networks, latents).compile()
+        decoded, finite = decode(networks, latents)
     assert relative(found, latents) < 1e-5
-    assert finite.all() and np.abs(np.asarray(decoded).astype(int) - wanted).max() <= 1
-    halos = [s for kind, s in collectives(text) if kind == "collective-permute"]
+    difference = np.asarray(decoded).astype(int) - pixels.astype(int)
+    assert finite.all() and np.abs(difference).max() <= 1
+    halos = [s for kind, s in collectives(decode.as_text()) if kind == "collective-permute"]
     assert halos  # neighbours swap columns or rows

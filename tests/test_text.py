@@ -5,6 +5,7 @@ import io
 import json
 import random
 
+import fresh
 import fsspec
 import ftfy
 import jax.numpy as jnp
@@ -227,7 +228,7 @@ def encoder(vocab_size=11):
     config = UMT5Config(
         vocab_size=vocab_size, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=3
     )
-    return UMT5Encoder(config, rngs=nnx.Rngs(0))
+    return fresh.module(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
 
 
 def test_context_is_the_bare_prompt_then_zeros(folder):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,7 +120,7 @@ def test_buckets_equal_transformers(buckets, max_distance):
 
 def test_padding_does_not_reach_real_tokens():
     config = CONFIGS["heads narrower than the model"]
-    model = UMT5Encoder(config, rngs=nnx.Rngs(0))
+    model = fresh.module(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
     ids, mask = prompts(config, 12)
     ids, mask = jnp.asarray(ids, jnp.int32), jnp.asarray(mask)
     other = jnp.where(mask, ids, 5)
