@@ -1,21 +1,23 @@
 """A published checkpoint of any layout, opened: all that is known before values are read."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kvlock_jax.checkpoints import format, registry
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, Place, on_first_device
+from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, PlaceFor, on_first_device
 from kvlock_jax.checkpoints.store import Parameter
 from kvlock_jax.convert.table import LazyTensor, Table, parameters, plan, read
 from kvlock_jax.errors import CheckpointError
-from kvlock_jax.models.layout import dtype_of
+from kvlock_jax.models.layout import ParameterRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Published:
         """The parameters of each model by dotted path; none is read yet.
 
         Args:
-          dtype: of the parameters that `layout.dtype_of` lets be rounded; None keeps all.
+          dtype: of the parameters that may be rounded; None keeps all.
 
         Raises:
           CheckpointError: listing every tensor of every model that does not fit.
@@ -64,7 +66,8 @@ class Published:
             except CheckpointError as error:
                 problems.append(str(error))
             else:
-                kinds = _under(name, lambda path, found: dtype_of(path, found, dtype))
+                rules = registry.network(getattr(self.configs, name)).parameters
+                kinds = functools.partial(_dtype, rules, dtype)
                 found[name] = parameters(sources, weights.tensors, kinds)
         if problems:
             raise CheckpointError("\n".join(problems))
@@ -79,7 +82,7 @@ class Published:
         self,
         dtype: Any = None,
         compute_dtype: Any = jnp.float32,
-        place: Place | None = None,
+        place_for: PlaceFor | None = None,
         on_shapes: OnShapes = lambda checkpoint: None,
     ) -> Checkpoint:
         """Reads it into memory, one stacked parameter after another.
@@ -87,13 +90,14 @@ class Published:
         Args:
           dtype: as in `parameters`.
           compute_dtype: of the modules' matrix products.
-          place: where each parameter goes from the host; None is the first device.
+          place_for: sharding of each parameter; None is the first device.
           on_shapes: as in `checkpoint.load`.
 
         Raises:
           CheckpointError: as in `parameters`, or if a file cannot be read.
         """
-        models, place = {}, place or on_first_device
+        models = {}
+        place = place_for(self.configs) if place_for else on_first_device
         found = self.parameters(dtype)
         shapes = {
             name: {
@@ -113,6 +117,10 @@ class Published:
 
     def _abstract(self, name: str, compute_dtype: Any = jnp.float32) -> nnx.Module:
         return registry.abstract(getattr(self.configs, name), compute_dtype)
+
+
+def _dtype(rules: ParameterRules, wanted: Any, path: str, stored: np.dtype) -> np.dtype:
+    return rules.dtype(path, stored, wanted)
 
 
 def _under(name: str, function: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:

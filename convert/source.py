@@ -9,7 +9,7 @@ from etils import epath
 
 from kvlock_jax.checkpoints import format
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, Place
+from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, PlaceFor
 from kvlock_jax.convert import diffusers, original, sizes
 from kvlock_jax.convert.published import Published, Weights, files_in
 from kvlock_jax.convert.weights import files, open_folder, open_pickle, read_json, refuse
@@ -35,11 +35,11 @@ def load(
     source: str | os.PathLike,
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
-    place: Place | None = None,
+    place_for: PlaceFor | None = None,
     on_shapes: OnShapes = lambda checkpoint: None,
 ) -> Checkpoint:
     """Loads a published checkpoint, as `Published.load` does; errors of `open_source` too."""
-    return open_source(source).load(dtype, compute_dtype, place, on_shapes)
+    return open_source(source).load(dtype, compute_dtype, place_for, on_shapes)
 
 
 def describe(source: str | os.PathLike) -> Contents:

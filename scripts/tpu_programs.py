@@ -22,7 +22,6 @@ from kvlock_jax import lock
 from kvlock_jax.checkpoints import registry
 from kvlock_jax.estimate import costs, roofline
 from kvlock_jax.grid import Grid
-from kvlock_jax.models import layout
 from kvlock_jax.models.attention.sharded import gathered, ring
 from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.text.prompts import encode_ids
@@ -124,13 +123,13 @@ def mesh_of(row: Row) -> Mesh:
     return make_mesh(*(row.mesh or (1, len(devices), 1)), devices=devices)
 
 
-def abstract(mesh: Mesh, name: str, model: nnx.Module, dtype, spread: bool) -> nnx.Module:
+def abstract(mesh: Mesh, config, dtype, spread: bool) -> nnx.Module:
     """An abstract model whose parameters lie on a mesh, matrices in `dtype` as converted ones."""
-    graph, state = nnx.split(model)
-    flat = []
+    graph, state = nnx.split(registry.abstract(config, dtype))
+    rules, flat = registry.network(config).parameters, []
     for path, leaf in nnx.to_flat_state(state):
         shape = leaf.get_value().shape
-        place = layout.place(mesh, ".".join([name, *map(str, path)]), shape, spread=spread)
+        place = rules.sharding(mesh, ".".join(map(str, path)), shape, spread=spread)
         kept = jnp.float32 if len(shape) < 2 or path[-1] == "scale_shift_table" else dtype
         flat.append((path, leaf.replace(jax.ShapeDtypeStruct(shape, kept, sharding=place))))
     return nnx.merge(graph, nnx.from_flat_state(flat))
@@ -145,10 +144,8 @@ def array(mesh: Mesh, shape, letters: str, dtype=jnp.float32) -> jax.ShapeDtypeS
 def loop(mesh: Mesh, row: Row, spread: bool):
     """The lowered sampling loop."""
     config, latent = MODELS[row.model], row.workload.latent_shape
-    attend = ring if row.ring else gathered
-    model = registry.abstract(config, jnp.bfloat16)
-    model.attend = attend
-    model = abstract(mesh, "transformer", model, jnp.bfloat16, spread)
+    model = abstract(mesh, config, jnp.bfloat16, spread)
+    model.attend = ring if row.ring else gathered
     grid = Grid(latent, padding.padded(Grid.of(latent).tokens, sharding.shards("L")))
     batch = row.batch
 
@@ -176,8 +173,7 @@ def loop(mesh: Mesh, row: Row, spread: bool):
 
 def text_encoder(mesh: Mesh, row: Row):
     """The lowered text encoder, over three texts for each edit."""
-    model = registry.abstract(TEXT_ENCODER, jnp.bfloat16)
-    model = abstract(mesh, "text_encoder", model, jnp.bfloat16, True)
+    model = abstract(mesh, TEXT_ENCODER, jnp.bfloat16, True)
     shape = (3 * row.batch, costs.TEXT_TOKENS)
     tokens = (array(mesh, shape, "R S", kind) for kind in (jnp.int32, jnp.bool_))
     return encode_ids.lower(model, *tokens)
@@ -185,8 +181,7 @@ def text_encoder(mesh: Mesh, row: Row):
 
 def networks(mesh: Mesh):
     """The abstract VAE."""
-    model = registry.abstract(VAE, jnp.float32)
-    return abstract(mesh, "vae", model, jnp.float32, False)
+    return abstract(mesh, VAE, jnp.float32, False)
 
 
 def decoder(mesh: Mesh, row: Row):
@@ -251,7 +246,7 @@ def held(mesh: Mesh, spread: bool, config: WanConfig) -> dict[str, int]:
     }
     found = {}
     for name, (sizes, dtype) in networks.items():
-        model = abstract(mesh, name, registry.abstract(sizes, dtype), dtype, spread)
+        model = abstract(mesh, sizes, dtype, spread)
         leaves = jax.tree.leaves(nnx.state(model))
         found[name] = sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves

@@ -174,7 +174,7 @@ def test_parameters_go_where_they_are_placed(folder, original):
         asked[name] = NamedSharding(mesh, PartitionSpec(*spec))
         return asked[name]
 
-    got = format.load(folder, place=place)
+    got = format.load(folder, place_for=lambda configs: place)
     assert_same(got, original)
     for name in NETWORKS:
         for path, variable in nnx.to_flat_state(nnx.state(getattr(got, name))):

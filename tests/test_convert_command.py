@@ -21,14 +21,13 @@ from flax import nnx
 from peers import relative_l2
 from rich.console import Console
 
-from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints import format, registry
 from kvlock_jax.checkpoints.registry import NETWORKS
 from kvlock_jax.cli import convert as convert_command
 from kvlock_jax.cli import main
 from kvlock_jax.convert import source, table
 from kvlock_jax.convert.converter import convert
 from kvlock_jax.errors import CheckpointError
-from kvlock_jax.models.layout import dtype_of
 from kvlock_jax.models.vae.autoencoder import WanVAE
 from kvlock_jax.models.wan.vace import VACEContext
 
@@ -179,7 +178,8 @@ def test_killed_at_random_moments(tiny_checkpoint, tmp_path, capsys):
         for name in NETWORKS:  # the old one or the new one, and nothing of the other
             theirs = values(getattr(want, name))
             for path, array in values(getattr(kept, name)).items():
-                kind = dtype_of(f"{name}.{path}", theirs[path].dtype, dtype)
+                rules = registry.network(getattr(want.configs, name)).parameters
+                kind = rules.dtype(path, theirs[path].dtype, dtype)
                 np.testing.assert_array_equal(array, theirs[path].astype(kind), strict=True)
         convert(tiny_checkpoint, target)
         assert_same(format.load(target), want)

@@ -18,12 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from kvlock_jax.checkpoints import format, registry
 from kvlock_jax.checkpoints.registry import NETWORKS
 from kvlock_jax.convert import converter, source
-from kvlock_jax.models.layout import dtype_of
 from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.vace import VACEContext
 
+RULES = {name: network.parameters for name, network in registry.FAMILIES[1].networks.items()}
 LOW, WIDE = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 
@@ -87,7 +87,7 @@ def test_what_is_rounded_is_what_the_module_rounds(low, name):
     for path, array in values(model).items():
         stored = replaced(model, **{path: array.astype(LOW).astype(WIDE)})
         same = all(np.array_equal(run(stored, seed), exact[seed]) for seed in range(8))
-        rounded = dtype_of(f"{name}.{path}", WIDE, LOW) == LOW
+        rounded = RULES[name].dtype(path, WIDE, LOW) == LOW
         # the vocabulary is published in bfloat16, and taken up in float32
         assert rounded == (same or path == "shared.embedding"), path
 
@@ -112,11 +112,12 @@ def test_converted(tiny_vace_checkpoint, tmp_path, dtype):
 
 def test_islands_are_widened_and_never_rounded():
     """From float16 to bfloat16 they stay; to float32 they go with the rest."""
-    island, product = "transformer.blocks.norm2.scale", "transformer.blocks.attn1.to_q.kernel"
+    island, product = "blocks.norm2.scale", "blocks.attn1.to_q.kernel"
+    rules = RULES["transformer"]
     half = np.dtype(np.float16)
-    assert [dtype_of(p, half, LOW) for p in (island, product)] == [half, LOW]
-    assert [dtype_of(p, LOW, WIDE) for p in (island, product)] == [WIDE, WIDE]
-    assert [dtype_of(p, half, None) for p in (island, product)] == [half, half]
+    assert [rules.dtype(p, half, LOW) for p in (island, product)] == [half, LOW]
+    assert [rules.dtype(p, LOW, WIDE) for p in (island, product)] == [WIDE, WIDE]
+    assert [rules.dtype(p, half, None) for p in (island, product)] == [half, half]
 
 
 def test_an_edit_in_bfloat16_has_its_vae_in_float32(low, tiny_vace_checkpoint, tmp_path):
@@ -150,7 +151,7 @@ def test_bytes_of_the_islands_of_published_sizes(name):
     field = next(n for n, network in networks.items() if isinstance(config, network.config))
     model = registry.abstract(config)
     stored = sum(
-        math.prod(v.shape) * dtype_of(f"{field}.{'.'.join(map(str, p))}", WIDE, LOW).itemsize
+        math.prod(v.shape) * RULES[field].dtype(".".join(map(str, p)), WIDE, LOW).itemsize
         for p, v in nnx.to_flat_state(nnx.state(model))
     )
     wide = sum(
@@ -177,7 +178,9 @@ def test_a_published_folder_goes_where_it_is_placed(tiny_vace_checkpoint):
             spec[axis] = "model"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    got, want = (source.load(tiny_vace_checkpoint, place=p) for p in (place, None))
+    got, want = (
+        source.load(tiny_vace_checkpoint, place_for=p) for p in (lambda configs: place, None)
+    )
     inner = 0
     for name in NETWORKS:
         theirs = values(getattr(want, name))

@@ -1,6 +1,7 @@
 """The letters of every parameter of the published sizes against their shapes."""
 
 import math
+import types
 
 import jax
 import pytest
@@ -8,10 +9,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from kvlock_jax.checkpoints import registry
-from kvlock_jax.models import layout
+from kvlock_jax.models.layout import gathered_layer
+from kvlock_jax.models.text import config as text_config
 from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.text.umt5 import UMT5Encoder
+from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.parameters import PARAMETERS
 from kvlock_jax.models.wan.vace import wan_transformer
 from kvlock_jax.parallel.mesh import make_mesh
 
@@ -38,7 +42,7 @@ def test_letters_name_the_dimensions_they_stand_for(size):
     wanted = {"D": config.dim, "N": config.dim, "F": config.ffn_dim}
     named = 0
     for path, shape in parameters(wan_transformer, config).items():
-        letters = layout._letters(layout.TRANSFORMER, path)
+        letters = PARAMETERS.dimensions(path)
         if letters:
             named += 1
             names = letters.split()
@@ -50,8 +54,10 @@ def test_letters_name_the_dimensions_they_stand_for(size):
 
 
 def test_heads_are_on_the_outputs_of_queries_and_the_inputs_of_what_follows(mesh):
+    configs = types.SimpleNamespace(transformer=SIZES["1.3b"], vae=VAEConfig())
+
     def spec(path, shape, spread):
-        return layout.place(mesh, path, shape, spread=spread).spec
+        return registry.on_mesh(mesh, configs, spread=spread)(path, shape).spec
 
     query = ("transformer.blocks.attn1.to_q.kernel", (30, 1536, 1536))
     out = ("transformer.blocks.attn1.to_out.kernel", (30, 1536, 1536))
@@ -71,7 +77,7 @@ def test_heads_are_on_the_outputs_of_queries_and_the_inputs_of_what_follows(mesh
 def test_spread_weights_are_an_eighth_of_them(mesh, size, gib):
     held = total = 0
     for path, shape in parameters(wan_transformer, SIZES[size]).items():
-        place = layout.place(mesh, f"transformer.{path}", shape, spread=True)
+        place = PARAMETERS.sharding(mesh, path, shape, spread=True)
         held += 2 * math.prod(place.shard_shape(shape))
         total += 2 * math.prod(shape)
     assert held / total == pytest.approx(1 / 8, rel=0.08)
@@ -81,7 +87,7 @@ def test_spread_weights_are_an_eighth_of_them(mesh, size, gib):
 def test_the_text_encoder_lies_on_all_devices(mesh):
     held = total = 0
     for path, shape in parameters(UMT5Encoder, TEXT).items():
-        place = layout.place(mesh, f"text_encoder.{path}", shape, spread=False)
+        place = text_config.PARAMETERS.sharding(mesh, path, shape, spread=False)
         held += math.prod(place.shard_shape(shape))
         total += math.prod(shape)
     assert held / total == pytest.approx(1 / 8, rel=1e-3)
@@ -93,7 +99,7 @@ def test_a_layer_is_gathered_for_its_products(mesh):
     blocks = state["blocks"]
 
     def first_layer(blocks):
-        return layout.gathered_layer(jax.tree.map(lambda x: x[0], blocks))
+        return gathered_layer(jax.tree.map(lambda x: x[0], blocks), PARAMETERS)
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(first_layer).lower(blocks).compile()
@@ -106,4 +112,4 @@ def test_a_layer_is_gathered_for_its_products(mesh):
     assert found["ffn.net_2.kernel"] == P("model")
     assert found["scale_shift_table"] == P()
     # without a mesh nothing is said
-    assert layout.gathered_layer(blocks) is blocks
+    assert gathered_layer(blocks, PARAMETERS) is blocks

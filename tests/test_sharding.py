@@ -15,9 +15,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from kvlock_jax import lock
+from kvlock_jax.checkpoints import registry
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.grid import Grid
-from kvlock_jax.models import layout
 from kvlock_jax.models.attention.sharded import gathered, ring
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.models.vae.config import VAEConfig
@@ -138,11 +138,10 @@ def model_of(attend=gathered):
 def placed(module, name, mesh, spread):
     """A module as `checkpoint.load` would have put it."""
     graph, state = nnx.split(module)
-    flat = []
+    rules, flat = registry.FAMILIES[1].networks[name].parameters, []
     for path, leaf in nnx.to_flat_state(state):
         value = leaf.get_value()
-        dotted = ".".join([name, *map(str, path)])
-        place = layout.place(mesh, dotted, value.shape, spread=spread)
+        place = rules.sharding(mesh, ".".join(map(str, path)), value.shape, spread=spread)
         flat.append((path, leaf.replace(jax.device_put(value, place))))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 

@@ -28,15 +28,15 @@ from kvlock_jax.checkpoints.registry import (
     Checkpoint,
     Configs,
     OnShapes,
-    Place,
+    PlaceFor,
     abstract,
     family,
     fill,
+    network,
     on_first_device,
 )
 from kvlock_jax.checkpoints.store import OnBytes, Parameter
 from kvlock_jax.errors import CheckpointError
-from kvlock_jax.models.layout import dtype_of
 
 METADATA = "kvlock.json"
 """The file that makes a folder a converted checkpoint."""
@@ -166,23 +166,24 @@ def load(
     folder: epath.PathLike,
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
-    place: Place | None = None,
+    place_for: PlaceFor | None = None,
     on_shapes: OnShapes = lambda checkpoint: None,
 ) -> Checkpoint:
     """Restores a checkpoint; its files are checked meanwhile, and its parameters' shapes before.
 
     Args:
       folder: what `save` wrote.
-      dtype: of the parameters that `dtype_of` lets be rounded; None keeps each as it was saved.
+      dtype: dtype of the parameters that may be rounded; None keeps each as it was saved.
       compute_dtype: of the modules' matrix products.
-      place: where each parameter goes, straight from its file; None is the first device.
+      place_for: sharding of each parameter, straight from its file; None is the first device.
       on_shapes: told of it before it is read, with shapes, dtypes and shardings for parameters.
 
     Raises:
       CheckpointError: if there is no checkpoint, files are missing or damaged, or parameters do not
         fit the models that the configs describe; then it lists them all.
     """
-    metadata, place = read_metadata(folder), place or on_first_device
+    metadata = read_metadata(folder)
+    place = place_for(metadata.configs) if place_for else on_first_device
     data = epath.Path(folder) / metadata.data
     filled = {}
     with _checked(data, metadata.files):
@@ -201,7 +202,10 @@ def load(
         for name in models:
             for path, array in stored[name].items():
                 full = f"{name}.{path}"
-                kind, sharding = dtype_of(full, array.dtype, dtype), place(full, array.shape)
+                kind = network(getattr(metadata.configs, name)).parameters.dtype(
+                    path, array.dtype, dtype
+                )
+                sharding = place(full, array.shape)
                 shape = jax.ShapeDtypeStruct(array.shape, kind, sharding=sharding)
                 targets[name][path] = shape
         rest = {"tokenizer": data / "tokenizer"}

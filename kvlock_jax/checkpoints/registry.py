@@ -23,6 +23,22 @@ Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """From a parameter's name, such as `transformer.proj_out.kernel`, and shape to its sharding."""
 
 
+PlaceFor = Callable[[Any], Place]
+"""From the `Configs` of a checkpoint to the `Place` of its parameters."""
+
+
+def on_mesh(mesh: jax.sharding.Mesh, configs: "Configs", *, spread: bool) -> Place:
+    """The `Place` of a model on a mesh; `spread` as in `ParameterRules.sharding`."""
+
+    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        """The sharding of one parameter."""
+        name, _, path = path.partition(".")
+        rules = network(getattr(configs, name)).parameters
+        return rules.sharding(mesh, path, shape, spread=spread)
+
+    return place
+
+
 def on_first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     """The `Place` of a model on one device."""
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])

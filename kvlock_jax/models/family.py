@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from kvlock_jax.grid import Grid
+from kvlock_jax.models.layout import ParameterRules
 from kvlock_jax.shapes import Latents
 
 
@@ -126,11 +127,13 @@ class Network:
     Attributes:
       config: dataclass of its sizes.
       build: constructor, called with a config, `dtype` and `rngs`.
+      parameters: how a mesh shards its parameters, and which may be rounded.
       float32: whether it computes in float32, whatever dtype the user asks for.
     """
 
     config: type
     build: Callable[..., nnx.Module]
+    parameters: ParameterRules
     float32: bool = False
 
 

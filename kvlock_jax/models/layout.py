@@ -1,9 +1,11 @@
-"""Which dimension of a parameter is which, for sharding, and which parameters may be rounded.
+"""Rules for the parameters of a network: how a mesh shards them, and which may be rounded.
 
-In a stacked block a kernel is `layers`, its inputs, its outputs. `N` stands for heads times their
-size, whose outer part is the head; a parameter that is not named here lies on every device.
+In a stacked block a kernel's dimensions are `layers`, its inputs and its outputs. `N` stands for
+heads times their size, with the head as the outer part; a parameter without letters lies whole on
+every device.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -14,59 +16,64 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from kvlock_jax.parallel import sharding
-from kvlock_jax.parallel.mesh import AXES
 
 _T = TypeVar("_T")
 
-TRANSFORMER = {
-    r"to_[qkv]\.kernel": "layers D N",
-    r"to_[qkv]\.bias": "layers N",
-    r"norm_[qk]\.scale": "layers N",
-    r"to_out\.kernel": "layers N D",
-    r"net_0\.kernel": "layers D F",
-    r"net_0\.bias": "layers F",
-    r"net_2\.kernel": "layers F D",
-    r"vace_blocks\.proj_out\.kernel": "layers D I",
-    r"condition_embedder\.time_proj\.kernel": "D I",
-}
-"""Parameters of `WanTransformer` and its VACE variant, by the end of their path."""
 
-TEXT_ENCODER = {
-    r"shared\.embedding": "V D",
-    r"SelfAttention\.[qkv]\.kernel": "layers D I",
-    r"SelfAttention\.o\.kernel": "layers I D",
-    r"DenseReluDense\.wi_[01]\.kernel": "layers D I",
-    r"DenseReluDense\.wo\.kernel": "layers I D",
-}
-"""Parameters of `UMT5Encoder`; 5.7 billion of them, used once an edit."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParameterRules:
+    """The rules of a network's parameters, which are named by their dotted path.
 
-
-def place(mesh: Mesh, path: str, shape: tuple[int, ...], *, spread: bool) -> NamedSharding:
-    """Where a parameter of a checkpoint lies on a mesh.
-
-    Args:
-      mesh: of the axes of `sharding.AXES`.
-      path: `transformer.blocks...`, `text_encoder.block...` or `vae...`.
-      shape: of the parameter.
-      spread: whether the transformer's weights are spread over `frames` too. The text encoder's
-        always are, over all devices; what a mesh axis does not divide lies on all of it.
+    Attributes:
+      letters: dimensions by a pattern for the end of the path, such as `"layers D N"`.
+      axes: mesh axis of each letter; by default `sharding.RULES`.
+      spread_axes: the same where the user spreads the weights over `frames` too.
+      rounded: pattern for the whole path of parameters that the network takes in its compute dtype,
+        and that a checkpoint may therefore store in it. All others are taken in float32 (DESIGN.md
+        section 3).
     """
-    model, _, path = path.partition(".")
-    if model == "text_encoder":
-        letters, rules = _letters(TEXT_ENCODER, path), {"D": AXES}
-    elif model == "transformer":
-        letters = _letters(TRANSFORMER, path)
-        rules = sharding.SPREAD if spread else sharding.RULES
-    else:
-        letters, rules = None, {}
-    spec = sharding.spec(letters or "", rules)
-    return NamedSharding(mesh, sharding.dividing(spec, shape, mesh))
+
+    letters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    axes: Mapping[str, Any] = dataclasses.field(default_factory=lambda: sharding.RULES)
+    spread_axes: Mapping[str, Any] = dataclasses.field(default_factory=lambda: sharding.SPREAD)
+    rounded: str = "(?!)"
+
+    def sharding(
+        self, mesh: Mesh, path: str, shape: tuple[int, ...], *, spread: bool
+    ) -> NamedSharding:
+        """The sharding of a parameter on a mesh; a dimension that does not divide stays whole.
+
+        Args:
+          mesh: mesh of the axes `mesh.AXES`.
+          path: dotted path of the parameter in its network.
+          shape: shape of the parameter.
+          spread: whether the weights are spread over `frames` too.
+        """
+        spec = sharding.spec(self.dimensions(path), self.spread_axes if spread else self.axes)
+        return NamedSharding(mesh, sharding.dividing(spec, shape, mesh))
+
+    def dimensions(self, path: str) -> str:
+        """The letters of a parameter's dimensions; empty for one that is not sharded."""
+        ends = (v for k, v in self.letters.items() if re.search(rf"(^|\.){k}$", path))
+        return next(ends, "")
+
+    def dtype(self, path: str, stored: np.dtype, wanted: Any) -> np.dtype:
+        """The dtype of a parameter where `wanted` is asked for; only some may be rounded.
+
+        Args:
+          path: dotted path of the parameter in its network.
+          stored: dtype in the checkpoint.
+          wanted: dtype that the user asks for; None keeps the stored one.
+        """
+        stored, wanted = np.dtype(stored), np.dtype(stored if wanted is None else wanted)
+        rounds = wanted.itemsize < np.dtype(np.float32).itemsize
+        return stored if rounds and not re.fullmatch(self.rounded, path) else wanted
 
 
-def gathered_layer(weights: _T) -> _T:
-    """One layer's weights as its products take them: only heads and feed-forward are spread.
+def gathered_layer(weights: _T, rules: ParameterRules) -> _T:
+    """One layer's weights as its products take them: only heads and feed-forward are sharded.
 
-    Said inside the scan over layers, so that one layer is gathered at a time: left to itself XLA
+    To be called inside the scan over layers, so that one layer is gathered at a time: XLA by itself
     may sum partial products over all tokens instead.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -74,34 +81,8 @@ def gathered_layer(weights: _T) -> _T:
         return weights
     flat = []
     for path, leaf in nnx.to_flat_state(weights):
-        letters = _letters(TRANSFORMER, ".".join(map(str, path))) or ""
-        spec = sharding.spec(letters.removeprefix("layers "))
+        letters = rules.dimensions(".".join(map(str, path))).removeprefix("layers ")
         value = leaf.get_value()
-        spec = sharding.dividing(spec, value.shape, mesh)
+        spec = sharding.dividing(sharding.spec(letters), value.shape, mesh)
         flat.append((path, leaf.replace(jax.lax.with_sharding_constraint(value, spec))))
     return nnx.from_flat_state(flat)
-
-
-def _letters(table: Mapping[str, str], path: str) -> str | None:
-    return next((v for k, v in table.items() if re.search(rf"(^|\.){k}$", path)), None)
-
-
-MULTIPLIED = re.compile(
-    r"transformer\.(?!condition_embedder\.time_)(.+\.)?kernel"
-    r"|text_encoder\.(.+\.kernel|shared\.embedding)"
-)
-"""Parameters that a module takes in its compute dtype, and the text encoder's vocabulary, which is
-published in bfloat16. All others, and so all of the VAE, are taken in float32 (DESIGN.md 3)."""
-
-
-def dtype_of(path: str, found: np.dtype, asked: Any) -> np.dtype:
-    """The dtype that a parameter gets where one is asked for: rounded only if `MULTIPLIED`.
-
-    Args:
-      path: of the parameter, such as `transformer.proj_out.kernel`.
-      found: its dtype in the source.
-      asked: what is asked for; None keeps all as they are.
-    """
-    found, asked = np.dtype(found), np.dtype(found if asked is None else asked)
-    rounds = asked.itemsize < np.dtype(np.float32).itemsize
-    return found if rounds and not MULTIPLIED.fullmatch(path) else asked

@@ -17,12 +17,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kvlock_jax import demo
-from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints import format, registry
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.registry import Checkpoint
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.media.storage import FilePath
-from kvlock_jax.models import layout
 from kvlock_jax.models.attention.sharded import Attend, gathered
 from kvlock_jax.models.text.tokenizer import Tokenizer
 from kvlock_jax.pipeline.settings import config, default_config_name
@@ -96,7 +95,7 @@ def load(
     """
     reader, folder = _reader(source)
     dtype = default_dtype(mesh) if dtype is None else dtype
-    place = functools.partial(layout.place, mesh, spread=spread) if mesh else None
+    place = functools.partial(registry.on_mesh, mesh, spread=spread) if mesh else None
 
     def model(found: Checkpoint) -> Model:
         """The model of a checkpoint, or of its shapes."""
@@ -104,7 +103,7 @@ def load(
         return Model(os.fspath(source), found, Tokenizer(found.tokenizer), mesh)
 
     told = {"on_shapes": lambda found: on_shapes(model(found))}
-    return model(reader.load(folder, compute_dtype=dtype, place=place, **told))
+    return model(reader.load(folder, compute_dtype=dtype, place_for=place, **told))
 
 
 def describe(source: FilePath) -> Contents:

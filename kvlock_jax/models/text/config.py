@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from kvlock_jax.models.layout import ParameterRules
+from kvlock_jax.parallel.mesh import AXES
 from kvlock_jax.settings.fields import require, require_positive
 
 
@@ -27,3 +29,20 @@ class UMT5Config:
         )
         buckets = self.relative_attention_num_buckets
         require(buckets % 4 == 0, self, "relative_attention_num_buckets", "a multiple of 4")
+
+
+PARAMETERS = ParameterRules(
+    letters={
+        r"shared\.embedding": "V D",
+        r"SelfAttention\.[qkv]\.kernel": "layers D I",
+        r"SelfAttention\.o\.kernel": "layers I D",
+        r"DenseReluDense\.wi_[01]\.kernel": "layers D I",
+        r"DenseReluDense\.wo\.kernel": "layers I D",
+    },
+    # 5.7 billion parameters that serve once an edit lie on all devices together, always
+    axes={"D": AXES},
+    spread_axes={"D": AXES},
+    # the vocabulary is published in bfloat16
+    rounded=r".+\.kernel|shared\.embedding",
+)
+"""The rules of the encoder's parameters."""

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kvlock_jax.models.layout import gathered_layer
+from kvlock_jax.models.layout import ParameterRules, gathered_layer
 from kvlock_jax.models.precision import precision_for
 from kvlock_jax.models.text.config import UMT5Config
 
@@ -193,7 +193,7 @@ class UMT5Encoder(nnx.Module):
 
         def block(x: Hidden, layer: Any) -> tuple[Hidden, None]:
             """A turn of the scan."""
-            return nnx.merge(graph, gathered_layer(layer))(x, real, buckets), None
+            return nnx.merge(graph, gathered_layer(layer, ParameterRules()))(x, real, buckets), None
 
         x, _ = jax.lax.scan(block, x, params)
         return self.final_layer_norm(x)

@@ -15,6 +15,7 @@ from kvlock_jax.models.attention.sharded import Attend, replicated_keys
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear, together
 from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.parameters import PARAMETERS
 from kvlock_jax.parallel import sharding
 
 FEED_FORWARD_TOKENS = 4096
@@ -202,7 +203,7 @@ def text_cache(blocks: Block, text: Float[Array, "B S D"]) -> KVCache:
 
     def of_layer(layer: Any) -> KVCache:
         """Keys and values of one block."""
-        attention = nnx.merge(graph, gathered_layer(layer))
+        attention = nnx.merge(graph, gathered_layer(layer, PARAMETERS))
         k, v = attention.keys_values(text)
         cache = KVCache(k=k.astype(attention.dtype), v=v.astype(attention.dtype))
         return sharding.constrain(cache, "BSNK")

@@ -1,19 +1,22 @@
 """The families of Wan 2.1: text-to-video and VACE, 1.3B and 14B."""
 
 from kvlock_jax.models.family import Family, Network, TextOnly
+from kvlock_jax.models.layout import ParameterRules
+from kvlock_jax.models.text import config as text_config
 from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.text.umt5 import UMT5Encoder
 from kvlock_jax.models.vae.autoencoder import WanVAE
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.conditioning import VACEConditioner
 from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.parameters import PARAMETERS
 from kvlock_jax.models.wan.vace import wan_transformer
 
 _NETWORKS = {
-    "transformer": Network(WanConfig, wan_transformer),
+    "transformer": Network(WanConfig, wan_transformer, PARAMETERS),
     # in float32 as the publisher and Diffusers run it
-    "vae": Network(VAEConfig, WanVAE, float32=True),
-    "text_encoder": Network(UMT5Config, UMT5Encoder),
+    "vae": Network(VAEConfig, WanVAE, ParameterRules(), float32=True),
+    "text_encoder": Network(UMT5Config, UMT5Encoder, text_config.PARAMETERS),
 }
 
 _LARGE = 5120

@@ -33,6 +33,7 @@ from kvlock_jax.models.wan.block import (
     text_cache,
 )
 from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.parameters import PARAMETERS
 from kvlock_jax.parallel import sharding
 from kvlock_jax.shapes import PerEdit
 
@@ -239,7 +240,7 @@ class WanTransformer(nnx.Module):
         def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
             """A turn of the scan: the source's rows, then the edit's."""
             (stream, source, kept), (index, weights, own_layer, source_layer, cache) = carry, layer
-            run = nnx.merge(graph, gathered_layer(weights))
+            run = nnx.merge(graph, gathered_layer(weights, PARAMETERS))
             if beside is not None:
                 source, cache = beside.block(run, source, source_layer, None)
             held = lock and dataclasses.replace(lock, cache=cache)

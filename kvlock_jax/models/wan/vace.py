@@ -24,6 +24,7 @@ from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
 from kvlock_jax.models.wan.block import Block, Modulation, Positions, Tokens, stacked, text_cache
 from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.models.wan.parameters import PARAMETERS
 from kvlock_jax.models.wan.transformer import Conditioning, Context, Side, WanTransformer
 from kvlock_jax.parallel import sharding
 from kvlock_jax.shapes import PerEdit
@@ -134,7 +135,7 @@ class WanVACETransformer(WanTransformer):
             """After a layer with a hint."""
             # Indexed inside the branch, so that a layer without a hint moves no weights.
             weights, text = jax.tree.map(lambda p: p[index], (params, conditioning.vace_text))
-            block = nnx.merge(graph, gathered_layer(weights))
+            block = nnx.merge(graph, gathered_layer(weights, PARAMETERS))
             hint, control = block.hint(control, modulation, text, conditioning.positions)
             return x + scale * some(hint), control
 
