@@ -34,19 +34,19 @@ def pace(
     rates = [rate for rate in declared if rate and 0 < rate <= FASTEST]
     if len(stamps) < 2 or not _increasing(stamps):
         return (rates[0] if rates else None), None
-    times = [stamp - stamps[0] for stamp in stamps]
-    mean = (len(times) - 1) / times[-1]
-    fits = max(tick, _MILLISECOND)
+    mean = (len(stamps) - 1) / (stamps[-1] - stamps[0])
+    times = np.array([float(stamp - stamps[0]) for stamp in stamps])
+    fits = float(max(tick, _MILLISECOND)) + 1e-9
     common = min(_COMMON, key=lambda rate: _error(times, rate))
     for rate in (*rates, common, mean):
         if _error(times, rate) <= fits:
             return rate, None
-    return mean, np.array([float(time) for time in times])
+    return mean, times
 
 
-def _error(times: Sequence[Fraction], rate: Fraction) -> Fraction:
+def _error(times: np.ndarray, rate: Fraction) -> float:
     """Seconds by which the frames of a steady rate are off, at most."""
-    return max(abs(time - n / rate) for n, time in enumerate(times))
+    return float(np.abs(times - np.arange(len(times)) / float(rate)).max())
 
 
 def _increasing(stamps: Sequence[Fraction | None]) -> bool:
