@@ -11,7 +11,8 @@ import PIL.ImageSequence
 from jaxtyping import UInt8
 
 _KINDS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF")
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
+JPEG = b"\xff\xd8\xff"  # begins each
+_MAGIC = (b"\x89PNG", JPEG, b"BM", b"II*\x00", b"MM\x00*")
 
 
 def is_picture(head: bytes) -> bool:
