@@ -48,7 +48,7 @@ ORDER = {
     "media": "storage folders footage orientation colour timing containers pictures heif memory "
     "deinterlace sound decode encode fit timeline masks",
     "pipeline": "settings overrides inputs load encode stages background placement api report",
-    "batch": "manifest grouping fingerprint resume runner",
+    "batch": "lines manifest grouping fingerprint resume runner",
     "cli": "terminal flags loading edit batch convert info main",
 }
 """The same within folders where the order tells how a run goes."""

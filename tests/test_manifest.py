@@ -60,6 +60,7 @@ def test_a_line_says_all_that_a_command_can():
             "src_prompt": "one",
             "negative_prompt": "two",
             "size": "64*32",
+            "fit": "pad",
             "frame_num": 5,
             "steps": 3,
             "sample_shift": 2,
@@ -84,7 +85,8 @@ def test_a_line_says_all_that_a_command_can():
     assert (settings.sample.steps, settings.lock.tau, settings.preset) == (3, 0.5, "kvlock")
     assert (settings.sample.shift, settings.sample.guidance_scale) == (2.0, 1.5)
     assert (settings.sample.solver, settings.sample.seed) == ("euler", 7)
-    assert settings.edit.height_width == (32, 64) and settings.edit.frame_num == 5
+    assert settings.edit.height_width == (32, 64) and settings.edit.fit == "pad"
+    assert settings.edit.frame_num == 5
     assert settings.edit.dilate == 2 and settings.edit.invert_mask and settings.edit.composite
     assert settings.edit.context_scale == 0.5 and settings.edit.show_masked
     assert (settings.edit.source_prompt, settings.edit.negative_prompt) == ("one", "two")
@@ -126,6 +128,22 @@ def test_paths(path, folder, source):
     assert one(GOOD | {"src_video": path}, folder=folder).source == source
 
 
+def test_blanks_around_names_and_numbers_do_not_count():
+    row = GOOD | {
+        "src_video": " a.mp4 ",
+        "src_mask": None,
+        "bbox": " 1, 2 ,3 , 4",
+        "src_ref_images": "r.png, s.png ,",
+        "size": "64 * 32",
+    }
+    found = one(row)
+    assert (found.source, found.mask) == ("/data/a.mp4", (1, 2, 3, 4))
+    assert found.references == ("/data/r.png", "/data/s.png")
+    assert found.settings.edit.height_width == (32, 64)
+    listed = one(GOOD | {"src_ref_images": [" r.png", "s, t.png", ""]})
+    assert listed.references == ("/data/r.png", "/data/s, t.png")
+
+
 def test_null_and_empty_lines_say_nothing():
     found = one(GOOD | {"bbox": None, "id": None, "steps": None, "lossless": None})
     assert found.settings.sample.steps == 9 and found.id == one(GOOD).id
@@ -154,6 +172,39 @@ def test_an_id_is_made_of_the_content():
     assert one(GOOD, given={"lossless": True}).id == derived  # of the line alone
 
 
+# --- the whole file ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_a_byte_order_mark_tells_the_encoding(encoding):
+    text = "\r\n".join(json.dumps(GOOD | {"id": n, "prompt": "ein Stern \u2605"}) for n in (1, 2))
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    manifest = parse((mark + text).encode(encoding), "/data", Common(RUN))
+    assert [r.prompt for r in manifest.requests] == ["ein Stern \u2605"] * 2
+    assert not manifest.failures
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (json.dumps([GOOD, GOOD]).encode(), "the manifest is a JSON array: .* one object on each"),
+        (b"[\n" + lines(GOOD) + b",\n" + lines(GOOD) + b"\n]\n", "the manifest is a JSON array"),
+        (json.dumps(GOOD, indent=2).encode(), "spreads a JSON object over several lines"),
+        (
+            b"src_video,src_mask,prompt\na.mp4,m.npy,a star\n",
+            "no line .* is a JSON object: .*src_v",
+        ),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "is not a text in UTF-8, it has zero bytes"),
+        (json.dumps(GOOD).encode("utf-16-le"), "is not a text in UTF-8, it has zero bytes"),
+        (b"\xff\xfe" + b"{\x00}", "the manifest is not UTF-16, as it says"),
+    ],
+)
+def test_what_is_no_manifest_is_one_error(content, says):
+    with pytest.raises(InputError, match=says) as caught:
+        parse(content, "/data", Common(RUN))
+    assert "\n" not in str(caught.value)
+
+
 # --- what is wrong with one -------------------------------------------------------------------
 
 
@@ -166,14 +217,14 @@ def test_an_id_is_made_of_the_content():
         ("[" * 100_000, "not JSON that can be read"),
         ('{"steps": ' + "9" * 5000 + "}", "not JSON that can be read"),
         ("[1, 2]", r"must be a JSON object, found \[1, 2\]"),
-        ('{"prompt": "a", "prompt": "b"}', "key 'prompt' is there twice"),
+        ('{"prompt": "a", "prompt": "b"}', "key 'prompt' appears twice"),
         (GOOD | {"promt": "a"}, r"unknown key 'promt'; did you mean prompt"),
         (GOOD | {"sample_step": 3}, r"unknown key 'sample_step'; did you mean sample_steps or"),
         (
             GOOD | {"zzzzz": 3},
             r"unknown key 'zzzzz'; a line has src_video, src_mask, .*config\.KEY",
         ),
-        (GOOD | {"steps": 3, "sample_steps": 3}, "'sample_steps' is given twice, .*steps"),
+        (GOOD | {"steps": 3, "sample_steps": 3}, "'sample_steps' repeats a key .*steps"),
         (GOOD | {"ckpt_dir": "demo"}, "ckpt_dir is for all lines: .* --ckpt_dir"),
         (GOOD | {"steps": "3"}, 'sample_steps must be a whole number, found "3"'),
         (GOOD | {"steps": 3.5}, r"sample_steps must be a whole number, found 3\.5"),
@@ -221,7 +272,7 @@ def test_a_bad_line(row, says):
 def test_of_two_alike_the_second_fails():
     first, second = GOOD | {"id": "x"}, GOOD | {"id": "x", "prompt": "other"}
     assert why(first, GOOD, second) == "id 'x' is that of line 1 already"
-    assert "is that of line 2 already (equal lines need ids of their own)" in why("", GOOD, GOOD)
+    assert "is that of line 2 already (equal lines need different ids)" in why("", GOOD, GOOD)
     named = {"save_file": "Out.mp4"}
     for other in ("Out.mp4", "out.mp4", "Out.mkv"):
         says = why(GOOD | named, GOOD | {"save_file": other, "steps": 1})
@@ -236,7 +287,7 @@ def test_a_failure_has_the_id_of_its_line():
     assert read(row).failures[0].id == "mine"
     assert read({"id": "mine", "what": 1}).failures[0].id == "mine"
     assert read({"prompt": "a"}).failures[0].id.startswith("edit-")
-    assert read("{").failures[0].id is None
+    assert read("{", GOOD).failures[0].id is None
 
 
 def test_no_line_stops_the_others():

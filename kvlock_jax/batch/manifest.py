@@ -1,18 +1,17 @@
-"""Manifests: many edits in a file, one JSON object to a line.
+"""Manifests: text files with one edit to a line, each a JSON object.
 
-A key is the name of a flag of `kvlock edit`, or an override such as `"config.kvlock.tau"`, and null
-is as good as no key. Three more are a line's own:
+Keys are the names of flags of `kvlock edit`, or overrides such as `"config.kvlock.tau"`; null means
+that the key is absent. Three more keys belong to manifests alone:
 
-- `id`: names the edit, and its noise is drawn from it. By default it is made of the line's content,
-  so it does not change when lines are moved, or written with other blanks or in another order.
-- `noise_id`: the noise is drawn from this, where it is there. Several prompts for one source that
-  have it in common start from the same noise, and run with one pass over the source for all.
-- `save_file`: the name of the result within the folder of all results; `ID.mp4` by default.
+- `id`: name of the edit, which seeds its noise. By default a hash of the line's content, so moving
+  a line, or writing it with other blanks or in another order of keys, does not change it.
+- `noise_id`: seeds the noise in place of `id`. Several prompts for one source with a `noise_id` in
+  common start from the same noise and share one pass over the source.
+- `save_file`: name of the result in the folder of results; `ID.mp4` by default.
 
-Nothing here opens a video, or any other file.
+This module opens no file.
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
@@ -23,11 +22,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kvlock_jax.batch.lines import numbered_lines, read_object, short
 from kvlock_jax.errors import Error, InputError
 from kvlock_jax.media import storage
 from kvlock_jax.media.encode import CONTAINERS
-from kvlock_jax.media.masks import Box
-from kvlock_jax.pipeline.overrides import SETTINGS, check_key, near, update
+from kvlock_jax.media.masks import Box, parse_box
+from kvlock_jax.pipeline.overrides import SETTINGS, check_key, file_names, near, update
 from kvlock_jax.pipeline.settings import Settings, resolve_settings
 
 KEYS = {
@@ -42,33 +42,34 @@ KEYS = {
     "save_file": "save_file output",
     **{names.split()[0]: names for _, _, names, _ in SETTINGS},
 }
-"""Keys of a line, by the first of their names."""
+"""Names of each key, by the first of them."""
 
 WHOLE = "ckpt_dir ckpt dtype config manifest save_dir".split()
-"""Flags that are for all lines at once."""
+"""Flags of the command that no line may set."""
 
-_CALLED = {name: key for key, names in KEYS.items() for name in names.split()}
+_KEY_OF = {name: key for key, names in KEYS.items() for name in names.split()}
 _SETTINGS = {names.split()[0]: (key, kind) for key, kind, names, _ in SETTINGS}
 _KINDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
-_NAME_LIMIT = 200  # bytes; file systems take 255, and what is being written has a longer name
+_NAME_LIMIT = 200  # bytes; file systems take 255, and temporary names are longer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """An edit that a line asks for, checked as far as that goes without its files.
+    """An edit that a line asks for, checked as far as possible without its files.
 
     Attributes:
-      id: names it; no other of the manifest has it.
-      line: where it stands, from 1.
-      noise_id: what its noise is drawn from, beside its seed: its id, or what several share.
-      source: the video; a path of `remote.resolve`, as are all.
-      mask: a file, a folder of images, or a box `x0, y0, x1, y1`.
-      references: pictures for a VACE model.
-      prompt: what the masked part should show.
-      settings: checked.
-      save_file: name of the result; no other has it, or its name without the suffix.
-      lossless: whether every bit of the result is written.
-      given: the line as it stands.
+      id: name of the edit, unique in the manifest.
+      line: number of the line, from 1.
+      noise_id: text that seeds the noise together with `sample.seed`: `id`, or one that several
+        edits share.
+      source: path of the video; like all paths here, one of `storage.resolve`.
+      mask: path of a file or a folder of images, or a box `x0, y0, x1, y1`.
+      references: paths of pictures for a VACE model.
+      prompt: text that describes the masked part.
+      settings: checked settings.
+      save_file: name of the result, unique in the manifest even without its suffix.
+      lossless: whether the result keeps every bit.
+      given: the line's keys and values, unchanged.
     """
 
     id: str
@@ -90,7 +91,7 @@ class Request:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All that it reads."""
+        """Paths of all files and folders that the edit reads."""
         mask = (self.mask,) if isinstance(self.mask, str) else ()
         return (self.source, *mask, *self.references)
 
@@ -103,7 +104,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A line that came to nothing, and why; the id is `None` where it has none that is sound."""
+    """A line that failed, and why; the id is `None` where the line has no valid one."""
 
     line: int
     id: str | None
@@ -112,7 +113,7 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The edits of a manifest, and the lines that are none."""
+    """The edits of a manifest, and its invalid lines."""
 
     requests: Sequence[Request]
     failures: Sequence[Failure]
@@ -120,11 +121,11 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-    """What holds for every line that does not say otherwise.
+    """Defaults for every line.
 
     Attributes:
-      run: settings, as in `settings.settle`.
-      given: of `resolved`.
+      run: settings, for `pipeline.settings.resolve_settings`.
+      given: values of `resolved`, by key.
     """
 
     run: ConfigDict
@@ -133,46 +134,47 @@ class Common:
 
 def reason(error: Exception) -> str:
     """Why an edit failed, in one line."""
-    told = " ".join(str(error).split())
-    return told if isinstance(error, Error) else f"{type(error).__name__}: {told}"
+    text = " ".join(str(error).split())
+    return text if isinstance(error, Error) else f"{type(error).__name__}: {text}"
 
 
 def parse(content: bytes, folder: str, common: Common) -> Manifest:
-    """Reads a manifest; what is wrong with a line is that line's failure, and no other's.
+    """Reads a manifest; a fault of one line is a failure of that line alone.
 
-    Of two lines with one id, or with one name of a result, the second fails.
+    Of two lines with one id, or with one name of a result, the second fails. Empty lines are
+    passed over.
 
     Args:
-      content: of the file, UTF-8. Empty lines are passed over.
-      folder: that relative paths of the lines are relative to.
-      common: what lines need not say.
+      content: bytes of the file: UTF-8, or UTF-16 or UTF-32 that begins with a byte order mark.
+      folder: folder that relative paths start from.
+      common: defaults for every line.
+
+    Raises:
+      InputError: the file as a whole is no manifest, such as one JSON array of all edits.
     """
     requests, failures = [], []
     ids: dict[str, int] = {}
     names: dict[str, int] = {}
-    # At "\n" alone: JSON's strings may hold what Python takes for the end of a line.
-    for line, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not raw.strip():
-            continue
+    for line, raw in numbered_lines(content):
         edit_id = None
         try:
-            given = _object(raw)
+            given = read_object(raw)
             edit_id = _given_id(given)
             values = _named(given)
             edit_id = edit_id or _derived_id(values)
             if ids.setdefault(edit_id, line) != line:
-                hint = "" if "id" in values else " (equal lines need ids of their own)"
+                hint = "" if "id" in values else " (equal lines need different ids)"
                 raise InputError(f"id {edit_id!r} is that of line {ids[edit_id]} already{hint}")
             name = _save_file(values, edit_id)
-            # Some file systems take two names for one that differ in case or in composition.
+            # Some file systems do not tell names apart by case or by Unicode composition.
             stem = unicodedata.normalize("NFC", _stem(name)).casefold()
             if names.setdefault(stem, line) != line:
                 taken = f"save_file {name!r} is that of line {names[stem]} already"
                 raise InputError(f"{taken}, case and suffix apart")
             rest = _request(given, values, folder, common)
-            drawn_by = _plain_id("noise_id", values.get("noise_id")) or edit_id
-            names_ = {"id": edit_id, "noise_id": drawn_by, "save_file": name}
-            requests.append(Request(line=line, **names_, **rest))
+            noise_id = _plain_id("noise_id", values.get("noise_id")) or edit_id
+            own_names = {"id": edit_id, "noise_id": noise_id, "save_file": name}
+            requests.append(Request(line=line, **own_names, **rest))
         except Exception as error:  # no line stops the others
             failures.append(Failure(line, edit_id, reason(error)))
     return Manifest(requests, failures)
@@ -181,41 +183,19 @@ def parse(content: bytes, folder: str, common: Common) -> Manifest:
 # --- a line -------------------------------------------------------------------------------------
 
 
-def _object(raw: bytes) -> dict[str, Any]:
-    def unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """An object whose keys are all different."""
-        counts = collections.Counter(key for key, _ in pairs)
-        if twice := [key for key, number in counts.items() if number > 1]:
-            raise InputError(f"key {twice[0]!r} is there twice")
-        return dict(pairs)
-
-    try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=unlike)
-        json.dumps(found, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair cannot be
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeError as error:
-        raise InputError(f"not UTF-8: {error.reason} at {error.start}") from error
-    except (ValueError, RecursionError) as error:  # numbers and nesting beyond all reason
-        raise InputError(f"not JSON that can be read: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"a line must be a JSON object, found {_short(found)}")
-    return found
-
-
 def _named(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The line with the first of the names of each key, without what is null."""
+    """The line's values by the first name of each key, without nulls."""
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name in WHOLE:
-            raise InputError(f"{name} is for all lines: give it to the command, as --{name}")
-        key = name if name.startswith("config.") else _CALLED.get(name)
+            raise InputError(f"{name} is for all lines: give the command --{name}")
+        key = name if name.startswith("config.") else _KEY_OF.get(name)
         if key is None:
-            raise InputError(f"unknown key {name!r}" + (near(name, _CALLED) or _all_keys()))
+            raise InputError(f"unknown key {name!r}" + (near(name, _KEY_OF) or _all_keys()))
         if value is None:
             continue
         if key in values:
-            raise InputError(f"{name!r} is given twice, under two of its names, {KEYS[key]}")
+            raise InputError(f"{name!r} repeats a key under another of its names, {KEYS[key]}")
         values[key] = value
     return values
 
@@ -233,7 +213,7 @@ def _plain_id(name: str, found: Any) -> str | None:
     if found is None:
         return None
     if isinstance(found, bool) or not isinstance(found, (str, int)):
-        raise InputError(f"{name} must be a string or a whole number, found {_short(found)}")
+        raise InputError(f"{name} must be a string or a whole number, found {short(found)}")
     return str(found)
 
 
@@ -251,7 +231,7 @@ def _save_file(values: Mapping[str, Any], edit_id: str) -> str:
 
 
 def _file_name(what: str, name: str) -> str:
-    """The name, if it is one that any file system takes, and of nothing outside a folder."""
+    """The name, checked: every file system takes it, and it stays inside its folder."""
     if not name or name.startswith(".") or name != name.strip():
         raise InputError(f"{what} {name!r} must not be empty, or start with a dot or a blank")
     if found := re.search(r'[/\\*?\[\]:"<>|\x00-\x1f\x7f]', name):
@@ -268,85 +248,71 @@ def _stem(name: str) -> str:
 def _request(
     given: Mapping[str, Any], values: Mapping[str, Any], folder: str, common: Common
 ) -> dict:
-    """What a `Request` holds, but for its names and its place."""
+    """The fields of a `Request` except its names and its line."""
     overrides = {k.partition(".")[2]: v for k, v in values.items() if k.startswith("config.")}
     for key, value in overrides.items():
         check_key(common.run, key)
         if not isinstance(value, (str, int, float)):
-            raise InputError(f"config.{key} must be a setting's value, found {_short(value)}")
+            raise InputError(f"config.{key} must be a setting's value, found {short(value)}")
     named = {key: _typed(values, n, kind) for n, (key, kind) in _SETTINGS.items() if n in values}
     own, inherited = resolved(values, folder), common.given
     if "src_mask" in own or "bbox" in own:
         inherited = {k: v for k, v in inherited.items() if k not in ("src_mask", "bbox")}
-    every = {**inherited, **own}
-    if "src_video" not in every:
+    merged = {**inherited, **own}
+    if "src_video" not in merged:
         raise InputError("src_video is missing")
-    if "src_mask" not in every and "bbox" not in every:
+    if "src_mask" not in merged and "bbox" not in merged:
         raise InputError("src_mask is missing, and so is bbox, a box in its place")
-    if not every.get("prompt", "").strip():
+    if not merged.get("prompt", "").strip():
         raise InputError("prompt is missing: say what the masked part should show")
     return {
-        "source": every["src_video"],
-        "mask": every["src_mask"] if "src_mask" in every else every["bbox"],
-        "references": every.get("src_ref_images", ()),
-        "prompt": every["prompt"],
+        "source": merged["src_video"],
+        "mask": merged["src_mask"] if "src_mask" in merged else merged["bbox"],
+        "references": merged.get("src_ref_images", ()),
+        "prompt": merged["prompt"],
         "settings": resolve_settings(update(common.run, overrides | named)),
-        "lossless": every.get("lossless", False),
+        "lossless": merged.get("lossless", False),
         "given": given,
     }
 
 
 def resolved(values: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The keys of a line that are neither settings nor names, checked, with resolved paths.
+    """Inputs of an edit by key, checked, with resolved paths; settings and names are left out.
+
+    Blanks around paths are stripped.
 
     Args:
-      values: by the first names of `KEYS`; others are passed over.
-      folder: that relative paths are relative to.
+      values: values by the first names of `KEYS`.
+      folder: folder that relative paths start from.
 
     Raises:
-      InputError: a value is of the wrong type, or there is a box beside a mask.
+      InputError: a value is of the wrong type, or the line has both a mask and a box.
     """
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     for key in ("src_video", "src_mask"):
-        if values.get(key):
-            found[key] = storage.resolve(_typed(values, key, str), folder)
+        if values.get(key) and (path := _typed(values, key, str).strip()):
+            inputs[key] = storage.resolve(path, folder)
     if "bbox" in values:
-        found["bbox"] = _box(values["bbox"])
-    if "src_mask" in found and "bbox" in found:
+        inputs["bbox"] = parse_box(values["bbox"])
+    if "src_mask" in inputs and "bbox" in inputs:
         raise InputError("give either src_mask or bbox, found both")
     if "src_ref_images" in values:
         names = values["src_ref_images"]
-        names = names.split(",") if isinstance(names, str) else names
+        names = file_names(names) if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            wanted = 'a list of files, or "a.png,b.png"'
-            raise InputError(f"src_ref_images must be {wanted}, found {_short(names)}")
+            wanted = 'a list of files, or "a.png, b.png"'
+            raise InputError(f"src_ref_images must be {wanted}, found {short(names)}")
         pictures = [name.strip() for name in names if name.strip()]
-        found["src_ref_images"] = tuple(storage.resolve(name, folder) for name in pictures)
+        inputs["src_ref_images"] = tuple(storage.resolve(name, folder) for name in pictures)
     for key, kind in (("prompt", str), ("lossless", bool)):
         if key in values:
-            found[key] = _typed(values, key, kind)
-    return found
-
-
-def _box(value: Any) -> Box:
-    parts = value.split(",") if isinstance(value, str) else value
-    try:
-        x0, y0, x1, y1 = (int(part) if isinstance(part, str) else part for part in parts)
-    except (ValueError, TypeError):
-        x0 = y0 = x1 = y1 = None
-    if not all(type(part) is int for part in (x0, y0, x1, y1)):
-        raise InputError(f"bbox must be four whole numbers x0,y0,x1,y1, found {_short(value)}")
-    return x0, y0, x1, y1
+            inputs[key] = _typed(values, key, kind)
+    return inputs
 
 
 def _typed(values: Mapping[str, Any], name: str, kind: type) -> Any:
     value = values[name]
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):  # to Python, a bool is an int
-        raise InputError(f"{name} must be {_KINDS[kind]}, found {_short(value)}")
+    is_kind = isinstance(value, (int, float) if kind is float else kind)
+    if not is_kind or (isinstance(value, bool) and kind is not bool):  # to Python, a bool is an int
+        raise InputError(f"{name} must be {_KINDS[kind]}, found {short(value)}")
     return value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

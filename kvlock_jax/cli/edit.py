@@ -17,6 +17,7 @@ from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lin
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import encode, storage
 from kvlock_jax.media.folders import IMAGE_SUFFIXES
+from kvlock_jax.media.masks import parse_box
 from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline import report
 from kvlock_jax.pipeline.api import Result
@@ -25,6 +26,7 @@ from kvlock_jax.pipeline.background import BackgroundCompiler
 from kvlock_jax.pipeline.encode import draw_noise
 from kvlock_jax.pipeline.inputs import read_inputs
 from kvlock_jax.pipeline.load import Model, describe
+from kvlock_jax.pipeline.overrides import file_names
 from kvlock_jax.pipeline.settings import default_config_name, resolve_settings
 
 _OUTPUTS = {
@@ -62,10 +64,10 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     contents = describe(args.ckpt_dir)
     own = default_config_name(args.ckpt_dir, contents.configs)
     settings = resolve_settings(gather_settings(args, others, own))
-    mask = args.src_mask if args.bbox is None else tuple(args.bbox.split(","))
+    mask = args.src_mask if args.bbox is None else parse_box(args.bbox)
     with warnings_as_lines(), contextlib.ExitStack() as copies:
         local = functools.partial(storage.at_hand, copies, suffixes=IMAGE_SUFFIXES)
-        pictures = [local(name) for name in (args.src_ref_images or "").split(",") if name]
+        pictures = [local(name) for name in file_names(args.src_ref_images or "")]
         mask = local(mask) if isinstance(mask, str) else mask
         inputs = read_inputs(local(args.src_video), mask, args.prompt, settings.edit, pictures)
     frames, height, width = inputs.mask.shape
@@ -105,7 +107,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     taken = {}
     for flag in ("src_video", "src_mask", "src_ref_images"):
         given = getattr(args, flag) or ""
-        for name in given.split(",") if flag == "src_ref_images" else [given]:
+        for name in file_names(given) if flag == "src_ref_images" else [given]:
             taken[os.path.realpath(os.path.expanduser(name))] = flag
     for flag, suffixes in _OUTPUTS.items():
         if not getattr(args, flag):

@@ -47,36 +47,37 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def gather_settings(args: argparse.Namespace, others: list[str], own: str) -> ConfigDict:
-    """What a command is told to run with, each over the one before: file, overrides, named flags.
+    """The settings of a command; named flags win over overrides, overrides over the file.
 
     Args:
-      args: of a parser of `add`.
-      others: arguments that it did not know, such as `--config.kvlock.tau=0.02`.
-      own: name of the checkpoint's own config, for where no file is given.
+      args: arguments that the command's parser knows.
+      others: remaining arguments, such as `--config.kvlock.tau=0.02`.
+      own: name of the checkpoint's default config, used without `--config FILE.py`.
 
     Raises:
-      ConfigError: the file is none, or a flag is unknown or cannot be read.
+      ConfigError: the file defines no config, or a flag is unknown or has an invalid value.
     """
     run = read_config_file(args.config) if args.config else config(own)
     run = apply_overrides(run, others)
-    given = {key: getattr(args, key) for key, *_ in SETTINGS}
-    return update(run, {key: value for key, value in given.items() if value is not None})
+    values = {key: getattr(args, key) for key, *_ in SETTINGS}
+    return update(run, {key: value for key, value in values.items() if value is not None})
 
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 EDIT_INPUTS = {
     "src_video video": "a video, an image or a folder of images",
-    "src_mask mask": "a video, an image, a folder of images or an .npy",
-    "bbox": "X0,Y0,X1,Y1: a box of pixels in place of a mask",
-    "src_ref_images": "A.png,B.png: pictures to keep to; VACE models only",
+    "src_mask mask": "a video, an image, a folder of images or an .npy; white, or transparent "
+    "where alpha varies, is edited",
+    "bbox": "X0,Y0,X1,Y1: a box in pixels of the video, in place of a mask",
+    "src_ref_images": "A.png,B.png: pictures of the wanted content; VACE models only",
     "prompt": "what the masked part should show",
 }
-"""Flags that are no settings and that a manifest's line has too, and their help."""
+"""Names and help of the flags for an edit's inputs, which are keys of manifests too."""
 
 
 def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) -> None:
-    """Adds what one edit and many have in common."""
+    """Adds the flags that `kvlock edit` and `kvlock batch` share."""
     about = "'demo' (default), or a checkpoint's folder"
     parser.add_argument("--ckpt_dir", "--ckpt", default="demo", help=about)
     for names, about in EDIT_INPUTS.items():

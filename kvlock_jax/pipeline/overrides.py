@@ -1,9 +1,9 @@
-"""Settings by the names that users know: flags, `--config.x.y=value`, keys of a manifest's lines.
+"""Maps the names that users write to settings: flags, `--config.x.y=value`, keys of manifests.
 
-Named flags are argparse's; `--config.x.y=value` is `config_flags`', over flags of its own. Absl's
-bridge between the two does not serve: it copies absl's flags when a parser is built, and
-`config_flags` knows its own only once it has read the config file and the command line, of which
-the default config even depends on the checkpoint.
+Argparse parses named flags; `config_flags` parses `--config.x.y=value`, with absl flags of its own.
+Absl's bridge to argparse copies absl's flags when a parser is built, which is too early here:
+`config_flags` defines its flags after it has read the config file and the command line, and the
+default config depends on the checkpoint.
 """
 
 import copy
@@ -28,26 +28,36 @@ SETTINGS = (
     ("sample.guidance_scale", float, "sample_guide_scale guidance_scale", "guidance, 1 is none"),
     ("sample.solver", str, "sample_solver solver", "unipc, dpm++ or euler"),
     ("sample.seed", int, "base_seed seed", "seed of the noise"),
-    ("kvlock.cache", str, "cache", "of the source: fused, made block by block, or carried"),
-    ("kvlock.cache_every", int, "cache_every", "steps that a carried cache serves"),
+    ("kvlock.cache", str, "cache", "keys and values of the source: fused (default) or carried"),
+    ("kvlock.cache_every", int, "cache_every", "steps for which a carried cache is reused"),
     ("edit.source_prompt", str, "src_prompt", "what the source shows"),
     ("edit.negative_prompt", str, "negative_prompt", "what to lead away from"),
-    ("edit.size", str, "size", "WIDTH*HEIGHT to work and write at; the video's own by default"),
-    ("edit.fit", str, "fit", "crop (default), pad or stretch, to a size of another shape"),
-    ("edit.frame_num", int, "frame_num", "frames to take from the start; all by default"),
+    ("edit.size", str, "size", "WIDTH*HEIGHT to work and write at; by default the video's"),
+    ("edit.fit", str, "fit", "crop (default), pad or stretch, where --size has another shape"),
+    ("edit.frame_num", int, "frame_num", "number of frames to take from the start; by default all"),
     ("edit.fps", float, "fps", "frames per second of a folder of images; 16 by default"),
     ("edit.no_audio", bool, "no_audio", "leave the source's sound out"),
     ("edit.dilate", int, "dilate", "pixels by which the mask grows"),
-    ("edit.invert_mask", bool, "invert_mask", "edit what is black"),
-    ("edit.context_scale", float, "context_scale", "of a VACE model's hints; 1 as published"),
-    ("edit.show_masked", bool, "show_masked", "show a VACE model what is under the mask"),
-    ("edit.composite", bool, "composite", "take pixels outside the mask from the source"),
+    ("edit.invert_mask", bool, "invert_mask", "edit black instead of white"),
+    (
+        "edit.context_scale",
+        float,
+        "context_scale",
+        "weight of a VACE model's hints; 1 by default",
+    ),
+    ("edit.show_masked", bool, "show_masked", "show a VACE model the pixels under the mask"),
+    ("edit.composite", bool, "composite", "copy pixels outside the mask from the source"),
 )
-"""Key of the config, type, names, help."""
+"""Key in the config, type, names of the flag, and help of each setting with a flag."""
+
+
+def file_names(text: str) -> list[str]:
+    """The names of a list such as `"a.png, b.png"`, without blanks around them and empty ones."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def update(run: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """A copy with values by dotted keys, such as `sample.steps`; `settle` checks them."""
+    """A copy with the values of dotted keys such as `sample.steps`, which are not checked here."""
     run = copy.deepcopy(run)
     with run.unlocked(), run.ignore_type():  # a file may write 3 for 3.0
         run.update_from_flattened_dict(values)
@@ -55,10 +65,10 @@ def update(run: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def check_key(run: ConfigDict, key: str, prefix: str = "config.") -> None:
-    """Refuses a dotted key that is no setting's, and names those there are.
+    """Refuses a dotted key that names no setting, and lists those that exist.
 
     Raises:
-      ConfigError: there is no such key, or it is one of several settings.
+      ConfigError: the key is unknown, or names a group of settings.
     """
     at, where = run, "the config"
     for part in key.split("."):
@@ -71,22 +81,22 @@ def check_key(run: ConfigDict, key: str, prefix: str = "config.") -> None:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A hint of the names that a mistyped one may mean; empty where none is near."""
+    """A hint of known names that resemble a mistyped one; empty where none does."""
     close = difflib.get_close_matches(name, known, 3)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def read_config_file(path: str) -> ConfigDict:
-    """The config that a Python file's `get_config()` returns; a `ConfigError` where it has none."""
+    """The result of a Python file's `get_config()`; a `ConfigError` where the file has none."""
     file = Path(path).expanduser()
     if file.suffix != ".py" or not file.is_file():
         raise ConfigError(f"--config {path}: no such file; it must be a .py with get_config()")
-    # Not by `config_flags`, whose way of loading Python is deprecated; an import would leave a
-    # __pycache__ beside the file.
-    made = runpy.run_path(os.fspath(file)).get("get_config", lambda: None)()
-    if not isinstance(made, ConfigDict):
-        raise ConfigError(f"--config {path}: it must have a get_config() that gives a ConfigDict")
-    return made
+    # `config_flags` loads Python by a deprecated way; an import would leave a __pycache__ beside the
+    # file.
+    run = runpy.run_path(os.fspath(file)).get("get_config", lambda: None)()
+    if not isinstance(run, ConfigDict):
+        raise ConfigError(f"--config {path}: must define get_config() that returns a ConfigDict")
+    return run
 
 
 def apply_overrides(run: ConfigDict, arguments: list[str]) -> ConfigDict:

@@ -1,4 +1,4 @@
-"""A run's settings: the files that there are, and what becomes of one once it is checked."""
+"""Loads the settings of a run by name and checks them."""
 
 import dataclasses
 import importlib
@@ -16,7 +16,7 @@ from kvlock_jax.settings.schema import EditConfig, LockConfig, SampleConfig
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A run's settings, checked; what `ConfigDict`s become."""
+    """The checked settings of a run, made of a `ConfigDict` by `resolve_settings`."""
 
     preset: str
     sample: SampleConfig
@@ -25,10 +25,10 @@ class Settings:
 
 
 def config(name: str) -> ConfigDict:
-    """The settings in `configs/NAME.py`, to be changed at will.
+    """The settings in `configs/NAME.py`, as a copy to change.
 
     Raises:
-      ConfigError: there is no such file.
+      ConfigError: the file does not exist.
     """
     try:
         module = importlib.import_module(f"kvlock_jax.configs.{name}")
@@ -40,10 +40,10 @@ def config(name: str) -> ConfigDict:
 
 
 def default_config_name(source: str | os.PathLike, configs: Configs) -> str:
-    """Which of the settings there are (`config`) are a checkpoint's.
+    """The name for `config` of a checkpoint's default settings.
 
-    The video's size is not known yet: 14B gets the settings for 720p, which the publisher's
-    `generate.py` takes at 480p too; `config("t2v_14b_480p")` is the README's milder shift.
+    They do not depend on the video's size: 14B gets the settings for 720p, which the publisher's
+    `generate.py` uses at 480p too; `config("t2v_14b_480p")` has the lower shift of its README.
     """
     if os.fspath(source) == "demo":
         return "demo"
@@ -52,10 +52,10 @@ def default_config_name(source: str | os.PathLike, configs: Configs) -> str:
 
 
 def resolve_settings(run: ConfigDict) -> Settings:
-    """Checks a run's settings, and fills the lock's from its preset.
+    """Checks a run's settings and fills the lock's from the preset.
 
     Raises:
-      ConfigError: naming the key that is unknown, of the wrong type, or out of range.
+      ConfigError: a key is unknown, missing, of the wrong type, or out of range.
     """
     parts = ("preset", "sample", "edit", "kvlock")
     for key in run:
