@@ -46,8 +46,8 @@ ORDER = {
     "models": "layout linear attention vae wan text",
     "checkpoints": "store registry format",
     "media": "storage decode encode fit masks",
-    "pipeline": "settings overrides inputs load hosts encode stages background placement api report "
-    "outputs",
+    "pipeline": "settings overrides inputs load hosts encode stages background placement api "
+    "report outputs",
     "batch": "manifest grouping fingerprint resume lease reader publisher runner",
     "cli": "terminal flags loading edit batch convert info main",
 }
