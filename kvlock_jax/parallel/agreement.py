@@ -19,6 +19,7 @@ On one host all of this returns at once.
 
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -232,7 +233,8 @@ class Line:
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=target, daemon=True).start()
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(target,), daemon=True).start()
         others = [host for host in range(self._hosts) if host != self._host]
         failed_at = None
         while not concurrent.futures.wait([future], _POLL).done:
