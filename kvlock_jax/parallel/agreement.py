@@ -49,6 +49,11 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
+def is_joined() -> bool:
+    """Whether this host has joined others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def ask(topic: str, text: str) -> list[str]:
     """Texts of all hosts on a topic, in the hosts' order; each must ask.
 
@@ -93,7 +98,7 @@ def together(topic: str, work: Callable[[], _T]) -> _T:
 
 def leave(why: str) -> None:
     """Tells the other hosts, if there are any, that this one ends, and why."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    if is_joined():
         _line().leave(why)
 
 
