@@ -1,7 +1,4 @@
-"""Whether a file ends where its container says.
-
-FFmpeg stops at the end of a cut file without a word.
-"""
+"""Finds files that end before their container does; FFmpeg reads them without an error."""
 
 import os
 import re

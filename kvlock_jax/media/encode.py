@@ -1,4 +1,4 @@
-"""Arrays to videos and pictures (PyAV). Files appear whole or not at all."""
+"""Writes videos and pictures (PyAV); files appear whole or not at all."""
 
 import contextlib
 import dataclasses
@@ -81,8 +81,8 @@ def write_video(
     which 4:2:0 does not have, are written in 4:4:4, which desktop players play but few browsers do.
 
     Args:
-      path: ends in a suffix of `CONTAINERS`.
-      frames: RGB.
+      path: file, its suffix one of `CONTAINERS`.
+      frames: RGB frames.
       fps: frames per second, over 0.
       lossless: whether every bit of the RGB is kept: by FFV1 in `.mkv` where pixels are square, by
         H.264 RGB, which browsers do not play, elsewhere.
@@ -194,7 +194,7 @@ def _encode(
 
 
 def _stamps(count: int, rate: Fraction, footage: Footage) -> tuple[Sequence[int], Fraction]:
-    """Timestamps of the frames, and the seconds that they count."""
+    """Timestamps of the frames, and the length of their tick in seconds."""
     lead = footage.audio.lead if footage.audio else Fraction(0)
     if footage.times is None and not lead:
         return range(count), 1 / rate
