@@ -92,7 +92,9 @@ def test_edits_of_one_source_share_its_frames(folder, monkeypatch):
     monkeypatch.setattr(
         decode,
         "read_video",
-        lambda path, *more: decoded.append(path) or read_video(path, *more),
+        lambda path, *more, **resize: (
+            decoded.extend([path] * len(resize)) or read_video(path, *more, **resize)
+        ),
     )
 
     def runner(model, inputs, *rest):

@@ -4,6 +4,8 @@ import collections
 import contextlib
 import io
 import itertools
+import math
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +15,8 @@ import av
 
 from kvlock_jax.media.footage import Sound
 
+_OVERHANG = Fraction(1, 10)  # seconds past the last frame that a packet may sound
+_PCM = re.compile(r"pcm_[suf](\d+)")  # names with bits per sample
 _KEEPERS = ("nut", "matroska", "mov", "mp4")
 """Containers to keep packets in; the source's own is tried first."""
 
@@ -68,8 +72,25 @@ def _packets(
             if len(reached) == len(streams):
                 break
         else:
-            packets.append(packet)
+            packets.append(packet if end is None else _cut(packet, end))
     return packets
+
+
+def _cut(packet: av.Packet, end: Fraction) -> av.Packet:
+    """Cuts a packet of PCM that goes far past `end`; any other stays whole."""
+    codec = packet.stream.codec_context
+    bits = _PCM.match(codec.name)
+    if bits is None or _time(packet) + (packet.duration or 0) * packet.time_base < end + _OVERHANG:
+        return packet
+    samples = math.ceil((end - _time(packet)) * codec.sample_rate)
+    length = samples * codec.channels * int(bits[1]) // 8
+    if length >= packet.size:
+        return packet
+    cut = av.Packet(bytes(packet)[:length])
+    cut.stream, cut.time_base = packet.stream, packet.time_base
+    cut.pts, cut.dts, cut.is_keyframe = packet.pts, packet.pts, packet.is_keyframe
+    cut.duration = round(Fraction(samples, codec.sample_rate) / packet.time_base)
+    return cut
 
 
 def _time(packet: av.Packet) -> Fraction:
