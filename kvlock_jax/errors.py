@@ -23,3 +23,11 @@ class CheckpointError(Error):
 
 class SamplingError(Error):
     """Sampling produced something that is not a video, such as latents that are not finite."""
+
+
+class HostError(Error):
+    """The work failed on another of several hosts, which is named; no host has its result."""
+
+
+class LostHostError(HostError):
+    """A host ended, or failed where the others cannot come out: their run cannot go on."""

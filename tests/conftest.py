@@ -148,3 +148,15 @@ def fails(kvlock, folder, loads):
         return errors
 
     return run
+
+
+@pytest.fixture
+def no_gcsfs(monkeypatch):
+    """Hides gcsfs, which the extra `tpu` installs."""
+    import importlib
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    loaded = importlib.import_module("fsspec.registry")._registry
+    for scheme in ("gs", "gcs"):
+        monkeypatch.delitem(loaded, scheme, raising=False)

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from manifests import all_frames, failures, names, poor, write
 
-from kvlock_jax.batch import runner as batch_runner
 from kvlock_jax.batch.manifest import Common
+from kvlock_jax.batch.publisher import Publisher
+from kvlock_jax.batch.reader import Reader
 from kvlock_jax.batch.resume import find_work
-from kvlock_jax.batch.runner import Summary, _publish, _Reader, edit_key, run
+from kvlock_jax.batch.runner import Summary, edit_key, run
 from kvlock_jax.errors import CheckpointError, InputError
 from kvlock_jax.media import decode, encode, storage
 from kvlock_jax.pipeline import report
@@ -42,7 +43,7 @@ def test_a_video_and_a_json_beside_it(folder):
     found = decode.read_video(folder / "out" / "0.mkv")
     # the key by its definition, and the fake edit's frames of it
     key = jax.random.fold_in(jax.random.key(3), zlib.crc32(b"0"))
-    inputs = _Reader().read(find_work(batches.job(manifest, folder / "out")).groups[0])[0].inputs
+    inputs = Reader().read(find_work(batches.job(manifest, folder / "out")).groups[0])[0].inputs
     np.testing.assert_array_equal(found.frames, batches.frames(inputs, key))
     assert found.fps == 12
     told = json.loads((folder / "out" / "0.json").read_text())
@@ -91,7 +92,9 @@ def test_edits_of_one_source_share_its_frames(folder, monkeypatch):
     monkeypatch.setattr(
         decode,
         "read_video",
-        lambda path, *more: decoded.append(path) or read_video(path, *more),
+        lambda path, *more, **resize: (
+            decoded.extend([path] * len(resize)) or read_video(path, *more, **resize)
+        ),
     )
 
     def runner(model, inputs, *rest):
@@ -205,21 +208,21 @@ def test_reading_and_writing_go_on_while_the_device_works(folder, monkeypatch):
     """Edit 1 computes until edit 2 is read and edit 0 is being written; that waits for it too."""
     read, writing = (collections.defaultdict(threading.Event) for _ in range(2))
     computing = threading.Event()
-    inputs_of, publish = _Reader._inputs, _publish
+    inputs_of, publish = Reader._inputs, Publisher._publish
 
     def reading(self, request):
         found = inputs_of(self, request)
         read[request.id].set()
         return found
 
-    def publishing(work, stage, request, *rest):
+    def publishing(self, request, *rest):
         writing[request.id].set()
         if request.id == "0":
             assert computing.wait(30), "edit 1 does not start before edit 0 is written"
-        publish(work, stage, request, *rest)
+        publish(self, request, *rest)
 
-    monkeypatch.setattr(_Reader, "_inputs", reading)
-    monkeypatch.setattr(batch_runner, "_publish", publishing)
+    monkeypatch.setattr(Reader, "_inputs", reading)
+    monkeypatch.setattr(Publisher, "_publish", publishing)
 
     def runner(model, inputs, *rest):
         n = len(inputs[0].prompt)
@@ -270,14 +273,14 @@ def test_everything_may_be_remote(folder, memory, monkeypatch):
     batches.do(manifest, folder / "out")
     memory.put(f"{folder}/", "/set/", recursive=True)
     memory.rm("/set/out", recursive=True)
-    memory.pipe_file("/out/.kvlock-batch/0.mkv", b"half")
+    memory.pipe_file("/out/.kvlock-batch-x/0.mkv", b"half")
     there = ("memory://set/edits.jsonl", "memory://out")
     for batch_size, counts in ((2, (3, 0, 3)), (1, (0, 3, 3))):
         summary = batches.do(*there, batch_size=batch_size)
         assert summary == Summary(*counts, "memory://out/failed.jsonl")
     want = [name for name in names(folder / "out") if name != "failed.jsonl"]
     assert storage.sizes("memory://out").keys() == {*want, "failed.jsonl"}
-    assert not memory.exists("/out/.kvlock-batch")
+    assert not [name for name in memory.find("/out") if "kvlock" in name]
     for name in want:
         if name.endswith(".mkv"):
             with storage.local_copy(f"memory://out/{name}", ()) as local:

@@ -56,6 +56,7 @@ def test_a_batch_and_again(many, folder, model, loads, tiny_checkpoint):
         "line": 3,
         "id": "bad",
         "reason": f"{folder}/absent.mkv: no such file or folder",
+        "manifest": f"{folder}/edits.jsonl",
     }
 
     # the first edit by what it is made of: noise of seed 0 and CRC-32 of its id
@@ -103,7 +104,7 @@ def test_a_batch_and_again(many, folder, model, loads, tiny_checkpoint):
         (["--save_dir=in.mkv"], "in.mkv: cannot be made"),
     ],
 )
-def test_a_batch_that_cannot_start(many, folder, flags, says):
+def test_a_batch_that_cannot_start(many, folder, no_gcsfs, flags, says):
     status, _, errors = many(*flags)
     assert status == 2 and re.search(says, errors), errors
     assert re.fullmatch(r"error: [^\n]+\n", errors)

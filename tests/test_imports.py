@@ -48,8 +48,9 @@ ORDER = {
     "checkpoints": "store registry metadata format",
     "media": "storage folders footage orientation colour timing containers pictures heif memory "
     "deinterlace sound decode encode fit timeline masks",
-    "pipeline": "settings overrides inputs load encode stages background placement api report",
-    "batch": "lines manifest grouping fingerprint resume runner",
+    "pipeline": "settings overrides inputs load hosts encode stages background placement api "
+    "report outputs",
+    "batch": "lines manifest grouping fingerprint resume lease reader publisher runner",
     "cli": "terminal flags loading edit batch convert info main",
 }
 """The same within folders where the order tells how a run goes."""

@@ -92,6 +92,7 @@ def test_a_picture_is_one_frame(tmp_path, name):
         ("a.flv", "flv", "yuv420p"),
         ("a.flv", "libx264", "yuv420p"),
         ("a.avi", "mpeg4", "yuv420p"),
+        ("a.ogv", "libvpx", "yuv420p"),
     ],
 )
 def test_a_cut_file_is_refused(tmp_path, name, codec, pixels, share):
@@ -116,12 +117,14 @@ def test_a_cut_animation_is_refused(tmp_path, suffix, share):
 
 
 @pytest.mark.parametrize("share", [0.4, 0.7])
-@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
-def test_a_cut_transport_stream_is_read_with_a_warning(tmp_path, codec, share):
-    path = encode_by(tmp_path / "a.ts", noise(24), codec, "yuv420p", options={"g": "4"})
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.ts", "libx264"), ("a.ts", "mpeg2video"), ("a.mpg", "mpeg2video")]
+)
+def test_a_cut_recording_is_read_with_a_warning(tmp_path, name, codec, share):
+    path = encode_by(tmp_path / name, noise(24), codec, "yuv420p", options={"g": "4"})
     whole = path.read_bytes()
     assert len(decode.read_video(path).frames) == 24
     path.write_bytes(whole[: int(len(whole) * share) // 188 * 188 + 100])
-    with pytest.warns(UserWarning, match=r"a\.ts: the recording was cut"):
+    with pytest.warns(UserWarning, match=rf"{name}: the recording was cut"):
         found = decode.read_video(path)
     assert 0 < len(found.frames) < 24

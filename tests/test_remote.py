@@ -101,7 +101,7 @@ def test_what_is_not_there(folder, ask):
         ask(f"{folder}/none")
 
 
-def test_what_cannot_be(memory):
+def test_what_cannot_be(memory, no_gcsfs):
     with pytest.raises(InputError, match="memory://none: no such file"):
         storage.local_copy("memory://none", ()).__enter__()
     with pytest.raises(InputError, match=r"foo://x: cannot be read .*not known: foo"):
@@ -116,3 +116,88 @@ def test_a_disk_that_takes_nothing(tmp_path):
         storage.make_folder(str(tmp_path / "file" / "x"))
     with pytest.raises(InputError, match="cannot be written"):
         storage.upload(tmp_path / "file", str(tmp_path / "no" / "x"), "")
+
+
+# --- names that are no patterns -----------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(folder):
+    """A folder of odd name with odd files, beside others that such patterns would match."""
+    for name in ("runs[1]/a*.mp4", "runs[1]/a1.mp4", "runs1/a*.mp4", "runs1/0.json"):
+        storage.make_folder(storage.parent(f"{folder}/{name}"))
+        storage.write_bytes(f"{folder}/{name}", name.encode())
+    return folder
+
+
+def everything(folder) -> set[str]:
+    system, place = fsspec.core.url_to_fs(folder)
+    return {path.removeprefix(f"{place}/") for path in system.find(place) if "/runs" in path}
+
+
+REST = {"runs[1]/a1.mp4", "runs1/a*.mp4", "runs1/0.json"}
+
+
+def test_removal_takes_a_name_for_a_name(odd):
+    storage.remove(f"{odd}/runs[1]/0.json")
+    assert everything(odd) == {"runs[1]/a*.mp4", *REST}
+    storage.remove(f"{odd}/runs[1]/a*.mp4")
+    assert everything(odd) == REST
+    storage.remove(f"{odd}/runs[1]")
+    assert everything(odd) == {"runs1/a*.mp4", "runs1/0.json"}
+
+
+def test_everything_takes_a_name_for_a_name(odd, tmp_path):
+    path = f"{odd}/runs[1]/a*.mp4"
+    assert storage.read_bytes(path) == b"runs[1]/a*.mp4"
+    assert storage.files(f"{odd}/runs[1]", (".mp4",)) == [path, f"{odd}/runs[1]/a1.mp4"]
+    assert storage.sizes(f"{odd}/runs[1]") == {"a*.mp4": 14, "a1.mp4": 14}
+    with storage.local_copy(path, ()) as local:
+        assert Path(local).name == "a*.mp4" and Path(local).read_bytes() == b"runs[1]/a*.mp4"
+    with storage.local_copy(f"{odd}/runs[1]", (".mp4",)) as local:
+        assert sorted(p.name for p in Path(local).iterdir()) == ["a*.mp4", "a1.mp4"]
+    (tmp_path / "new").write_bytes(b"new")
+    storage.upload(tmp_path / "new", path, f"{odd}/runs[1]/.part[1]*")
+    assert storage.read_bytes(path) == b"new" and everything(odd) == {"runs[1]/a*.mp4", *REST}
+    storage.check_writable(path)
+    with storage.replacing(path) as part:
+        Path(part).write_bytes(b"newer")
+    assert storage.read_bytes(path) == b"newer" and everything(odd) == {"runs[1]/a*.mp4", *REST}
+
+
+# --- probes -------------------------------------------------------------------------------------
+
+
+def test_a_path_that_can_be_written_is_left_alone(folder):
+    storage.check_writable(f"{folder}/a.txt")
+    storage.check_writable(f"{folder}/new.txt")
+    assert storage.sizes(folder) == {"a.txt": 1}
+
+
+def test_paths_that_cannot_be_written(folder, tmp_path):
+    with pytest.raises(InputError, match="b: is a folder, not a file to write"):
+        storage.check_writable(f"{folder}/b")
+    (tmp_path / "file").touch()
+    for name, reason in (("file/x", "does not exist"), ("x" * 256, "File name too long")):
+        with pytest.raises(InputError, match=reason):
+            storage.check_writable(str(tmp_path / name))
+    with pytest.raises(InputError, match="foo://x/y: cannot be written"):
+        storage.check_writable("foo://x/y")
+
+
+def test_a_temporary_name_is_never_too_long(tmp_path):
+    for name in ("x" * 251 + ".mp4", "\u00e9" * 125 + ".mp4"):
+        part = storage.temporary(str(tmp_path / name))
+        assert len(Path(part).name.encode()) <= 75
+        storage.write_bytes(str(tmp_path / name), b"x")
+
+
+def test_a_full_disk_is_told_from_other_errors():
+    try:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise InputError("cannot be written") from error
+    except InputError as error:
+        assert storage.is_full(error)
+    assert not storage.is_full(InputError("x")) and not storage.is_full(OSError(2, "none"))

@@ -95,6 +95,16 @@ def test_sound_is_kept_bit_for_bit_and_cut_to_the_frames(tmp_path, codec, contai
     np.testing.assert_array_equal(part[..., :length], whole[..., :length])
 
 
+@pytest.mark.parametrize("codec", ["pcm_s16le", "pcm_s24le", "pcm_f32le"])
+def test_one_long_packet_of_pcm_is_cut(tmp_path, codec):
+    source = write(tmp_path / "a.mkv", codec, "matroska")
+    assert len(packets(source)[0]) == 1
+    video = decode.read_video(source, 4)
+    encode.write_video(tmp_path / "b.mkv", video.frames, video.fps, footage=video.footage)
+    (before,), (after,) = packets(source)[0], packets(tmp_path / "b.mkv")[0]
+    assert len(after) == len(before) // 2 and before.startswith(after)
+
+
 def test_every_track_is_kept(tmp_path):
     source = write(tmp_path / "a.mkv", "flac", "matroska", streams=2)
     video = decode.read_video(source)

@@ -2,10 +2,9 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -34,10 +33,7 @@ def checkpoint_identity(source: str) -> dict[str, str]:
         made_of = [dict(told.source.get("files") or told.files), dtypes]
         digest.update(json.dumps(made_of, sort_keys=True).encode())
     else:
-        kinds = ("*.safetensors", "*.pth", "*.json")
-        depths = ("", "*/", "*/*/")  # the publisher's own weights lie at the top
-        found = (folder.glob(depth + kind) for depth in depths for kind in kinds)
-        for file in sorted(itertools.chain(*found)):
+        for file in sorted(_weight_files(folder, depth=2)):
             size = file.stat().length
             with file.open("rb") as content:
                 ends = content.read(_ENDS)
@@ -45,6 +41,20 @@ def checkpoint_identity(source: str) -> dict[str, str]:
                 ends += content.read(_ENDS)
             digest.update(f"{file.parent.name}/{file.name} {size} ".encode() + ends)
     return {"name": source, "identity": digest.hexdigest()}
+
+
+def _weight_files(folder: epath.Path, depth: int) -> Iterator[epath.Path]:
+    """Weights and configs in a folder, and in folders down to a depth; hidden ones do not count.
+
+    Listed, not globbed: the folder's name may hold characters of a pattern.
+    """
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.name.endswith((".safetensors", ".pth", ".json")):
+            yield entry
+        elif depth and entry.is_dir():
+            yield from _weight_files(entry, depth - 1)
 
 
 def content_identity(path: str) -> str:

@@ -1,29 +1,28 @@
-"""What a manifest comes to: which edits run together, and which of them are finished.
+"""Plans a job: groups the edits of a manifest, and finds which of them are finished.
 
 An edit is finished when its JSON holds the hash of its request, and its video has the size that the
-JSON says. The hash is of all that the video was made of:
+JSON states. The hash covers everything that the video was made from:
 
 - the line's id, noise_id, prompt, box, name and `lossless`;
 - all settings, those of the command included;
-- the content of the input files, by checksum (`remote.identity`). Neither their names nor their
-  times of change count, so a data set can be moved, or fetched again, and nothing is redone;
-- the checkpoint's name, its content as far as `identity` knows it, the compute dtype.
+- the content of the input files, by checksum (`storage.identity`). Neither their names nor their
+  times of change count, so a data set can be moved, or fetched again, without any edit being redone;
+- the checkpoint's name, its content as far as `checkpoint_identity` covers it, the compute dtype.
 
-Versions of programs are written down, and do not count.
+Versions of programs are recorded, and do not count.
 """
 
 import dataclasses
 import json
 import os
+import posixpath
 import types
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
 import av
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from kvlock_jax.batch import grouping
 from kvlock_jax.batch.fingerprint import content_identity, request_hash
@@ -32,24 +31,24 @@ from kvlock_jax.errors import InputError
 from kvlock_jax.media import storage
 from kvlock_jax.media.fit import Fit
 from kvlock_jax.media.folders import IMAGE_SUFFIXES
-from kvlock_jax.parallel.agreement import all_agree
+from kvlock_jax.parallel import agreement
 
 _S, _T = TypeVar("_S"), TypeVar("_T")
 
-_ASKING = 16  # threads that ask a file system for many small things
+_THREADS = 16  # of requests to a file system that may answer slowly
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be done with a manifest.
+    """A manifest, and how to run it.
 
     Attributes:
-      manifest: path of the file, one that `remote.resolve` made.
+      manifest: path of the file, resolved by `storage.resolve`.
       save_dir: folder of the results, likewise; made if missing.
-      common: what holds for every line that does not say otherwise.
-      checkpoint: what tells it from another: of `identity`, and the compute dtype.
-      batch_size: edits that run together, at most.
-      shard: which part of the manifest is done here, from 0, and how many parts there are.
+      common: defaults of every line.
+      checkpoint: name and identity of the checkpoint (`checkpoint_identity`), and compute dtype.
+      batch_size: most edits that run together.
+      shard: number of this machine's part of the manifest, from 0, and count of the parts.
       overwrite: whether finished edits are done again.
     """
 
@@ -71,14 +70,15 @@ class Job:
             raise InputError(f"batch_size must be 1 or more, found {self.batch_size}")
 
     @property
-    def failed(self) -> str:
-        """Path of the file with a line for each failure."""
-        return self.output(f"failed{self._part}.jsonl")
+    def failure_names(self) -> tuple[str, ...]:
+        """Names for the file of failures; a name that another manifest's file has is passed over.
 
-    @property
-    def stage(self) -> str:
-        """Folder, beside the results, of those that are being written."""
-        return self.output(f".kvlock-batch{self._part}")
+        `failed.jsonl`, `MANIFEST.failed.jsonl`, and one that holds a checksum of the whole path.
+        """
+        stem = posixpath.basename(self.manifest).rpartition(".")[0][:100]
+        checksum = f"{zlib.crc32(self.manifest.encode()):08x}"
+        heads = ("", f"{stem}.", f"{stem}-{checksum}.")
+        return tuple(f"{head}failed{self._part}.jsonl" for head in heads)
 
     def output(self, name: str) -> str:
         """Path of a file among the results."""
@@ -92,14 +92,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a job comes to.
+    """The edits of a job, grouped, with those that are finished.
 
     Attributes:
-      job: itself.
+      job: the job.
       groups: edits that run together, finished ones included; the same for every run of the job.
-      hashes: by id, of all that an edit is made of.
+      hashes: `request_hash` of each edit, by id.
       finished: ids of edits that need not be done.
-      failures: lines that can't be, and edits whose files are not there.
+      failures: lines that are no edits, and edits whose files are missing.
     """
 
     job: Job
@@ -110,7 +110,7 @@ class Work:
 
     @property
     def pending(self) -> list[Sequence[Request]]:
-        """Groups of which something is still to be done."""
+        """Groups that have a missing edit."""
         return [group for group in self.groups if any(map(self.is_missing, group))]
 
     @property
@@ -124,7 +124,7 @@ class Work:
 
 
 def find_work(job: Job) -> Work:
-    """Reads a manifest, and finds out what is to be done; nothing is written.
+    """Reads a manifest and plans its edits; writes nothing.
 
     Raises:
       InputError: the manifest cannot be read, holds no line, or would be overwritten.
@@ -133,11 +133,13 @@ def find_work(job: Job) -> Work:
     manifest = parse(content, storage.parent(job.manifest), job.common)
     if not manifest.requests and not manifest.failures:
         raise InputError(f"{job.manifest}: the manifest holds no edit")
-    if _real(job.manifest) == _real(job.failed):
+    if _real(job.manifest) == _real(job.output(job.failure_names[0])):
         raise InputError(f"{job.manifest}: is where failures are written; give it another name")
     manifest = grouping.shard(_apart(job, manifest), *job.shard)
-    with ThreadPoolExecutor(_ASKING) as pool:
-        contents = _found(pool, content_identity, (f for r in manifest.requests for f in r.files))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        contents = _try_each(
+            pool, content_identity, (f for r in manifest.requests for f in r.files)
+        )
         requests, failures = [], list(manifest.failures)
         for request in manifest.requests:
             absent = [c for f in request.files if isinstance(c := contents[f], Exception)]
@@ -149,19 +151,19 @@ def find_work(job: Job) -> Work:
             r.id: request_hash(r, [contents[f] for f in r.files], job.checkpoint) for r in requests
         }
         # a group of one has no shape to agree on
-        sizes = _found(pool, _probe, {r.source for r in requests} if job.batch_size > 1 else ())
+        sizes = _try_each(pool, _probe, {r.source for r in requests} if job.batch_size > 1 else ())
         shapes = {r.id: _shape(r, sizes.get(r.source)) for r in requests}
         groups = grouping.group(requests, lambda r: shapes[r.id], job.batch_size)
         finished = []
         if not job.overwrite:
             there = storage.sizes(job.save_dir)
-            told = pool.map(lambda r: _is_finished(job, r, hashes[r.id], there), requests)
-            finished = [r.id for r, is_so in zip(requests, told, strict=True) if is_so]
+            checks = pool.map(lambda r: _is_finished(job, r, hashes[r.id], there), requests)
+            finished = [r.id for r, done in zip(requests, checks, strict=True) if done]
     return Work(job, groups, hashes, frozenset(finished), failures)
 
 
 def _apart(job: Job, manifest: Manifest) -> Manifest:
-    """The manifest without edits that would overwrite what is read."""
+    """The manifest without edits that would overwrite an input."""
     taken = {_real(job.manifest): "the command, as --manifest"}
     for request in manifest.requests:
         for file in request.files:
@@ -182,35 +184,35 @@ def _real(path: str) -> str:
     return path if storage.is_remote(path) else os.path.realpath(path)
 
 
-def _found(
-    pool: Executor, what: Callable[[_S], _T], things: Iterable[_S]
+def _try_each(
+    pool: Executor, function: Callable[[_S], _T], items: Iterable[_S]
 ) -> dict[_S, _T | Exception]:
-    """What there is to know of each thing, or why not, asked for side by side."""
+    """The function's value for each item, or the error that it raised, computed side by side."""
 
-    def tried(thing: _S) -> _T | Exception:
-        """What there is to know of it, or why not."""
+    def tried(item: _S) -> _T | Exception:
+        """The value for one item."""
         try:
-            return what(thing)
+            return function(item)
         except Exception as error:  # of this one alone
             return error
 
-    unlike = list(dict.fromkeys(things))
-    return dict(zip(unlike, pool.map(tried, unlike), strict=True))
+    unique = list(dict.fromkeys(items))
+    return dict(zip(unique, pool.map(tried, unique), strict=True))
 
 
 def _is_finished(job: Job, request: Request, wanted: str, sizes: Mapping[str, int]) -> bool:
     if not {request.save_file, request.sidecar} <= sizes.keys():
         return False
     try:
-        told = json.loads(storage.read_bytes(job.output(request.sidecar)))
-        found = told["request_hash"], told["bytes"]
+        sidecar = json.loads(storage.read_bytes(job.output(request.sidecar)))
+        found = sidecar["request_hash"], sidecar["bytes"]
     except (InputError, ValueError, KeyError, TypeError):  # not ours, or damaged
         return False
     return found == (wanted, sizes[request.save_file])
 
 
 def _shape(request: Request, size: tuple[int, int, int] | Exception | None) -> Hashable:
-    """The shape that the model works on; `None` of what cannot be read, as will be said then."""
+    """The shape that the model works on; `None` of an unreadable video, which fails later."""
     if not isinstance(size, tuple):
         return None
     (frames, *space), edit = size, request.settings.edit
@@ -219,7 +221,7 @@ def _shape(request: Request, size: tuple[int, int, int] | Exception | None) -> H
 
 
 def _probe(path: str) -> tuple[int, int, int]:
-    """Frames (as the container tells, or by its duration), height and width of a video."""
+    """Frames (by the container's count, or its duration), height and width of a video."""
     files = storage.files(path, IMAGE_SUFFIXES)
     with storage.opened(files[0]) as file:
         raw = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
@@ -236,20 +238,21 @@ def _probe(path: str) -> tuple[int, int, int]:
 
 
 def agree_on_work(work: Work) -> Work:
-    """The work, with what the first host finds finished; each must ask.
+    """The work, with the first host's list of finished edits; each host must ask.
 
     Raises:
       InputError: the hosts do not see the same files.
+      HostError: another host failed.
     """
-    if jax.process_count() == 1:
-        return work
     ids = [request.id for group in work.groups for request in group]
-    told = [[work.hashes[n] for n in ids], [failure.line for failure in work.failures]]
-    if not all_agree(json.dumps(told).encode()):
+    parts = [[work.hashes[n] for n in ids], [failure.line for failure in work.failures]]
+    own = agreement.digest(json.dumps(parts).encode())
+    marks = "".join("+" if n in work.finished else "-" for n in ids)
+    answers = [json.loads(text) for text in agreement.ask("work", json.dumps([own, marks]))]
+    if any(found != own for found, _ in answers):
         raise InputError(
             "the hosts do not see the same files: give paths that all of them can read"
         )
-    finished = np.array([n in work.finished for n in ids], bool)
-    finished = multihost_utils.broadcast_one_to_all(finished)
-    named = (n for n, is_so in zip(ids, finished, strict=True) if is_so)
-    return dataclasses.replace(work, finished=frozenset(named))
+    _, marks = answers[0]
+    finished = (n for n, mark in zip(ids, marks, strict=True) if mark == "+")
+    return dataclasses.replace(work, finished=frozenset(finished))

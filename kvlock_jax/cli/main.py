@@ -4,20 +4,25 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from kvlock_jax.cli import batch, convert, edit, info
-from kvlock_jax.cli.terminal import (
-    FAILED,
-    INTERRUPTED,
-)
+from kvlock_jax.cli.terminal import FAILED, INTERRUPTED
 from kvlock_jax.errors import Error, InputError
+from kvlock_jax.parallel import agreement
 
 
 def run() -> NoReturn:
     """Runs the program with its arguments and exits with `main`'s status."""
-    status = main(sys.argv[1:])
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        if not agreement.is_joined():
+            raise
+        traceback.print_exc()  # and no wait for hosts that have ended
+        status = FAILED
     if status in (FAILED, INTERRUPTED):  # a thread may still compile or run, and be waited for
         sys.stdout.flush()
         sys.stderr.flush()
@@ -33,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
       0, 1 if some of many edits failed, 2 for an error that the caller can mend (one line on
-      stderr, further ones indented), or 130 after Ctrl-C. Anything else that is wrong is a bug, and
-      is raised.
+      stderr, further ones indented), or 130 after Ctrl-C. Every other exception is a bug, and is
+      raised.
     """
     try:
         args, others = _parser().parse_known_args(argv)
@@ -42,17 +47,22 @@ def main(argv: Sequence[str]) -> int:
     except Error as error:
         first, *more = str(error).splitlines()
         print(f"error: {first}", *(f"  {line.strip()}" for line in more), sep="\n", file=sys.stderr)
+        agreement.leave(first)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        agreement.leave("interrupted")
         return INTERRUPTED
+    except Exception as error:
+        agreement.leave(f"{type(error).__name__}: {error}")
+        raise
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what it finds wrong."""
+    """Raises an `InputError` for arguments that are wrong."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises it as one line, with where help is."""
+        """Raises it as one line that names `--help`."""
         raise InputError(f"{message}; see {self.prog} --help")
 
 

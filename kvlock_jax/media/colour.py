@@ -1,4 +1,4 @@
-"""Decoded frames to RGB: YUV matrices, HDR to SDR, transparency over white."""
+"""Converts decoded frames to RGB: YUV by its matrix, HDR to SDR, transparency over white."""
 
 import functools
 
@@ -26,10 +26,10 @@ _LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
 
 
 def rgb(frame: av.VideoFrame) -> tuple[Image, UInt8[np.ndarray, "height width"] | None]:
-    """A decoded frame as RGB over white, and its alpha where the pixel format has one.
+    """Converts a decoded frame to RGB over white; also gives its alpha, if the format has one.
 
-    A YUV matrix that the file does not name is BT.709 from 1280 or 720 pixels on, BT.601 below. PQ
-    and HLG are tone-mapped to SDR.
+    Untagged YUV is BT.709 from a width of 1280 or a height of 720 pixels on, BT.601 below. PQ and
+    HLG are tone-mapped to SDR.
     """
     if frame.colorspace == _UNTAGGED:
         is_hd = frame.width >= _HD_WIDTH or frame.height >= _HD_HEIGHT
@@ -44,7 +44,7 @@ def rgb(frame: av.VideoFrame) -> tuple[Image, UInt8[np.ndarray, "height width"] 
 def over_white(
     rgba: UInt8[np.ndarray, "height width 4"],
 ) -> tuple[Image, UInt8[np.ndarray, "height width"]]:
-    """A picture composed on white, and its alpha."""
+    """Composes a picture on white; also gives its alpha."""
     colours, alpha = rgba[..., :3], rgba[..., 3]
     if alpha.min() == 255:
         return np.ascontiguousarray(colours), alpha
@@ -54,7 +54,7 @@ def over_white(
 
 
 def _tone_mapped(frame: av.VideoFrame) -> Image:
-    """An HDR frame in SDR: BT.709 primaries and the sRGB curve.
+    """Maps an HDR frame to SDR: BT.709 primaries and the sRGB curve.
 
     Up to 0.8 of reference white, colours are those of the file; brighter ones are compressed, all
     channels by one factor, so that hues stay.

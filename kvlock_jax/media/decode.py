@@ -1,4 +1,4 @@
-"""Videos and pictures to arrays (PyAV, Pillow)."""
+"""Reads videos and pictures into arrays (PyAV, Pillow)."""
 
 import contextlib
 import dataclasses
@@ -33,13 +33,13 @@ Resize = Callable[[Image], Image]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-    """Frames, and what an output keeps of the file beside them.
+    """Frames of a file, with their timing, sound and pixel aspect.
 
     Attributes:
-      frames: RGB, upright; where pixels are transparent, over white.
+      frames: RGB frames, upright; transparent pixels are composed over white.
       fps: frames per second, by the timestamps of these frames.
-      times: seconds of each frame from the first one, float64; None where they are evenly spaced.
-      audio: the sound of these frames, if any.
+      times: seconds from the first frame to each, float64; None where they are evenly spaced.
+      audio: sound of these frames, if any.
       pixel_aspect: width over height of a pixel; 1 is square.
       alpha: opacity of each pixel; None where all are opaque, or frames were resized.
     """
@@ -53,7 +53,7 @@ class Video:
 
     @property
     def footage(self) -> Footage:
-        """What an edited video keeps of this one."""
+        """The properties that an edited video keeps."""
         return Footage(self.times, self.audio, self.pixel_aspect)
 
 
@@ -67,9 +67,9 @@ def read_video(
     the rate is that of the timestamps of the frames taken.
 
     Args:
-      path: a file or a folder.
-      max_frames: frames to take from the start.
-      resize: applied to each frame as soon as it is decoded, so that no more stays in memory.
+      path: file or folder.
+      max_frames: number of frames to take from the start; all by default.
+      resize: function applied to each frame once decoded, so that only its result stays in memory.
 
     Raises:
       InputError: the path is missing, empty, truncated, damaged, too large for the memory, holds no
@@ -101,7 +101,7 @@ def _read_file(source: epath.Path, limit: int | None, resize: Resize | None) -> 
                 raise InputError(f"{source}: the file is empty")
             containers.check_whole(source, file)
             file.seek(0)
-            if pictures.is_picture(head):
+            if pictures.is_picture(head) and not _is_motion_jpeg(file, head):
                 return _read_pictures(file, limit, images)
             if heif.is_heic(head):
                 return _read_heic(source, file, images)
@@ -116,7 +116,7 @@ def _read_file(source: epath.Path, limit: int | None, resize: Resize | None) -> 
 
 
 def _read_pictures(file: IO[bytes], limit: int | None, images: Gathered) -> Video:
-    """A picture, or the frames of an animated one."""
+    """Reads a picture, or the frames of an animated one."""
     stamps, end = [], Fraction(0)
     for pixels, seconds in pictures.read_pictures(file):
         if images.count == limit:
@@ -130,7 +130,7 @@ def _read_pictures(file: IO[bytes], limit: int | None, images: Gathered) -> Vide
 
 
 def _read_heic(source: epath.Path, file: IO[bytes], images: Gathered) -> Video:
-    """A picture of one tile or several."""
+    """Reads a HEIC picture of one tile or several."""
     try:
         layout = heif.read_layout(file)
         items = {}
@@ -149,9 +149,9 @@ def _read_heic(source: epath.Path, file: IO[bytes], images: Gathered) -> Video:
 def _read_footage(
     source: epath.Path, file: IO[bytes], limit: int | None, images: Gathered
 ) -> Video:
-    """Frames, timestamps and sound of whatever FFmpeg decodes."""
+    """Reads frames, timestamps and sound with FFmpeg."""
     stamps: list[Fraction | None] = []
-    swaps, end, length = False, None, file.seek(0, os.SEEK_END)
+    matrix, end, length = (1, 0, 0, 1), None, file.seek(0, os.SEEK_END)
     with _opened(file) as container:
         stream = _video_stream(source, container)
         is_still = container.format.name.endswith("_pipe")
@@ -164,31 +164,36 @@ def _read_footage(
         for frame in progressive(stream, container.decode(stream)):
             stamp = None if frame.pts is None else frame.pts * frame.time_base
             if images.count == limit:
-                end = stamp
+                end = stamp  # the last frame taken lasts until the next one
                 break
             matrix = orientation.display_matrix(frame)
             pixels, alpha = colour.rgb(frame)
             upright = orientation.upright(pixels, matrix)
             images.add(upright, alpha if alpha is None else orientation.upright(alpha, matrix))
             stamps.append(stamp)
-            swaps = orientation.swaps_sides(matrix)
-            if stamp is not None:
-                end = stamp + (frame.duration or 0) * frame.time_base
         declared = stream.average_rate, stream.guessed_rate
         fps, times = timing.pace(stamps, declared, stream.time_base)
-        if (
-            fps and stamps and end is not None and end == stamps[-1]
-        ):  # the file does not say how long the last frame lasts
-            end += 1 / fps
         aspect = stream.sample_aspect_ratio or Fraction(1)
     frames = images.frames
     if is_still or fps is None:
         return Video(frames, STILL_FPS, alpha=images.alpha)
     audio = None
-    if stamps[0] is not None and end is not None:
+    if None not in stamps:
         with _opened(file) as container:
-            audio = read_sound(source, container, stamps[0], end)
-    return Video(frames, fps, times, audio, 1 / aspect if swaps else aspect, images.alpha)
+            audio = read_sound(source, container, stamps[0], end or stamps[-1] + 1 / fps)
+    if orientation.swaps_sides(matrix):
+        aspect = 1 / aspect
+    return Video(frames, fps, times, audio, aspect, images.alpha)
+
+
+def _is_motion_jpeg(file: IO[bytes], head: bytes) -> bool:
+    """Whether a file that begins as a JPEG is a video of several, by FFmpeg's guess."""
+    if not head.startswith(pictures.JPEG):
+        return False
+    with _opened(file) as container:
+        is_stream = container.format.name == "mjpeg"
+    file.seek(0)
+    return is_stream
 
 
 @contextlib.contextmanager
@@ -201,7 +206,7 @@ def _opened(file: IO[bytes]) -> Iterator[av.container.InputContainer]:
 
 
 def _video_stream(source: epath.Path, container: av.container.InputContainer) -> av.VideoStream:
-    """The default video of those that are not the cover of a song."""
+    """The default video stream; cover pictures of songs are none."""
     disposition = av.stream.Disposition
     covers = disposition.attached_pic | disposition.timed_thumbnails | disposition.dependent
     streams = [s for s in container.streams.video if not s.disposition & covers]
@@ -214,7 +219,7 @@ def _video_stream(source: epath.Path, container: av.container.InputContainer) ->
 def _frame_count(
     container: av.container.InputContainer, stream: av.VideoStream, limit: int | None
 ) -> int:
-    """Frames to expect, by what the container says; 0 where it does not."""
+    """The number of frames by the container's own count or duration; 0 where it has neither."""
     count = stream.frames
     if not count and container.duration and stream.guessed_rate:
         count = round(Fraction(container.duration, av.time_base) * stream.guessed_rate)

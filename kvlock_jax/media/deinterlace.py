@@ -1,4 +1,4 @@
-"""Interlaced video to progressive, by FFmpeg's bwdif."""
+"""Deinterlaces video with FFmpeg's bwdif."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,7 +7,7 @@ import av.filter
 
 
 def progressive(stream: av.VideoStream, frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """The same frames, as many of them, each interlaced one deinterlaced."""
+    """Deinterlaces the interlaced frames among `frames`; their number stays."""
     graph = None
     for frame in frames:
         if graph is None and frame.interlaced_frame:

@@ -1,18 +1,19 @@
-"""Arrays to videos and pictures (PyAV). Files appear whole or not at all."""
+"""Writes videos and pictures (PyAV); files appear whole or not at all."""
 
 import contextlib
 import dataclasses
 import math
 import os
-import uuid
+import posixpath
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
-from etils import epath
 
 from kvlock_jax.errors import InputError
+from kvlock_jax.media import storage
 from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.sound import copying
 from kvlock_jax.media.storage import FilePath
@@ -24,19 +25,44 @@ _LIMITED = 1  # the code of 16-235 luma ("MPEG" range)
 _CLOCK = Fraction(1, 90000)  # seconds of a tick, where timestamps are no multiple of 1 / fps
 
 
-def check_output(path: FilePath, suffixes: Sequence[str] = tuple(CONTAINERS)) -> epath.Path:
-    """Checks a path of an output before the work starts, and expands it.
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A file to write, local or remote.
+
+    Attributes:
+      path: of the file, resolved.
+    """
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return posixpath.basename(self.path)
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the name, such as `.mp4`."""
+        return posixpath.splitext(self.path)[1]
+
+
+def check_output(path: FilePath, suffixes: Sequence[str] = tuple(CONTAINERS)) -> Target:
+    """Checks a path to write: its name, and of a local one its folder.
+
+    `storage.check_writable` finds out more, by writing.
 
     Raises:
       InputError: another suffix than `suffixes`, a missing folder, or the path is a folder.
     """
-    target = epath.Path(path).expanduser()
+    target = Target(storage.resolve(os.fspath(path)))
     if target.suffix.lower() not in suffixes:
         raise InputError(f"{path}: the name must end in {', '.join(suffixes)}")
-    if not target.parent.is_dir():
-        raise InputError(f"{path}: the output folder {target.parent} does not exist, create it")
-    if target.is_dir():
-        raise InputError(f"{path}: is a folder, not a file to write")
+    if not storage.is_remote(target.path):
+        parent = os.path.dirname(os.fspath(path)) or "."
+        if not os.path.isdir(storage.parent(target.path)):
+            raise InputError(f"{path}: the output folder {parent} does not exist, create it")
+        if os.path.isdir(target.path):
+            raise InputError(f"{path}: is a folder, not a file to write")
     return target
 
 
@@ -55,8 +81,8 @@ def write_video(
     which 4:2:0 does not have, are written in 4:4:4, which desktop players play but few browsers do.
 
     Args:
-      path: ends in a suffix of `CONTAINERS`.
-      frames: RGB.
+      path: file, its suffix one of `CONTAINERS`.
+      frames: RGB frames.
       fps: frames per second, over 0.
       lossless: whether every bit of the RGB is kept: by FFV1 in `.mkv` where pixels are square, by
         H.264 RGB, which browsers do not play, elsewhere.
@@ -95,17 +121,18 @@ def write_png(path: FilePath, image: Image) -> None:
 
 
 @contextlib.contextmanager
-def replacing(target: epath.Path) -> Iterator[epath.Path]:
-    """A temporary name beside the target, renamed to it on success, removed on anything else."""
-    part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
+def replacing(target: Target) -> Iterator[Path]:
+    """A local file to write, moved to the target on success, removed on anything else.
+
+    Raises:
+      InputError: the block or the move raised an error of the file system or of FFmpeg.
+    """
     try:
-        yield part
-        part.replace(target)
-    except BaseException as error:  # an interruption too
-        part.unlink(missing_ok=True)
-        if not isinstance(error, (av.FFmpegError, OSError)):
-            raise
-        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
+        with storage.replacing(target.path) as part:
+            yield Path(part)
+    except (av.FFmpegError, OSError) as error:
+        reason = error.strerror or error
+        raise InputError(f"{target.path}: cannot be written ({reason})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +148,7 @@ class _Codec:
         return not self.pixels.startswith("yuv")
 
 
-def _codec(
-    target: epath.Path, images: Frames, lossless: bool, crf: float, footage: Footage
-) -> _Codec:
+def _codec(target: Target, images: Frames, lossless: bool, crf: float, footage: Footage) -> _Codec:
     height, width = images.shape[1:3]
     # PyAV cannot have Matroska say the shape of pixels, and FFV1 has it where few programs look.
     is_square = footage.pixel_aspect == 1
@@ -136,8 +161,8 @@ def _codec(
 
 
 def _encode(
-    target: epath.Path,
-    part: epath.Path,
+    target: Target,
+    part: Path,
     images: Frames,
     rate: Fraction,
     codec: _Codec,
@@ -158,7 +183,7 @@ def _encode(
             matrix = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
         stamps, tick = _stamps(len(images), rate, footage)
         context.time_base = tick
-        with copying(target, output, footage.audio) as copy_sound_until:
+        with copying(target.path, output, footage.audio) as copy_sound_until:
             for image, stamp in zip(images, stamps, strict=True):
                 frame = _frame(image).reformat(format=codec.pixels, **matrix)
                 frame.pts, frame.time_base = stamp, tick
@@ -169,7 +194,7 @@ def _encode(
 
 
 def _stamps(count: int, rate: Fraction, footage: Footage) -> tuple[Sequence[int], Fraction]:
-    """Timestamps of the frames, and the seconds that they count."""
+    """Timestamps of the frames, and the length of their tick in seconds."""
     lead = footage.audio.lead if footage.audio else Fraction(0)
     if footage.times is None and not lead:
         return range(count), 1 / rate

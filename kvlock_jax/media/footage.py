@@ -1,4 +1,4 @@
-"""What an edited video keeps of its source beside the pixels."""
+"""Timestamps, sound and pixel aspect, which an edited video keeps of its source."""
 
 import dataclasses
 from fractions import Fraction
@@ -8,12 +8,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sound:
-    """Sound as it was compressed, in memory; `media.sound` reads and writes it.
+    """Compressed sound in memory; `media.sound` reads and writes it.
 
     Attributes:
-      data: a file of packets, untouched, in a container that holds any codec.
-      lead: seconds by which the first sound comes before the first frame; 0 where it does not.
-      shift: seconds to add to the file's times for time zero to be the first frame.
+      data: file of the packets, bit for bit, in a container that holds their codec.
+      lead: seconds from the first sound to the first frame; 0 where the frame comes first.
+      shift: seconds to add to the times of `data` so that the first frame is at zero.
     """
 
     data: bytes
@@ -23,11 +23,11 @@ class Sound:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Footage:
-    """What an edited video keeps of its source beside the pixels.
+    """Properties of a source, other than its pixels, that an edited video keeps.
 
     Attributes:
-      times: seconds of each frame from the first one, float64; None where they are evenly spaced.
-      audio: the sound of the frames, if any.
+      times: seconds from the first frame to each, float64; None where they are evenly spaced.
+      audio: sound of the frames, if any.
       pixel_aspect: width over height of a pixel; 1 is square.
     """
 

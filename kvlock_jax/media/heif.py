@@ -1,7 +1,7 @@
-"""HEIC pictures, which phones store as tiles: how the tiles make up the picture.
+"""Assembles HEIC pictures from the tiles that phones store.
 
-ISO/IEC 23008-12 (HEIF) over ISO/IEC 14496-12 (boxes). FFmpeg decodes each item as a stream of its
-own, and names it by the item's number.
+The format is ISO/IEC 23008-12 (HEIF) over the boxes of ISO/IEC 14496-12. FFmpeg decodes each item
+as a stream, whose id is the item's number; PyAV does not expose how they make up the picture.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The primary picture of a file.
+    """Layout of the primary picture of a file.
 
     Attributes:
-      tiles: numbers of the items that make it up, row by row.
-      columns: tiles in a row.
+      tiles: numbers of its items, row by row.
+      columns: number of tiles in a row.
       size: width and height before turns, to which the tiles are cropped; None for a single item.
       turns: quarter turns (`"turn"`, counter-clockwise) and mirrors (`"upside down"`,
         `"left to right"`), in the order to apply them.
@@ -35,7 +35,7 @@ class Picture:
     turns: tuple[str, ...]
 
     def assemble(self, items: Mapping[int, Image]) -> Image:
-        """The picture from its decoded items by number.
+        """Assembles the picture from its decoded items by number.
 
         Raises:
           KeyError, ValueError: an item is missing, or tiles do not fit together.
@@ -62,15 +62,15 @@ _TURNS = {
 
 
 def is_heic(head: bytes) -> bool:
-    """Whether the first bytes of a file, twelve or more, are those of a HEIC picture."""
+    """Whether a file whose first bytes are `head`, 12 or more, is a HEIC picture."""
     return head[4:8] == b"ftyp" and head[8:12] in _BRANDS
 
 
 def read_layout(file: IO[bytes]) -> Picture:
-    """The layout of the primary picture.
+    """Reads the layout of the primary picture.
 
     Raises:
-      ValueError: the file does not say, or says it in a way that this module does not know.
+      ValueError: the boxes are missing, damaged, or of a kind that this module does not know.
     """
     try:
         return _layout(file)
@@ -100,7 +100,7 @@ def _layout(file: IO[bytes]) -> Picture:
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Name and content of each box."""
+    """Yields the name and content of each box."""
     place = 0
     while place + 8 <= len(data):
         size, name = struct.unpack_from(">I4s", data, place)
@@ -115,7 +115,7 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _find(file: IO[bytes], wanted: bytes) -> bytes:
-    """The content of a box at the top of the file; others are not read."""
+    """Reads the content of a box at the top level of the file, and skips the others."""
     while len(head := file.read(8)) == 8:
         size, name = struct.unpack(">I4s", head)
         start = 8
@@ -145,7 +145,7 @@ def _kinds(iinf: bytes) -> dict[int, bytes]:
 
 
 def _references(iref: bytes) -> Iterator[tuple[bytes, int, list[int]]]:
-    """Name, origin and targets of each reference between items."""
+    """Yields the name, origin and targets of each reference between items."""
     wide = 2 if iref[0] == 0 else 4
     for name, entry in _boxes(iref[4:]):
         count = _number(entry, wide, 2)
@@ -154,7 +154,7 @@ def _references(iref: bytes) -> Iterator[tuple[bytes, int, list[int]]]:
 
 
 def _turns(iprp: bytes, item: int) -> Iterator[str]:
-    """The quarter turns and mirrors among an item's properties."""
+    """Yields the quarter turns and mirrors among an item's properties."""
     parts = dict(_boxes(iprp))
     properties, ipma = list(_boxes(parts[b"ipco"])), parts[b"ipma"]
     wide, long = 2 if ipma[0] == 0 else 4, ipma[3] & 1

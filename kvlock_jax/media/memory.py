@@ -1,4 +1,4 @@
-"""Frames gathered in one array, and whether the memory holds them."""
+"""Gathers frames in one array, and refuses those that the memory does not hold."""
 
 import pathlib
 import re
@@ -17,12 +17,12 @@ class Gathered:
     """Frames of one size, gathered in one array as they are decoded, and their alpha.
 
     Attributes:
-      count: frames so far.
-      expected: frames to make room for at the first one; more than these are held as well.
+      count: number of frames so far.
+      expected: number of frames to reserve memory for at the first one; more may follow.
     """
 
     def __init__(self, name: object, resize: Callable[[Image], Image] | None = None) -> None:
-        """Takes the name of their file, for errors, and what to apply to each frame."""
+        """Takes the name of the file, for errors, and the function to apply to each frame."""
         self.count = self.expected = 0
         self._name, self._resize = name, resize
         self._array: Frames | None = None

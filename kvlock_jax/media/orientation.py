@@ -1,4 +1,4 @@
-"""Display matrices of video: quarter turns and mirrors, in all eight combinations."""
+"""Turns and mirrors frames as their display matrix says, in all eight orientations."""
 
 import struct
 
@@ -11,7 +11,7 @@ def display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """The entries `a, b, c, d` of a frame's display matrix, each -1, 0 or 1.
 
     A pixel `(x, y)` is shown at `(a x + c y, b x + d y)`. Angles between are taken to the nearest
-    quarter turn; frames without a matrix have the identity.
+    quarter turn; the matrix of a frame that has none is the identity.
     """
     try:
         matrix = frame.side_data.get(Type.DISPLAYMATRIX)
@@ -32,7 +32,7 @@ def swaps_sides(matrix: tuple[int, int, int, int]) -> bool:
 
 
 def upright(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """An image (`height width ...`) as the matrix of `display_matrix` shows it."""
+    """Turns an image (`height width ...`) as the matrix of `display_matrix` shows it."""
     a, b, c, d = matrix
     if swaps_sides(matrix):
         image = image.swapaxes(0, 1)

@@ -1,4 +1,4 @@
-"""Pictures and animated pictures to arrays (Pillow)."""
+"""Reads pictures, animated ones too, into arrays (Pillow)."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -11,11 +11,12 @@ import PIL.ImageSequence
 from jaxtyping import UInt8
 
 _KINDS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF")
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
+JPEG = b"\xff\xd8\xff"  # begins each
+_MAGIC = (b"\x89PNG", JPEG, b"BM", b"II*\x00", b"MM\x00*")
 
 
 def is_picture(head: bytes) -> bool:
-    """Whether the first bytes of a file, a few dozen, are those of a picture for Pillow."""
+    """Whether a file whose first bytes are `head`, 64 or more, is a picture that Pillow reads."""
     if head[:4] == b"RIFF":
         return head[8:12] == b"WEBP"
     if head[4:8] == b"ftyp":
@@ -27,12 +28,12 @@ def is_picture(head: bytes) -> bool:
 def read_pictures(
     file: IO[bytes],
 ) -> Iterator[tuple[UInt8[np.ndarray, "height width channels"], Fraction]]:
-    """The frames of a picture and the seconds that each is shown; 0 where it is not animated.
+    """Reads the frames of a picture, each with its duration in seconds; 0 for a still.
 
-    Frames are upright by their EXIF orientation, RGB, or RGBA where anything may be transparent.
+    Frames are upright by their EXIF orientation; RGBA where a pixel may be transparent, else RGB.
 
     Raises:
-      OSError: the picture is damaged, or larger than Pillow takes for honest.
+      OSError: the picture is damaged, or too large for Pillow.
     """
     try:
         yield from _frames(file)

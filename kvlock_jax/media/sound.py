@@ -1,9 +1,11 @@
-"""Sound of a video: its packets, copied bit for bit, cut to the frames taken."""
+"""Copies the sound of a video bit for bit, packet by packet, cut to the frames taken."""
 
 import collections
 import contextlib
 import io
 import itertools
+import math
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +15,8 @@ import av
 
 from kvlock_jax.media.footage import Sound
 
+_OVERHANG = Fraction(1, 10)  # seconds past the last frame that a packet may sound
+_PCM = re.compile(r"pcm_[suf](\d+)")  # names with bits per sample
 _KEEPERS = ("nut", "matroska", "mov", "mp4")
 """Containers to keep packets in; the source's own is tried first."""
 
@@ -20,18 +24,18 @@ _KEEPERS = ("nut", "matroska", "mov", "mp4")
 def read_sound(
     name: object, container: av.container.InputContainer, start: Fraction, end: Fraction | None
 ) -> Sound | None:
-    """The sound of some frames: every packet that begins before their end, untouched.
+    """Reads the packets of sound that begin before the frames taken end.
 
     Sound before the first frame is kept, and delays it (`Sound.lead`). Sound that cannot be read is
     left out, with a warning.
 
     Args:
-      name: of the file, for the warning.
-      container: the file, opened anew: a seek loses what decoders skip at the start.
-      start: seconds of the first frame, by the file's clock.
-      end: seconds at which the last frame ends; None takes all sound.
+      name: name of the file, for the warning.
+      container: container at its start; after a seek, FFmpeg forgets what to skip at the start.
+      start: time of the first frame in seconds, by the file's clock.
+      end: time in seconds at which the last frame ends; None takes all sound.
     """
-    streams = [s for s in container.streams.audio if s.codec_context is not None]
+    streams = [s for s in container.streams.audio if s.codec_context and s.sample_rate]
     if not streams:
         return None
     try:
@@ -68,8 +72,25 @@ def _packets(
             if len(reached) == len(streams):
                 break
         else:
-            packets.append(packet)
+            packets.append(packet if end is None else _cut(packet, end))
     return packets
+
+
+def _cut(packet: av.Packet, end: Fraction) -> av.Packet:
+    """Cuts a packet of PCM that goes far past `end`; any other stays whole."""
+    codec = packet.stream.codec_context
+    bits = _PCM.match(codec.name)
+    if bits is None or _time(packet) + (packet.duration or 0) * packet.time_base < end + _OVERHANG:
+        return packet
+    samples = math.ceil((end - _time(packet)) * codec.sample_rate)
+    length = samples * codec.channels * int(bits[1]) // 8
+    if length >= packet.size:
+        return packet
+    cut = av.Packet(bytes(packet)[:length])
+    cut.stream, cut.time_base = packet.stream, packet.time_base
+    cut.pts, cut.dts, cut.is_keyframe = packet.pts, packet.pts, packet.is_keyframe
+    cut.duration = round(Fraction(samples, codec.sample_rate) / packet.time_base)
+    return cut
 
 
 def _time(packet: av.Packet) -> Fraction:
@@ -82,7 +103,7 @@ def _firsts(packets: list[av.Packet]) -> list[av.Packet]:
 
 
 def _skipped(packet: av.Packet) -> Fraction:
-    """Seconds at the start of a packet that only warm the decoder up, and are not heard."""
+    """Seconds at the start of a packet that prime the decoder and are not heard."""
     if not packet.has_sidedata("skip_samples"):
         return Fraction(0)
     (samples,) = struct.unpack("<I", bytes(packet.get_sidedata("skip_samples"))[:4])
@@ -92,7 +113,7 @@ def _skipped(packet: av.Packet) -> Fraction:
 def _kept(
     source: str, packets: list[av.Packet], streams: list[av.AudioStream], first: Fraction
 ) -> bytes:
-    """A file of the packets, their times counted from `first`."""
+    """Writes the packets into a file in memory, their times counted from `first`."""
     family = [keeper for keeper in _KEEPERS if keeper in source]
     files = []
     for keeper in dict.fromkeys([*family, *_KEEPERS]):
@@ -134,13 +155,13 @@ def _written(
 def copying(
     name: object, output: av.container.OutputContainer, sound: Sound | None
 ) -> Iterator[Callable[[Fraction], None]]:
-    """Copies a sound into an output; to be entered before anything is muxed.
+    """Copies a sound into an output. Enter it before anything is muxed.
 
     A codec that the output's container cannot hold is left out, with a warning that names it.
 
     Yields:
-      A function to call before frames are muxed, with their time in seconds: it copies the packets
-      up to there. The others are copied at the end.
+      A function that copies the packets up to a time of the output in seconds, to be called before
+      each frame is muxed. The rest is copied at the end.
     """
     if sound is None:
         yield lambda time: None
@@ -151,9 +172,9 @@ def copying(
             if _holds(output.format.name, sound, stream.index):
                 copies[stream.index] = _copy_stream(output, stream)
             else:
-                codec = stream.codec_context.name
-                problem = f"the container cannot hold {codec}, .mkv can"
-                warnings.warn(f"{name}: the sound is left out: {problem}", stacklevel=5)
+                problem = f"the container cannot hold {stream.codec_context.name}"
+                hint = ", .mkv can" if _holds("matroska", sound, stream.index) else ""
+                warnings.warn(f"{name}: the sound is left out: {problem}{hint}", stacklevel=5)
         packets = _shifted(source, copies, sound.shift + sound.lead)
         waiting = collections.deque(itertools.islice(packets, 1))
 
@@ -169,7 +190,7 @@ def copying(
 def _shifted(
     source: av.container.InputContainer, copies: Mapping[int, av.AudioStream], shift: Fraction
 ) -> Iterator[av.Packet]:
-    """The packets for the copies of streams, later by `shift` seconds."""
+    """Yields the packets for the copies of their streams, `shift` seconds later."""
     if not copies:
         return
     for packet in source.demux([s for s in source.streams.audio if s.index in copies]):
@@ -178,7 +199,7 @@ def _shifted(
 
 
 def _holds(container: str, sound: Sound, index: int) -> bool:
-    """Whether a container holds a stream of the sound, by writing it into memory."""
+    """Whether a container can hold a stream of the sound; found out by writing it into memory."""
     try:
         with av.open(io.BytesIO(sound.data)) as source:
             stream = source.streams[index]
@@ -200,9 +221,9 @@ def _copy_stream(output: av.container.OutputContainer, stream: av.AudioStream) -
 
 
 def _moved(packet: av.Packet, stream: av.AudioStream, shift: Fraction) -> av.Packet:
-    """A packet for another stream, later by `shift` seconds.
+    """Copies a packet for another stream, `shift` seconds later.
 
-    It has no side data: what to skip at the start is said by its time, and not twice.
+    The copy has no side data: its time before zero already says what to skip at the start.
     """
     tick = min(packet.time_base, Fraction(1, stream.codec_context.sample_rate))
     copy = av.Packet(bytes(packet))

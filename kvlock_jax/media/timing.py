@@ -1,4 +1,4 @@
-"""Frame rates and timestamps."""
+"""Derives frame rates from timestamps."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,37 +16,37 @@ _COMMON = tuple(Fraction(n * 1000, 1001) for n in (24, 30, 60, 120)) + tuple(
 def pace(
     stamps: Sequence[Fraction | None], declared: Sequence[Fraction | None], tick: Fraction
 ) -> tuple[Fraction | None, np.ndarray | None]:
-    """The frame rate of timestamps, and the seconds of each frame where they are not even.
+    """Derives the frame rate, and the time of each frame where frames are not evenly spaced.
 
     Timestamps still count as even where a clock rounded them, to `tick` or to the milliseconds that
     they had in another container. Their rate is the first declared one that fits, the common one
     that fits best, or their mean.
 
     Args:
-      stamps: seconds of each frame; None where the file has none.
+      stamps: timestamps in seconds; None where the file has none.
       declared: rates that the container or the codec declares, best first.
-      tick: seconds of the clock that the timestamps count.
+      tick: resolution of the timestamps in seconds.
 
     Returns:
-      Frames per second, None where neither timestamps nor declarations have any; and `times` as in
-      `Video`.
+      Frames per second, None where neither timestamps nor declarations give a rate; and `times` as
+      in `decode.Video`.
     """
     rates = [rate for rate in declared if rate and 0 < rate <= FASTEST]
     if len(stamps) < 2 or not _increasing(stamps):
         return (rates[0] if rates else None), None
-    times = [stamp - stamps[0] for stamp in stamps]
-    mean = (len(times) - 1) / times[-1]
-    fits = max(tick, _MILLISECOND)
+    mean = (len(stamps) - 1) / (stamps[-1] - stamps[0])
+    times = np.array([float(stamp - stamps[0]) for stamp in stamps])
+    fits = float(max(tick, _MILLISECOND)) + 1e-9
     common = min(_COMMON, key=lambda rate: _error(times, rate))
     for rate in (*rates, common, mean):
         if _error(times, rate) <= fits:
             return rate, None
-    return mean, np.array([float(time) for time in times])
+    return mean, times
 
 
-def _error(times: Sequence[Fraction], rate: Fraction) -> Fraction:
-    """Seconds by which the frames of a steady rate are off, at most."""
-    return max(abs(time - n / rate) for n, time in enumerate(times))
+def _error(times: np.ndarray, rate: Fraction) -> float:
+    """The largest distance in seconds from a frame to its place at a steady rate."""
+    return float(np.abs(times - np.arange(len(times)) / float(rate)).max())
 
 
 def _increasing(stamps: Sequence[Fraction | None]) -> bool:

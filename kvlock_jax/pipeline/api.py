@@ -23,9 +23,11 @@ from kvlock_jax.media.masks import Box
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.models.text.prompts import prompt_warnings
 from kvlock_jax.models.vae import autoencoder
+from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline import stages
 from kvlock_jax.pipeline.background import BackgroundCompiler
 from kvlock_jax.pipeline.encode import draw_noise, noise_shape
+from kvlock_jax.pipeline.hosts import check_hosts_agree
 from kvlock_jax.pipeline.inputs import EditInputs, read_inputs
 from kvlock_jax.pipeline.load import Model, default_config
 from kvlock_jax.pipeline.seeds import batch_rows
@@ -93,9 +95,14 @@ def edit(
     Raises:
       Error: a setting, a file or the checkpoint is unusable, or sampling diverges.
     """
-    settings = resolve_settings(config if config is not None else default_config(model))
-    inputs = read_inputs(video, mask, prompt, settings.edit, references)
-    return run(model, inputs, settings, noise=noise, on_step=on_step)
+
+    def work() -> Result:
+        """Reads the inputs and runs the edit."""
+        settings = resolve_settings(config if config is not None else default_config(model))
+        inputs = read_inputs(video, mask, prompt, settings.edit, references)
+        return run(model, inputs, settings, noise=noise, on_step=on_step)
+
+    return agreement.together("an edit", work)
 
 
 def run(
@@ -146,7 +153,25 @@ def run_batch(
 
     Returns:
       The result of each edit, or its error if it is not finite. Stages share their times.
+
+    Raises:
+      Error: an edit cannot run. On several hosts all of them raise: one may have failed
+        (`HostError`), or they were given different inputs, settings, noise or models.
     """
+    rest = {"on_step": on_step, "background": background}
+    return agreement.together("a batch", lambda: _run_batch(model, inputs, settings, noise, **rest))
+
+
+def _run_batch(
+    model: Model,
+    inputs: Sequence[EditInputs],
+    settings: Sequence[Settings],
+    noise: Float[Array, "sources T H W C"],
+    on_step: Callable[[int], None] | None,
+    background: BackgroundCompiler | None,
+) -> list[Result | SamplingError]:
+    """`run_batch` on one of the hosts."""
+    check_hosts_agree(model, inputs, settings, noise, by_step=on_step is not None)
     kind = family(model.checkpoint.configs.transformer)
     if inputs[0].references and not kind.conditioner.takes_references:
         raise InputError(f"reference pictures need a VACE model, this one is {kind.name}")
