@@ -52,6 +52,7 @@ def runner(model, inputs, settings, keys) -> list[Result]:
             metrics=METRICS,
             seconds={"sample": 0.5},
             settings=own,
+            footage=given.footage,
         )
         for given, own, key in zip(inputs, settings, keys, strict=True)
     ]

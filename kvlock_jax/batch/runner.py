@@ -287,7 +287,7 @@ def _write(work: Work, stage: Path, on_end: OnEnd, outcomes: Sequence[_Outcome])
         try:
             if isinstance(outcome.result, Exception):
                 raise outcome.result
-            _publish(work, stage, request, outcome.result, outcome.read)
+            _publish(work, stage, request, outcome.result, outcome.read_inputs)
         except Exception as error:  # of this edit alone
             failure = Failure(request.line, request.id, reason(error))
             failures.append(failure)

@@ -65,7 +65,8 @@ def _tone_mapped(frame: av.VideoFrame) -> Image:
         light = np.maximum(light @ _TO_BT709.T, np.float32(0))
     brightest = light.max(axis=-1, keepdims=True)
     over = (brightest - _SHOULDER) / (1 - _SHOULDER)
-    mapped = np.where(over > 0, 1 - (1 - _SHOULDER) * np.exp(-np.maximum(over, 0)), brightest)
+    room = (1 - _SHOULDER) * over / (1 + np.maximum(over, 0))
+    mapped = np.where(over > 0, _SHOULDER + room, brightest)
     light = light * (mapped / np.maximum(brightest, np.float32(1e-9)))
     return np.rint(255 * _srgb(np.clip(light, 0, 1))).astype(np.uint8)
 

@@ -101,7 +101,7 @@ def _read_file(source: epath.Path, limit: int | None, resize: Resize | None) -> 
                 raise InputError(f"{source}: the file is empty")
             containers.check_whole(source, file)
             file.seek(0)
-            if pictures.is_picture(head):
+            if pictures.is_picture(head) and not _is_motion_jpeg(file, head):
                 return _read_pictures(file, limit, images)
             if heif.is_heic(head):
                 return _read_heic(source, file, images)
@@ -151,7 +151,7 @@ def _read_footage(
 ) -> Video:
     """Frames, timestamps and sound of whatever FFmpeg decodes."""
     stamps: list[Fraction | None] = []
-    swaps, end, length = False, None, file.seek(0, os.SEEK_END)
+    matrix, end, length = (1, 0, 0, 1), None, file.seek(0, os.SEEK_END)
     with _opened(file) as container:
         stream = _video_stream(source, container)
         is_still = container.format.name.endswith("_pipe")
@@ -164,31 +164,36 @@ def _read_footage(
         for frame in progressive(stream, container.decode(stream)):
             stamp = None if frame.pts is None else frame.pts * frame.time_base
             if images.count == limit:
-                end = stamp
+                end = stamp  # the last frame taken lasts until the next one
                 break
             matrix = orientation.display_matrix(frame)
             pixels, alpha = colour.rgb(frame)
             upright = orientation.upright(pixels, matrix)
             images.add(upright, alpha if alpha is None else orientation.upright(alpha, matrix))
             stamps.append(stamp)
-            swaps = orientation.swaps_sides(matrix)
-            if stamp is not None:
-                end = stamp + (frame.duration or 0) * frame.time_base
         declared = stream.average_rate, stream.guessed_rate
         fps, times = timing.pace(stamps, declared, stream.time_base)
-        if (
-            fps and stamps and end is not None and end == stamps[-1]
-        ):  # the file does not say how long the last frame lasts
-            end += 1 / fps
         aspect = stream.sample_aspect_ratio or Fraction(1)
     frames = images.frames
     if is_still or fps is None:
         return Video(frames, STILL_FPS, alpha=images.alpha)
     audio = None
-    if stamps[0] is not None and end is not None:
+    if None not in stamps:
         with _opened(file) as container:
-            audio = read_sound(source, container, stamps[0], end)
-    return Video(frames, fps, times, audio, 1 / aspect if swaps else aspect, images.alpha)
+            audio = read_sound(source, container, stamps[0], end or stamps[-1] + 1 / fps)
+    if orientation.swaps_sides(matrix):
+        aspect = 1 / aspect
+    return Video(frames, fps, times, audio, aspect, images.alpha)
+
+
+def _is_motion_jpeg(file: IO[bytes], head: bytes) -> bool:
+    """Whether a file that begins as a JPEG is a video of several, by FFmpeg's guess."""
+    if not head.startswith(pictures.JPEG):
+        return False
+    with _opened(file) as container:
+        is_stream = container.format.name == "mjpeg"
+    file.seek(0)
+    return is_stream
 
 
 @contextlib.contextmanager

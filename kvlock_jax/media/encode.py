@@ -58,8 +58,8 @@ def write_video(
       path: ends in a suffix of `CONTAINERS`.
       frames: RGB.
       fps: frames per second, over 0.
-      lossless: whether every bit of the RGB is kept: by FFV1 in `.mkv`, by H.264 RGB, which
-        browsers do not play, in the others.
+      lossless: whether every bit of the RGB is kept: by FFV1 in `.mkv` where pixels are square, by
+        H.264 RGB, which browsers do not play, elsewhere.
       crf: quality where not `lossless`, 0 (best) to 51.
       footage: timestamps, sound and pixel aspect of the source. Sound that the container cannot
         hold is left out, with a warning.
@@ -78,7 +78,7 @@ def write_video(
     if not (math.isfinite(fps) and fps > 0):
         raise InputError(f"{path}: the frame rate must be over 0, found {fps}")
     rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 and its kin survive a float
-    codec = _codec(target, images, lossless, crf)
+    codec = _codec(target, images, lossless, crf, footage)
     with replacing(target) as part:
         _encode(target, part, images, rate, codec, footage)
 
@@ -121,9 +121,13 @@ class _Codec:
         return not self.pixels.startswith("yuv")
 
 
-def _codec(target: epath.Path, images: Frames, lossless: bool, crf: float) -> _Codec:
+def _codec(
+    target: epath.Path, images: Frames, lossless: bool, crf: float, footage: Footage
+) -> _Codec:
     height, width = images.shape[1:3]
-    if lossless and CONTAINERS[target.suffix.lower()] == "matroska":
+    # PyAV cannot have Matroska say the shape of pixels, and FFV1 has it where few programs look.
+    is_square = footage.pixel_aspect == 1
+    if lossless and is_square and CONTAINERS[target.suffix.lower()] == "matroska":
         return _Codec("ffv1", "bgr0", {})
     if lossless:
         return _Codec("libx264rgb", "rgb24", {"crf": "0"})

@@ -11,7 +11,8 @@ import PIL.ImageSequence
 from jaxtyping import UInt8
 
 _KINDS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF")
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
+JPEG = b"\xff\xd8\xff"  # begins each
+_MAGIC = (b"\x89PNG", JPEG, b"BM", b"II*\x00", b"MM\x00*")
 
 
 def is_picture(head: bytes) -> bool:
@@ -27,7 +28,7 @@ def is_picture(head: bytes) -> bool:
 def read_pictures(
     file: IO[bytes],
 ) -> Iterator[tuple[UInt8[np.ndarray, "height width channels"], Fraction]]:
-    """The frames of a picture, one where it is not animated, and the seconds that each is shown.
+    """The frames of a picture and the seconds that each is shown; 0 where it is not animated.
 
     Frames are upright by their EXIF orientation, RGB, or RGBA where anything may be transparent.
 
@@ -47,7 +48,7 @@ def _frames(
         animated = getattr(picture, "is_animated", False) and picture.format not in ("MPO", "TIFF")
         for frame in PIL.ImageSequence.Iterator(picture) if animated else [picture]:
             frame.load()
-            shown = Fraction(frame.info.get("duration") or 0) / 1000
+            shown = Fraction(frame.info.get("duration") or 0 if animated else 0) / 1000
             yield _pixels(PIL.ImageOps.exif_transpose(frame)), shown
 
 

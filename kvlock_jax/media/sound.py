@@ -31,7 +31,7 @@ def read_sound(
       start: seconds of the first frame, by the file's clock.
       end: seconds at which the last frame ends; None takes all sound.
     """
-    streams = [s for s in container.streams.audio if s.codec_context is not None]
+    streams = [s for s in container.streams.audio if s.codec_context and s.sample_rate]
     if not streams:
         return None
     try:

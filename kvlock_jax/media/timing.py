@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 
 FASTEST = 480  # frames per second; a rate above this one is the tick of a clock, not a rate
+_MILLISECOND = Fraction(1, 1000)
 _COMMON = tuple(Fraction(n * 1000, 1001) for n in (24, 30, 60, 120)) + tuple(
     Fraction(n) for n in (8, 10, 12, 15, 16, 24, 25, 30, 48, 50, 60, 90, 100, 120, 240)
 )
@@ -17,8 +18,9 @@ def pace(
 ) -> tuple[Fraction | None, np.ndarray | None]:
     """The frame rate of timestamps, and the seconds of each frame where they are not even.
 
-    Timestamps that a clock of `tick` seconds rounds still count as even, at the first rate that
-    they fit: a declared one, a common one, or their mean.
+    Timestamps still count as even where a clock rounded them, to `tick` or to the milliseconds that
+    they had in another container. Their rate is the first declared one that fits, the common one
+    that fits best, or their mean.
 
     Args:
       stamps: seconds of each frame; None where the file has none.
@@ -32,12 +34,19 @@ def pace(
     rates = [rate for rate in declared if rate and 0 < rate <= FASTEST]
     if len(stamps) < 2 or not _increasing(stamps):
         return (rates[0] if rates else None), None
-    times = [stamp - stamps[0] for stamp in stamps]
-    mean = (len(times) - 1) / times[-1]
-    for rate in (*rates, *_COMMON, mean):
-        if all(abs(time - n / rate) <= tick for n, time in enumerate(times)):
+    mean = (len(stamps) - 1) / (stamps[-1] - stamps[0])
+    times = np.array([float(stamp - stamps[0]) for stamp in stamps])
+    fits = float(max(tick, _MILLISECOND)) + 1e-9
+    common = min(_COMMON, key=lambda rate: _error(times, rate))
+    for rate in (*rates, common, mean):
+        if _error(times, rate) <= fits:
             return rate, None
-    return mean, np.array([float(time) for time in times])
+    return mean, times
+
+
+def _error(times: np.ndarray, rate: Fraction) -> float:
+    """Seconds by which the frames of a steady rate are off, at most."""
+    return float(np.abs(times - np.arange(len(times)) / float(rate)).max())
 
 
 def _increasing(stamps: Sequence[Fraction | None]) -> bool:
