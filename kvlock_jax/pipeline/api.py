@@ -175,13 +175,9 @@ def _run_batch(
     kind = family(model.checkpoint.configs.transformer)
     if inputs[0].references and not kind.conditioner.takes_references:
         raise InputError(f"reference pictures need a VACE model, this one is {kind.name}")
-    prompts = [
-        prompt
-        for one, own in zip(inputs, settings, strict=True)
-        for prompt in (one.prompt, own.edit.negative_prompt, own.edit.source_prompt)
-    ]
-    for prompt in dict.fromkeys(prompts):
-        for line in prompt_warnings(model.tokenizer, prompt):
+    for one, own in zip(inputs, settings, strict=True):
+        texts = one.prompt, own.edit.negative_prompt, own.edit.source_prompt
+        for line in prompt_warnings(model.tokenizer, *texts):
             warnings.warn(line, stacklevel=2)
     clock, rows = Clock(), batch_rows(inputs, settings, noise, model.mesh)
     compiler = background.compiler if background is not None else Compiler()
