@@ -16,9 +16,9 @@ import pytest
 from manifests import all_frames, failures, names, poor, write
 
 from kvlock_jax.batch.manifest import Common
-from kvlock_jax.batch.resume import find_work
 from kvlock_jax.batch.publisher import Publisher
 from kvlock_jax.batch.reader import Reader
+from kvlock_jax.batch.resume import find_work
 from kvlock_jax.batch.runner import Summary, edit_key, run
 from kvlock_jax.errors import CheckpointError, InputError
 from kvlock_jax.media import decode, encode, storage

@@ -157,7 +157,7 @@ class Line:
       grace: seconds as in `GRACE`.
     """
 
-    def __init__(self, store: Store, host: int, hosts: int, grace: float = GRACE):
+    def __init__(self, store: Store, host: int, hosts: int, grace: float):
         self._store, self._host, self._hosts, self._grace = store, host, hosts, grace
         self._number = self._depth = 0
         self._left = False
@@ -351,4 +351,4 @@ def _line() -> Line:
 
 @functools.lru_cache(maxsize=1)
 def _line_of(client: Any) -> Line:
-    return Line(_Coordinator(client), jax.process_index(), jax.process_count())
+    return Line(_Coordinator(client), jax.process_index(), jax.process_count(), GRACE)
