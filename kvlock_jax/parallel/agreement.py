@@ -203,7 +203,8 @@ class Line:
     def leave(self, why: str) -> None:
         """As the function of this name; the store's host stays until the others have left."""
         with contextlib.suppress(Exception):  # the store may have ended first
-            self._store.put(_left_key(self._host), why)
+            if self._store.get(_left_key(self._host), 0) is None:  # or the first reason holds
+                self._store.put(_left_key(self._host), why)
             self._store.put(_parted_key(self._host), why)
             until = time.monotonic() + _PARTING
             for host in range(self._hosts) if self._host == 0 else ():
