@@ -253,7 +253,7 @@ class Line:
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > self._grace:
                     raise LostHostError(
-                        f"host {host} failed ({failure}), and this host, in programs that they share, "
+                        f"host {host} failed ({failure}), and this host, in a program they share, "
                         f"did not come out of {topic}: the run cannot go on, start it again"
                     )
         return future.result()
