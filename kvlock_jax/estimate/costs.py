@@ -350,8 +350,10 @@ def edit_flops(workload: Workload, layout: Layout | None = None) -> int:
 
 
 def source_share(lock: LockConfig, steps: int) -> float:
-    """The part of a run's steps with a source pass: those on which alpha can be over 0."""
-    window = min(lock.kappa, steps)
+    """The share of a run's steps with a source pass: those on which alpha can be over 0."""
+    injected = min(lock.injected_steps, steps)
+    window = min(lock.kappa, steps - injected)
     inside = lock.adapt_fusion_ratio or lock.fusion_ratio > 0
     before = lock.warmup_fusion_ratio > 0
-    return lock.enabled * (window * inside + (steps - window) * before) / steps
+    others = window * inside + (steps - injected - window) * before
+    return lock.enabled * (injected + others) / steps

@@ -40,12 +40,7 @@ SETTINGS = (
     ("edit.context_scale", float, "context_scale", "of a VACE model's hints; 1 as published"),
     ("edit.show_masked", bool, "show_masked", "show a VACE model what is under the mask"),
     ("edit.composite", bool, "composite", "take pixels outside the mask from the source"),
-    (
-        "edit.ceiling",
-        bool,
-        "ceiling",
-        "measure the PSNR of a bare VAE round trip beside the edit's",
-    ),
+    ("edit.ceiling", bool, "ceiling", "measure the PSNR of a bare VAE round trip too"),
 )
 """Key of the config, type, names, help."""
 
