@@ -2,10 +2,10 @@
 
 
 class Error(Exception):
-    """Something the caller can mend: the message names the thing, the expected and the found.
+    """A fault that the caller can mend; its message names the thing, the expected and the found.
 
-    The command line prints it as one line and exits with status 2; every other exception is a bug
-    and keeps its traceback (DESIGN.md section 5).
+    The command line prints the message as one line and exits with status 2. Any other exception is
+    a bug and keeps its traceback (DESIGN.md section 5).
     """
 
 
@@ -14,15 +14,15 @@ class ConfigError(Error):
 
 
 class InputError(Error):
-    """A video, mask, image or prompt cannot be used as given."""
+    """A video, mask, image or prompt is unusable."""
 
 
 class CheckpointError(Error):
-    """A checkpoint is missing something, holds something unexpected, or is damaged."""
+    """A checkpoint is incomplete, holds unexpected entries, or is damaged."""
 
 
 class SamplingError(Error):
-    """Sampling produced something that is not a video, such as latents that are not finite."""
+    """Sampling produced no video, for instance latents that are not finite."""
 
 
 class HostError(Error):

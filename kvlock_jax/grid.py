@@ -1,7 +1,7 @@
-"""Latents as the transformer takes them: patches of cells in one row, one to a token.
+"""Latents as a row of tokens, each a patch of latent cells.
 
-A row of frames, of which 21 divide by nothing useful, becomes a row of tokens, which many devices
-can share: frame-major, and padded to a length that they divide (DESIGN.md section 3).
+Devices cannot share 21 latent frames evenly, so the frames become one row of tokens, frame-major
+and padded to a length that the devices divide (DESIGN.md section 3).
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ PatchMask = Bool[Array, "B L cells"]
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How latents of one size lie in a row of tokens.
+    """The order of latents of one size in a row of tokens.
 
     Attributes:
-      space: latent frames (of references too), rows and columns `T H W`.
-      length: tokens `L` of a row, padding after the last included.
-      patch: latent cells of a token along `T H W`.
+      space: latent frames (those of references included), rows and columns `T H W`.
+      length: number of tokens `L` in a row, with the padding at its end.
+      patch: latent cells per token along `T H W`.
     """
 
     space: tuple[int, int, int]
@@ -44,17 +44,17 @@ class Grid:
 
     @property
     def axes(self) -> tuple[int, int, int]:
-        """Tokens along `T H W`."""
+        """The numbers of tokens along `T H W`."""
         t, h, w = (n // p for n, p in zip(self.space, self.patch, strict=True))
         return t, h, w
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are without padding."""
+        """The number of tokens without padding."""
         return math.prod(self.axes)
 
     def split(self, cells: Shaped[Array, "B T H W *C"]) -> Shaped[Array, "B L cells *C"]:
-        """Latents or a mask as patches, whose cells come row by row; padding is 0."""
+        """Latents or a mask as patches, the cells of each in row-major order; padding is 0."""
         batch, (t, h, w), (p, q, r) = cells.shape[0], self.axes, self.patch
         inner = tuple(range(7, cells.ndim + 3))  # channels, where there are any
         x = cells.reshape(batch, t, p, h, q, w, r, *cells.shape[4:])

@@ -1,14 +1,14 @@
 """The letters that shape annotations, einsum strings and sharding rules share.
 
-| letter | what it counts |
+| letter | counts |
 |---|---|
 | `B` | edits in a batch |
-| `T H W` | latent frames, rows and columns; of a token grid where a docstring says so |
+| `T H W` | latent frames, rows and columns; those of a token grid where a docstring says so |
 | `L` | tokens, `T*H*W` of the token grid, frame-major |
 | `S` | key tokens; text tokens in cross-attention |
 | `D` | width of the model |
 | `N` | attention heads |
-| `K` | size of one head |
+| `K` | channels of one head |
 | `F` | width of the feed-forward layer |
 | `C` | latent channels |
 
@@ -22,7 +22,7 @@ Latents = Float[Array, "B T H W C"]
 LatentMask = Bool[Array, "B T H W"]
 TokenMask = Bool[Array, "B L"]
 Cells = Float[Array, "B *space C"]
-"""Latents in any order: whole, `B T H W C`, or as the patches of tokens, `B L cells C`."""
+"""Latents in either order: whole, `B T H W C`, or as patches, `B L cells C`."""
 CellMask = Bool[Array, "B *space"]
 Heads = Float[Array, "B L N K"]
 PerEdit = Float[Array, "B"]

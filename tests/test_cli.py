@@ -168,7 +168,7 @@ def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
     flags = (
         "--preset=cfg --shift=2.5 --solver=dpm++ --base_seed=3 --src_prompt=one --dilate=1 "
         "--negative_prompt=two --size=64*32 --frame_num=4 --invert_mask --no-composite "
-        "--context_scale=0.5 --show_masked --fit=pad --fps=8 --no_audio"
+        "--context_scale=0.5 --show_masked --ceiling --pool_seeds=2 --fit=pad --fps=8 --no_audio"
     )
     got = chosen(kvlock, monkeypatch, *flags.split(), "--config.edit.composite")
     assert dataclasses.asdict(got.edit) == {
@@ -184,8 +184,9 @@ def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
         "no_audio": True,
         "context_scale": 0.5,
         "show_masked": True,
+        "ceiling": True,
     }
-    assert (got.preset, got.lock.enabled) == ("cfg", False)
+    assert (got.preset, got.lock.enabled, got.lock.pool_seeds) == ("cfg", False, 2)
     assert dataclasses.asdict(got.sample) == {
         "steps": 2,
         "shift": 2.5,

@@ -45,6 +45,16 @@ def test_background_psnr_is_scikit_image_on_the_background_alone(border):
     assert metrics.background_psnr(source, edited, mask, border) == pytest.approx(expected)
 
 
+def test_the_ceiling_is_the_background_of_the_round_trip():
+    source, edited, mask = clip(1)
+    trip = clip(2)[0]
+    measured = metrics.measure(source, edited, mask, trip)
+    assert measured.background_ceiling == metrics.background_psnr(source, trip, mask)
+    without = metrics.measure(source, edited, mask)
+    assert dataclasses.replace(measured, background_ceiling=None) == without
+    assert without.as_dict()["background_ceiling"] is None
+
+
 def test_background_psnr_divides_by_the_backgrounds_own_count():
     source = np.full((1, 20, 20, 3), 100, np.uint8)
     edited = source.copy()
@@ -167,6 +177,7 @@ def test_measure_gathers_every_function_and_takes_jax_arrays():
         "background_ssim": metrics.background_ssim(source, edited, mask),
         "ring_error": metrics.ring_error(source, edited, mask),
         "ring_flicker": metrics.ring_flicker(source, edited, mask),
+        "background_ceiling": None,
     }
     assert found.as_dict() == expected
     assert all(type(value) is float for value in expected.values())

@@ -1,1 +1,1 @@
-"""The embedded model and its small world of coloured shapes over photographs."""
+"""The bundled demo model, and its small world of coloured shapes over photographs."""

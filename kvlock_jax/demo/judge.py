@@ -1,4 +1,4 @@
-"""Says which object a clip of the demo world shows, by colour distance and template overlap.
+"""Recognises the object in a clip of the demo world, by colour distance and template overlap.
 
 No part of it is learnt, so it cannot share a mistake with the model that it judges.
 """
@@ -13,22 +13,22 @@ from ..errors import InputError
 from .world import COLOURS, SHAPES, shape_cover
 
 THRESHOLD = 0.6
-"""The least overlap of an object, 0-1; 600 renders gave at least 0.91, blurred and noisy 0.85."""
+"""Lowest overlap that counts as an object; 600 renders gave 0.91 or more, noisy ones 0.85."""
 
 _GREYS = (45.0, 185.0)  # the softened photos' lightness (world.py)
-_RADII = np.arange(14.0, 28.0)  # the world has 18 to 24 px; a model may err on either side
+_RADII = np.arange(14.0, 28.0)  # the world has 18 to 24 px; a model may miss on either side
 _SHIFTS = range(-2, 3)
 _HALF = 42  # half the window in which blob and templates are compared, px
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Verdict:
-    """What `judge` saw."""
+    """The object that `judge` recognised, if any."""
 
     colour: str | None
-    """One of `world.COLOURS`; None if there is no object."""
+    """One of `world.COLOURS`; `None` without an object."""
     shape: str | None
-    """One of `world.SHAPES`; None if there is no object."""
+    """One of `world.SHAPES`; `None` without an object."""
     overlap: float
     """Intersection over union with the best shape's template, 0-1, averaged over the frames."""
     centres: Float[np.ndarray, "frames 2"]
@@ -39,13 +39,15 @@ def judge(
     video: UInt8[np.ndarray, "frames height width 3"],
     region: Bool[np.ndarray, "frames height width"] | None = None,
 ) -> Verdict:
-    """Colour and shape of the one object of a clip, looked for inside `region` if that is given.
+    """Recognises the one object of a clip, inside `region` if given.
 
     Each pixel votes for the nearest of the six colours, unless a grey is nearer. The pixels nearer
     to the winning colour than to any grey are the blob; the shape is the one with the highest
-    overlap `|blob & template| / |blob | template|`, averaged over the frames, the template's size
-    and place fitted to each. Below `THRESHOLD` the verdict is no object. Raises InputError if
-    `video` is no uint8 RGB clip or `region` is not of its size.
+    overlap `|blob & template| / |blob | template|`, averaged over the frames, with the template's
+    size and place fitted to each frame. A mean below `THRESHOLD` is no object.
+
+    Raises:
+      InputError: `video` is no uint8 RGB clip, or `region` is of another size.
     """
     if video.ndim != 4 or video.shape[3] != 3 or video.dtype != np.uint8:
         raise InputError(
@@ -64,12 +66,12 @@ def judge(
     means = overlaps.mean(0)
     best = int(means.argmax())
     centres = np.where(overlaps[:, best, None] >= THRESHOLD, centres[:, best], np.nan)
-    found = means[best] >= THRESHOLD
+    recognised = means[best] >= THRESHOLD
     return Verdict(
-        colour=list(COLOURS)[winner] if found else None,
-        shape=SHAPES[best] if found else None,
+        colour=list(COLOURS)[winner] if recognised else None,
+        shape=SHAPES[best] if recognised else None,
         overlap=float(means[best]),
-        centres=centres if found else np.full_like(centres, np.nan),
+        centres=centres if recognised else np.full_like(centres, np.nan),
     )
 
 
@@ -86,7 +88,7 @@ def _distances(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fit(blob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each frame's best overlap with each shape, and the centre (x, y) it was found at."""
+    """Each frame's best overlap with each shape, and the centre (x, y) of that fit."""
     templates, sizes, offsets = _templates()
     middles = np.stack([_median(frame) for frame in blob])
     padded = np.pad(blob, [(0, 0), (_HALF, _HALF), (_HALF, _HALF)])
@@ -100,7 +102,7 @@ def _fit(blob: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # another when the cores are busy with something else.
     both = _packed(windows)[:, None] & templates
     shared = np.bitwise_count(both).sum(-1, dtype=np.int64)
-    # The whole frame's blob, not the window's: a second blob elsewhere is a fault too.
+    # The whole frame's blob, not the window's: a second blob elsewhere must count against it.
     union = blob.sum((1, 2))[:, None] + sizes - shared
     overlaps = (shared / union).reshape(len(blob), len(SHAPES), -1)
     best = overlaps.argmax(-1)
@@ -118,11 +120,11 @@ def _median(blob: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every shape in every size and shift, as bits, shape slowest.
+    """Every shape in every size and shift, as bits, with shape as the slowest axis.
 
-    Returned with their areas and with where the window's middle lies relative to the shape's
-    centre, (x, y). A shift is relative to the template's median at the window's middle, as the
-    median is where the blob's window is cut.
+    Also returns their areas, and the window's middle relative to each shape's centre, (x, y). A
+    shift is relative to the template whose median lies at the window's middle, since the blob's
+    window is centred on its median.
     """
     side = 2 * _HALF + 1
     images, offsets = [], []

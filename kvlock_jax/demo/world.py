@@ -1,7 +1,7 @@
 """The demo world: a coloured shape moving in a line over a softened, panning photograph.
 
-Every clip is a function of its `Scene`, and every `Scene` of its seed, so that a data set is a
-range of integers, and the ground truth of an edit is
+A clip is a function of its `Scene`, and a `Scene` of its seed. So a data set is a range of
+integers, and the ground truth of an edit is
 `render(dataclasses.replace(scene, colour=..., shape=...))`.
 """
 
@@ -41,7 +41,7 @@ _SATURATION = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """All that `render` needs; points and vectors are (x, y) in pixels, x to the right, y down."""
+    """The input of `render`; points and vectors are (x, y) in pixels, x to the right, y down."""
 
     shape: str
     colour: str
@@ -53,9 +53,9 @@ class Scene:
     """Pixels per frame."""
     photo: str
     origin: tuple[float, float]
-    """Where the top left pixel of frame 0 lies in the photo."""
+    """Position of frame 0's top left pixel in the photo."""
     pan: tuple[float, float]
-    """How far the crop moves over the whole clip."""
+    """Movement of the crop over the whole clip."""
     mirrored: bool
     """Whether the photo is flipped left to right before it is cropped."""
 
@@ -76,19 +76,19 @@ class Clip:
 
     video: UInt8[np.ndarray, "frames height width 3"]
     mask: Bool[np.ndarray, "frames height width"]
-    """Every pixel that the object touches, however lightly."""
+    """The pixels that the object covers, even in part."""
     caption: str
 
 
 def caption(shape: str, colour: str) -> str:
-    """The one sentence of the demo's language: "a red circle"."""
+    """The only kind of sentence in the demo's language, such as "a red circle"."""
     return f"a {colour} {shape}"
 
 
 def random_scene(seed: int, *, held_out: bool = False) -> Scene:
     """The scene of a seed; `held_out` takes its photo from `HELD_OUT_PHOTOS`.
 
-    Seeds for training and evaluation are kept apart by the caller. The object lies wholly inside
+    The caller keeps seeds for training and for evaluation apart. The object lies wholly inside
     every frame.
     """
     rng = np.random.default_rng(seed)
@@ -134,7 +134,7 @@ def render_background(scene: Scene) -> UInt8[np.ndarray, "frames height width 3"
 def shape_cover(
     shape: str, radius: float, centre: tuple[float, float], size: int = SIZE
 ) -> Float[np.ndarray, "height width"]:
-    """How much of each pixel the shape covers, 0-1, as `clip(1/2 - d, 0, 1)`.
+    """The share of each pixel that the shape covers, 0-1, as `clip(1/2 - d, 0, 1)`.
 
     `d` is the signed distance in pixels from the pixel's centre to the shape's edge, negative
     inside. `radius` is half the extent, `centre` the (x, y) of the middle of the bounding box.
@@ -144,7 +144,7 @@ def shape_cover(
     if shape == "circle":
         distance = np.sqrt(x * x + y * y) - radius
     elif shape == "square":
-        # At the full extent it would look far larger than the circle.
+        # A square of the full extent would look far larger than the circle.
         distance = np.maximum(x, np.abs(y)) - 0.9 * radius
     elif shape == "triangle":
         # Base at the bottom, 2r wide and 2r high: the sides' unit normals are (2, -1) / sqrt(5).
@@ -188,7 +188,7 @@ def _crop(photo: np.ndarray, x: float, y: float) -> np.ndarray:
 
 @functools.cache
 def _soft_photo(name: str) -> Float[np.ndarray, "height width 3"]:
-    """A photo blurred, half desaturated and drawn towards mid-grey; cached, being slow to make."""
+    """A photo, blurred, half desaturated and drawn towards mid-grey; cached, since it is slow."""
     with np.load(_PHOTO_FILE) as photos:
         photo = photos[name].astype(np.float32)
     if photo.ndim == 2:

@@ -1,1 +1,1 @@
-"""What an edit costs on paper: memory, arithmetic, and a lower bound of a step's time."""
+"""Estimates an edit's cost: memory, arithmetic, and a lower bound of a step's time."""

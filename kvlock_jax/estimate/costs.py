@@ -1,13 +1,12 @@
-"""What an edit costs on paper: memory and arithmetic, from the sizes of the model alone.
+"""Estimates an edit's memory and arithmetic from the sizes of the model.
 
-Nothing here touches an array. Arithmetic is that of the matrix products, two operations for each
-multiply-add; of a block of 1.3B at 81 frames of 480x832 the rest is under 2 % of it, as XLA counts
-(exponentials apart). Costs are those of one device where a `Layout` is asked for, and of one group
-of devices that shares its edits' tokens: a further mesh axis of other edits multiplies nothing but
-their number.
+No function here touches an array. Arithmetic counts matrix products, two operations per
+multiply-add; in a block of 1.3B at 81 frames of 480x832 XLA counts under 2 % more (exponentials
+apart). A function that takes a `Layout` counts one device out of those that share an edit's tokens;
+a mesh axis of further edits only multiplies their number.
 
-Attention is taken to keep its logits on the chip, as a kernel that works in blocks does: at 81
-frames of 480x832 those of one block and row of 1.3B would be 48 GiB.
+Attention is assumed to keep its logits on the chip, as blockwise kernels do: at 81 frames of
+480x832 those of one block and row of 1.3B would take 48 GiB.
 """
 
 import dataclasses
@@ -21,25 +20,25 @@ from kvlock_jax.settings.schema import LockConfig
 from kvlock_jax.shapes import VAE_STRIDES
 
 TEXT_TOKENS = 512
-"""Length that Wan 2.1 pads every text to."""
+"""Length to which Wan 2.1 pads each text."""
 
 FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Edits that run together, and the model that makes them.
+    """A batch of edits, and the model that runs them.
 
     Attributes:
-      config: of the transformer.
-      frames: of each video as the model takes it, 4n + 1.
-      height: of each video, in pixels, a multiple of the VAE's stride times the patch; so `width`.
-      width: see `height`.
-      batch: edits `B`.
-      references: pictures of a VACE edit, a latent frame each (METHOD.md section 11).
-      text_tokens: `S`.
-      dtype_bytes: of a number in matrix products and in the cache: 2 for bfloat16.
-      weight_bytes: of a stored parameter, on average.
+      config: sizes of the transformer.
+      frames: frames of each video after padding, 4n + 1.
+      height: height of each video in pixels, a multiple of the VAE's stride times the patch.
+      width: width of each video, likewise.
+      batch: number of edits `B`.
+      references: reference pictures of a VACE edit, a latent frame each (METHOD.md section 11).
+      text_tokens: number of text tokens `S`.
+      dtype_bytes: bytes of a number in matrix products and in the cache, 2 for bfloat16.
+      weight_bytes: mean bytes of a stored parameter.
     """
 
     config: WanConfig
@@ -65,7 +64,7 @@ class Workload:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Latent frames (of references too), rows and columns `T H W`."""
+        """Latent frames (those of references included), rows and columns `T H W`."""
         time, rows, columns = VAE_STRIDES
         frames = (self.frames - 1) // time + 1 + self.references
         return frames, self.height // rows, self.width // columns
@@ -78,13 +77,13 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How edits lie on the devices that share their tokens.
+    """The layout of edits over the devices that share their tokens.
 
     Attributes:
-      devices: how many; each has as many tokens as any other, the last of them padding.
-      shard_weights: whether each holds an equal part of the weights and gathers the rest block by
-        block, or holds all.
-      block: tokens of one device are a multiple of it.
+      devices: number of devices; all hold the same number of tokens, with padding at the end.
+      shard_weights: whether each device holds an equal part of the weights and gathers the rest
+        block by block, or holds all.
+      block: divisor of the number of tokens on a device.
     """
 
     devices: int = 1
@@ -97,11 +96,11 @@ class Layout:
 
     @classmethod
     def of(cls, devices: int, shard_weights: bool, tokens: int) -> "Layout":
-        """The layout of a number of devices, with the padding that a program of as many has."""
+        """The layout of a number of devices, with the padding that the programs use for it."""
         return cls(devices, shard_weights, token_block(tokens, devices))
 
     def local(self, tokens: int) -> int:
-        """Tokens of one device, with padding; times `devices` it is what keys are padded to."""
+        """Tokens of one device, with padding; times `devices` it is the padded length of keys."""
         return -(-tokens // (self.devices * self.block)) * self.block
 
 
@@ -120,11 +119,11 @@ class Parameters:
 
     Attributes:
       patch_embedding: latents to tokens.
-      time: embedding of the timestep, and the modulation made of it.
+      time: embedding of the timestep, and its projection to the modulation.
       text: embedding of the text.
       blocks: all main blocks.
       head: tokens to velocity.
-      vace: context blocks and what feeds them; 0 without VACE.
+      vace: context blocks and their input projections; 0 without VACE.
     """
 
     patch_embedding: int
@@ -136,12 +135,12 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return sum(dataclasses.astuple(self))
 
 
 def parameters(config: WanConfig) -> Parameters:
-    """How many parameters a transformer has, exactly."""
+    """The exact number of a transformer's parameters."""
     wide, cells = config.dim, math.prod(config.patch_size)
     square = _linear(wide, wide)
     context = len(config.vace_layers)
@@ -169,9 +168,9 @@ def _block_parameters(config: WanConfig) -> int:
 
 
 def pass_parameters(config: WanConfig) -> int:
-    """How many of the parameters a pass reads.
+    """The number of parameters that a pass reads.
 
-    The others turn texts and the control video into what all passes share, before the loop.
+    The others encode texts and the control video before the loop, once for all passes.
     """
     parts, wide = parameters(config), config.dim
     text = 2 * _linear(wide, wide) + wide  # of each block: keys, their norm, values
@@ -184,20 +183,20 @@ def pass_parameters(config: WanConfig) -> int:
 
 
 def weight_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes of the transformer's weights that lie on a device."""
+    """Bytes of the transformer's weights on a device."""
     total = parameters(workload.config).total * workload.weight_bytes
     return math.ceil(total / (layout.devices if layout.shard_weights else 1))
 
 
 def keys_values_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes of the source's keys and values on a device: its part of `layers B L N K` twice."""
+    """Bytes of the source's keys and values on a device: its part of two `layers B L N K`."""
     config = workload.config
     numbers = config.num_layers * workload.batch * layout.local(workload.tokens) * config.dim
     return 2 * numbers * workload.dtype_bytes
 
 
 def cache_bytes(workload: Workload, layout: Layout, lock: LockConfig) -> int:
-    """Bytes of them that a loop with such a lock keeps on a device: of all blocks, or of one."""
+    """Bytes of source keys and values that the loop holds on a device, of all blocks or one."""
     if not lock.enabled:
         return 0
     blocks = 1 if lock.cache == "carried" else workload.config.num_layers
@@ -206,19 +205,19 @@ def cache_bytes(workload: Workload, layout: Layout, lock: LockConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Bytes on a device beside weights and cache, by part; those of the block are the largest's.
+    """Bytes on a device beside weights and cache, by part.
 
     Attributes:
-      latents: source, noise, the edit's, the solver's three, and 10 clean estimates, float32.
-      text: keys and values of all cross-attentions, of the edit's rows and the source's, whole on
+      latents: source, noise, edit, the solver's three, and 10 clean estimates, float32.
+      text: keys and values of all cross-attentions, for the edit's rows and the source's, whole on
         each device, in the compute dtype.
       control: control tokens of a VACE edit and of its source, float32.
-      positions: cosines and sines of every token, float32.
-      stream: the residual stream before a block and after, float32; of the edit's rows, and of the
-        source's where they go through the blocks beside.
-      carried: the same of the control tokens that the context blocks hand on.
-      block: what lives between the two (`activations`).
-      weights: of the block that is running, gathered from all devices where they are sharded.
+      positions: cosines and sines of all tokens, float32.
+      stream: residual stream before and after a block, float32; of the edit's rows, and of the
+        source's where they pass through the blocks together.
+      carried: the same for the control tokens that the context blocks pass on.
+      block: largest temporaries inside a block (`activations`).
+      weights: weights of the running block, gathered from all devices if they are sharded.
     """
 
     latents: int
@@ -232,26 +231,26 @@ class Activations:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return sum(dataclasses.astuple(self))
 
 
 def activations(workload: Workload, layout: Layout, lock: LockConfig) -> Activations:
-    """What a step of the loop takes on a device beside weights and cache, every token computed.
+    """A device's memory in a step of the loop beside weights and cache, with all tokens computed.
 
-    Both guidance branches of `B` edits run as one pass of `R = 2 B` rows. The source has `B` rows,
-    which a block takes before the others, or, where the cache is carried, a pass before. With `n`
-    tokens on each of `P` devices, `D` and `F` the widths and `a` bytes of the compute dtype, a
-    block holds at most the largest of
+    Both guidance branches of `B` edits run as one pass of `R = 2 B` rows. The source's `B` rows run
+    before them in each block, or, with a carried cache, in a pass of their own. With `n` tokens on
+    each of `P` devices, `D` and `F` the widths and `a` bytes of the compute dtype, a block holds at
+    most the largest of
 
-    - `R n D (a + 3 * 4)`: input, and queries, keys and values before they are cast;
-    - `R n D (3 a + 4) + 2 a R P n D`: all three, the result, and every device's keys and values,
-      where there are several;
-    - `R n D (a + 4) + m F (4 + a)`: the feed-forward's input and output, and of `m` tokens, at most
-      `FEED_FORWARD_TOKENS`, its hidden layer, and that again cast.
+    - `R n D (a + 3 * 4)`: input, and queries, keys and values before their cast;
+    - `R n D (3 a + 4) + 2 a R P n D`: all three, the result, and the keys and values of all
+      devices, if there are several;
+    - `R n D (a + 4) + m F (4 + a)`: the feed-forward's input and output, and its hidden layer
+      before and after the cast, of `m` tokens, at most `FEED_FORWARD_TOKENS`.
 
-    It is an estimate: a compiler may keep less, by doing a part at a time, or more, by fetching
-    weights ahead. Attention's logits stay on the chip.
+    It is an estimate: a compiler may hold less, by splitting work, or more, by prefetching
+    weights. Attention's logits stay on the chip.
     """
     config, number, edits = workload.config, workload.dtype_bytes, workload.batch
     wide, rows, local = config.dim, 2 * workload.batch, layout.local(workload.tokens)
@@ -287,11 +286,11 @@ class Flops:
     """Operations of a pass by part.
 
     Attributes:
-      projections: of both attentions, of the main blocks.
+      projections: projections of both attentions, in the main blocks.
       self_attention: products of queries with keys, and of weights with values.
-      cross_attention: the same, with the text's keys and values.
-      feed_forward: of the main blocks.
-      context: context blocks of VACE and their hints; 0 without.
+      cross_attention: the same with the text's keys and values.
+      feed_forward: feed-forward layers of the main blocks.
+      context: context blocks of VACE and their hints; 0 without VACE.
       embedding: latents to tokens, timestep to modulation.
       head: tokens to velocity.
     """
@@ -306,16 +305,16 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return sum(dataclasses.astuple(self))
 
 
 def pass_flops(workload: Workload, rows: int, layout: Layout | None = None) -> Flops:
     """Operations of one pass over `rows` videos, on all devices together, padding included.
 
-    With `L` queries and as many keys, `S` of the text, width `D` and feed-forward width `F`, a
-    block multiplies and adds `6 L D^2` times in projections (keys and values of the text come from
-    before the loop), `2 L^2 D` and `2 L S D` in attention, `2 L D F` in the feed-forward.
+    With `L` queries and keys, `S` text keys, width `D` and feed-forward width `F`, a block needs
+    `6 L D^2` multiply-adds in projections (the text's keys and values are computed before the
+    loop), `2 L^2 D` and `2 L S D` in attention, and `2 L D F` in the feed-forward.
     """
     layout = layout or Layout()
     config, wide = workload.config, workload.config.dim
@@ -339,19 +338,21 @@ def pass_flops(workload: Workload, rows: int, layout: Layout | None = None) -> F
 
 
 def source_flops(workload: Workload, layout: Layout | None = None) -> int:
-    """Operations of one pass of the source branch, whose velocity nobody takes (METHOD.md 3)."""
+    """Operations of one pass of the source branch, whose velocity is not needed."""
     flops = pass_flops(workload, workload.batch, layout)
     return flops.total - flops.head
 
 
 def edit_flops(workload: Workload, layout: Layout | None = None) -> int:
-    """Operations of the edit's pass of a step, over its conditional and unconditional branch."""
+    """Operations of the edit's pass in a step, over its conditional and unconditional branch."""
     return pass_flops(workload, 2 * workload.batch, layout).total
 
 
 def source_share(lock: LockConfig, steps: int) -> float:
-    """The part of a run's steps with a source pass: those on which alpha can be over 0."""
-    window = min(lock.kappa, steps)
+    """The share of a run's steps with a source pass: those on which alpha can be over 0."""
+    injected = min(lock.injected_steps, steps)
+    window = min(lock.kappa, steps - injected)
     inside = lock.adapt_fusion_ratio or lock.fusion_ratio > 0
     before = lock.warmup_fusion_ratio > 0
-    return lock.enabled * (window * inside + (steps - window) * before) / steps
+    others = window * inside + (steps - injected - window) * before
+    return lock.enabled * (injected + others) / steps

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what an edit with it needs, as text."""
+"""Describes, as text, a checkpoint's contents and the resources that an edit with it needs."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -15,14 +15,14 @@ from kvlock_jax.settings.schema import LockConfig
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The edit that a checkpoint's needs are told for.
+    """The edit to estimate for.
 
     Attributes:
       video: frames, height and width, padded as `edit` pads them.
-      devices: that share the edit's tokens, 1 or more.
-      dtype: of matrix products and the cache, by name.
-      dtype_bytes: of a number of it.
-      chip: what the devices are, one of `CHIPS`, or None for memory alone.
+      devices: number of devices that share the edit's tokens, 1 or more.
+      dtype: name of the dtype of matrix products and cache.
+      dtype_bytes: bytes of a number of that dtype.
+      chip: kind of the devices, one of `CHIPS`; `None` estimates memory alone.
     """
 
     video: Fit
@@ -33,9 +33,9 @@ class Plan:
 
 
 def holds(contents: Contents) -> Iterator[str]:
-    """Lines that say what a checkpoint holds, and of a converted one what it was made of.
+    """Lines that describe a checkpoint's contents and, for a converted one, its source.
 
-    The SHA-256 of its source's files are written as `sha256sum --check` reads them.
+    `sha256sum --check` reads the lines with the SHA-256 of the source's files.
     """
     wan = contents.configs.transformer
     yield _line("family", contents.family)
@@ -53,7 +53,7 @@ def holds(contents: Contents) -> Iterator[str]:
 
 
 def _origin(contents: Contents) -> Iterator[str]:
-    """Where a checkpoint comes from, as far as it says so in our words; others may have made it."""
+    """Lines about a checkpoint's source, as far as its metadata, which anyone may have written, has it."""
     source = contents.source if isinstance(contents.source, Mapping) else {}
     folder, layout = source.get("folder", "an unknown folder"), source.get("layout", "unknown")
     yield _line("converted", f"by kvlock_jax {contents.version} from {folder}, {layout} layout")
@@ -63,15 +63,15 @@ def _origin(contents: Contents) -> Iterator[str]:
 
 
 def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
-    """Lines that say what one edit needs of each device, and at least how long its steps take.
+    """Lines with one edit's memory on each device, and a lower bound of its steps' time.
 
-    Weights lie on several devices as `edit.load` puts them there: the VAE's on each, a part of the
-    text encoder's, and of the transformer's a part where the chip is named and they would take much
-    of its memory (`sharding.worth_spreading`).
+    Several devices hold the weights as `load` places them: each has the VAE's and a part of the
+    text encoder's, and all of the transformer's, or a part where the chip is named and they would
+    take much of its memory (`sharding.worth_spreading`).
 
     Args:
-      contents: of the checkpoint.
-      settings: of the edit; its preset and its steps decide how often the source branch runs.
+      contents: contents of the checkpoint.
+      settings: settings of the edit; preset and steps set how often the source branch runs.
       plan: size and devices.
     """
     stored = contents.models["transformer"]
@@ -106,7 +106,7 @@ def _weights(contents: Contents) -> int:
 def _per_device(
     contents: Contents, workload: Workload, layout: Layout, lock: LockConfig
 ) -> dict[str, int]:
-    """Bytes on a device."""
+    """Bytes on a device, by part."""
     sizes = {name: model.size for name, model in contents.models.items()}
     shared = sizes["text_encoder"] + sizes["transformer"] * layout.shard_weights
     return {
@@ -172,7 +172,7 @@ def _row(what: str, size: int, note: str) -> str:
 
 
 def _short(size: int) -> str:
-    """A number of bytes in a unit that can be read."""
+    """A number of bytes in a readable unit."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size >= 1 << power:
             return f"{size / (1 << power):.1f} {unit}"
@@ -180,5 +180,5 @@ def _short(size: int) -> str:
 
 
 def _bytes(size: int) -> str:
-    """The same, and the number itself."""
+    """A number of bytes in a readable unit, followed by the exact number."""
     return f"{_short(size)} ({size:,} bytes)" if size >= 1 << 10 else _short(size)

@@ -1,4 +1,4 @@
-"""A lower bound of a step's seconds on paper: its costs over a chip's published peaks."""
+"""A lower bound of a step's seconds: its costs over a chip's published peaks."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ class Chip:
 
     Attributes:
       flops: operations per second on dense bfloat16 matrices.
-      memory: bytes of its own memory.
-      bandwidth: bytes per second to and from that memory.
-      interconnect: bytes per second that all its links to other chips receive. Publishers give both
-        directions together; this is half of it.
+      memory: bytes of memory.
+      bandwidth: bytes per second to and from memory.
+      interconnect: bytes per second that all links to other chips receive; half of the published
+        figures, which add both directions.
     """
 
     flops: float
@@ -43,11 +43,11 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What each device does in a step of the loop, on average over a run.
+    """A device's work in a step of the loop, averaged over a run.
 
     Attributes:
       flops: operations.
-      memory: bytes to and from its memory.
+      memory: bytes to and from memory.
       interconnect: bytes from other devices.
     """
 
@@ -57,15 +57,15 @@ class Step:
 
 
 def step(workload: Workload, layout: Layout, lock: LockConfig, steps: int) -> Step:
-    """What a step of a run takes of each device.
+    """Each device's work in a step of a run.
 
-    Memory: each pass reads its weights once, and one over source and edits does so for both; matrix
-    products and attention are kernels that read their inputs and write their outputs once, and all
-    else happens inside them. The edit's pass reads the source's keys and values, which its own pass
-    writes. What comes from other devices is written once.
+    Memory: each pass reads its weights once, and a pass over source and edits reads them for both.
+    Matrix products and attention are kernels that read their inputs and write their outputs once,
+    with all other work fused into them. The source's pass writes its keys and values, and the
+    edit's pass reads them. Bytes from other devices are written once.
 
-    Interconnect: of every block and row the other devices' keys and values, and where weights are
-    sharded, of every pass the other devices' part of them.
+    Interconnect: the other devices' keys and values, for each block and row, and the other devices'
+    part of sharded weights, for each pass.
     """
     carried = lock.cache == "carried"
     share = costs.source_share(lock, steps) / lock.cache_every
@@ -97,7 +97,7 @@ def _traffic(workload: Workload, layout: Layout) -> int:
     keys = layout.devices * local
     # Each of a block's three parts reads the residual stream, and later reads it and writes it.
     stream = 9 * costs.FLOAT32 * local * config.dim
-    # Written and read: queries and result of both attentions; written: own keys and values.
+    # Queries and results of both attentions are written and read, the keys and values written.
     attention = (8 + 2) * number * local * config.dim
     read = 2 * number * (keys + workload.text_tokens) * config.dim
     hidden = 2 * number * local * config.ffn_dim
@@ -107,12 +107,12 @@ def _traffic(workload: Workload, layout: Layout) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that a step needs at a chip's published peaks.
+    """The seconds that a step needs at a chip's published peaks.
 
     Attributes:
-      compute: for the arithmetic.
-      memory: for the traffic to the chip's own memory.
-      interconnect: for what comes from other chips.
+      compute: seconds of arithmetic.
+      memory: seconds of traffic to the chip's memory.
+      interconnect: seconds of traffic from other chips.
     """
 
     compute: float
@@ -121,7 +121,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """No step is faster: all three at once, each at its peak."""
+        """The lower bound: all three at once, each at its peak."""
         return max(dataclasses.astuple(self))
 
     @property
@@ -148,12 +148,12 @@ def interconnect_binds_from(
     shard_weights: bool = False,
     most: int = 1024,
 ) -> int | None:
-    """The smallest number of chips, at least 2, whose bound is the interconnect; None up to `most`.
+    """The smallest number of chips, from 2, that the interconnect bounds; None up to `most`.
 
-    What a chip computes falls with their number, while the keys and values that it receives tend to
-    those of the whole video. It is a figure of the model, not of a run on as many chips: tokens are
-    taken to divide with as little padding as they can (blocks of `TOKEN_BLOCK` would make compute
-    bind again at some numbers above), and weights to be sharded, or not, at every number alike.
+    More chips divide the arithmetic, while the keys and values that each receives tend to those of
+    the whole video. The figure is the model's, not that of an actual run: tokens divide
+    with the least padding (blocks of `TOKEN_BLOCK` would make compute bind again at some higher
+    numbers), and weights are sharded, or not, at all numbers alike.
     """
     for devices in range(2, most + 1):
         cost = step(workload, Layout(devices, shard_weights), lock, steps)

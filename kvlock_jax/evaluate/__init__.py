@@ -1,1 +1,1 @@
-"""Measuring an edit against its source (METHOD.md section 13)."""
+"""Measures an edit against its source (METHOD.md section 13)."""

@@ -48,12 +48,7 @@ SETTINGS = (
     ),
     ("edit.show_masked", bool, "show_masked", "show a VACE model the pixels under the mask"),
     ("edit.composite", bool, "composite", "copy pixels outside the mask from the source"),
-    (
-        "edit.ceiling",
-        bool,
-        "ceiling",
-        "measure the PSNR of a bare VAE round trip beside the edit's",
-    ),
+    ("edit.ceiling", bool, "ceiling", "measure the PSNR of a bare VAE round trip too"),
 )
 """Key in the config, type, names of the flag, and help of each setting with a flag."""
 

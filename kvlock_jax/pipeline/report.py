@@ -1,4 +1,4 @@
-"""What a run leaves to look at: its trace as JSON and as a plot, the edit beside its source."""
+"""Reports of a run: its trace as JSON and as a plot, and the edit beside its source."""
 
 import dataclasses
 import importlib.metadata
@@ -20,7 +20,7 @@ from kvlock_jax.sampling.loop import Trace
 from kvlock_jax.shapes import Frames, Mask
 
 STEPS = ("sigma", "sigma2", "fusion_ratio", "guidance_scale", "uncond_scale", "scheduled")
-"""The fields of `Trace` that are written, one value per step."""
+"""Fields of `Trace` in the JSON, one value per step."""
 
 _INK, _LINE, _GUIDE, _WINDOW = "#222222", "#1f5fa8", "#c0392b", "#f7f0dd"
 
@@ -28,15 +28,15 @@ _INK, _LINE, _GUIDE, _WINDOW = "#222222", "#1f5fa8", "#c0392b", "#f7f0dd"
 def write_trace(
     path: storage.FilePath, result: Result, about: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes what a run did as JSON: `about`, settings, versions, steps, metrics, seconds.
+    """Writes a run as JSON: `about`, versions, settings, steps, metrics and seconds.
 
-    JSON has neither NaN nor infinity: a value that there is none of (NaN) is null, and infinity is
-    the string `"Infinity"`, which `float` reads.
+    JSON has neither NaN nor infinity: a NaN becomes null, infinity the string `"Infinity"`, which
+    Python's `float` reads.
 
     Args:
-      path: ends in `.json`; never holds half a file.
-      result: of the run.
-      about: more to say, such as the prompt and the names of files.
+      path: file to write, ending in `.json`; it is replaced as a whole.
+      result: result of the run.
+      about: further entries, such as the prompt and the names of files.
 
     Raises:
       InputError: the path cannot be written.
@@ -63,7 +63,7 @@ def write_trace(
 
 
 def _plain(value: Any) -> Any:
-    """The value without floats that JSON does not know."""
+    """The value with NaN and infinity replaced, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,14 +74,14 @@ def _plain(value: Any) -> Any:
 
 
 def plot_trace(path: storage.FilePath, trace: Trace, settings: Settings) -> None:
-    """Draws sigma2 against tau, alpha, omega and s over the steps, 900x600 pixels.
+    """Plots sigma2 against tau, alpha, omega and s over the steps, 900x600 pixels.
 
-    The scheduled window is shaded. Of sigma2 only steps that had a statistic are drawn.
+    The scheduled window is shaded. sigma2 starts with the first step that had a statistic.
 
     Args:
-      path: ends in `.png`; never holds half a file.
-      trace: of one edit, NumPy, a leading axis of steps and no other.
-      settings: it was made with.
+      path: file to write, ending in `.png`; it is replaced as a whole.
+      trace: trace of one edit, NumPy, with an axis of steps and no other.
+      settings: settings of the run.
 
     Raises:
       InputError: the path cannot be written.
@@ -134,8 +134,8 @@ def _note(axes: Any, text: str) -> None:
 
 def _draw_statistic(axes: Any, trace: Trace, settings: Settings) -> None:
     axes.set_title(r"statistic $\sigma^2$", fontsize=10)
-    known = np.where(trace.sigma2 > 0, trace.sigma2, np.nan)  # 0 is where there is none yet
-    # It spans three decades within a run.
+    known = np.where(trace.sigma2 > 0, trace.sigma2, np.nan)  # 0 means no statistic yet
+    # sigma2 spans three decades within a run.
     axes.set_yscale("log")
     _curve(axes, known)
     _guide(axes, settings.lock.tau, rf"$\tau$ = {settings.lock.tau:g}")
@@ -181,7 +181,7 @@ def _finish(axes: Any, trace: Trace) -> None:
 def compare(source: Frames, mask: Mask, edited: Frames) -> Frames:
     """Source, source with the mask's outline, and edit, side by side, 2 white pixels apart.
 
-    The outline is white just inside the mask and black just outside, to be seen on any picture.
+    The outline is white just inside the mask and black just outside, so it shows on any picture.
     """
     if not source.shape[:3] == mask.shape == edited.shape[:3]:
         shapes = f"{source.shape}, {mask.shape} and {edited.shape}"

@@ -1,1 +1,1 @@
-"""Solvers as tables of coefficients, and the jitted loop that walks them."""
+"""The sampling loop, its inputs, and its solvers as tables of coefficients."""

@@ -1,7 +1,7 @@
-"""Flow solvers as tables of coefficients: one row per step, one scan body for all of them.
+"""Flow solvers as tables of coefficients: one row per step, and one scan body for all solvers.
 
 Every solver here is linear in the clean estimates `m_k = x0_k = z_k - sigma_k v_k` (METHOD.md
-section 1), so it is nothing but numbers known before the loop (DESIGN.md section 2). They are made
+section 1), so its coefficients are known before the loop (DESIGN.md section 2). They are computed
 in NumPy float64 from the number of steps and the shift, stored in float32, and scanned over:
 
     corrected_k = c . (z_k, corrected_{k-1}, m_k, m_{k-1}, m_{k-2})
@@ -30,15 +30,15 @@ _TRAIN_STEPS = 1000
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SolverTable:
-    """What a solver knows before the loop, one row per step; a row has no leading axis.
+    """A solver's coefficients, one row per step; a single row has no leading axis.
 
     Attributes:
       sigma: noise level at which step k calls the model, (0, 1].
-      sigma_next: level after the step; 0 in the last row.
-      timestep: what the model is given for `sigma`, (0, 1000], exactly as Diffusers gives it:
-        `1000 sigma` for Euler, but cut to a whole number for UniPC and DPM++ (999 at the start).
-      corrector: weights of `(z_k, corrected_{k-1}, m_k, m_{k-1}, m_{k-2})`; `(1, 0, 0, 0, 0)` where
-        nothing is corrected.
+      sigma_next: noise level after the step; 0 in the last row.
+      timestep: the model's timestep for `sigma`, (0, 1000], exactly as in Diffusers: `1000 sigma`
+        for Euler, truncated to a whole number for UniPC and DPM++ (999 at the start).
+      corrector: weights of `(z_k, corrected_{k-1}, m_k, m_{k-1}, m_{k-2})`; `(1, 0, 0, 0, 0)` in
+        a row without correction.
       predictor: weights of `(corrected_k, m_k, m_{k-1})`.
     """
 
@@ -52,11 +52,11 @@ class SolverTable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SolverState:
-    """What a solver remembers between steps, float32, of one shape for all solvers.
+    """The state between steps, float32, of one shape for all solvers.
 
     Attributes:
-      corrected: the sample that the last predictor started from.
-      history: the last two clean estimates, newest first.
+      corrected: sample that the last predictor started from.
+      history: last two clean estimates, newest first.
     """
 
     corrected: Cells
@@ -67,8 +67,8 @@ def flow_sigmas(levels: Float[np.ndarray, "steps"], shift: float) -> Float[np.nd
     """The noise levels of a grid after the shift, `s sigma / (1 + (s - 1) sigma)` (section 1).
 
     Args:
-      levels: unshifted levels, 0 to 1; 0 and 1 stay where they are.
-      shift: `s`, over 0; 1 changes nothing, more spends more steps on high noise.
+      levels: unshifted levels, 0 to 1; the shift leaves 0 and 1 in place.
+      shift: `s`, over 0; 1 changes nothing, a higher one spends more steps on high noise.
     """
     return shift * levels / (1.0 + (shift - 1.0) * levels)
 
@@ -76,15 +76,15 @@ def flow_sigmas(levels: Float[np.ndarray, "steps"], shift: float) -> Float[np.nd
 def euler(steps: int, shift: float) -> SolverTable:
     """Euler's method for the flow, `z + (sigma' - sigma) v` (METHOD.md section 1).
 
-    The grid is that of Diffusers' `FlowMatchEulerDiscreteScheduler`: from 1 to the shifted 1/1000
-    in equal parts, then shifted, so that its last level is shifted twice.
+    The grid is that of Diffusers' `FlowMatchEulerDiscreteScheduler`: equal parts from 1 to the
+    shifted 1/1000, then shifted, which shifts the last level twice.
 
     Raises:
       ConfigError: steps under 1, shift not over 0, or levels that float32 cannot tell apart.
     """
     _check(steps, shift)
-    # Diffusers makes the last level in float32; 50 steps at shift 3 are one float32 digit
-    # off with a float64 one.
+    # Diffusers computes the last level in float32; a float64 one would put 50 steps at shift 3 one
+    # float32 digit off.
     last = flow_sigmas(np.array([1 / _TRAIN_STEPS], np.float32), shift).item()
     grid = np.linspace(_TRAIN_STEPS, _TRAIN_STEPS * last, steps) / _TRAIN_STEPS
     sigma = _with_zero(flow_sigmas(grid, shift), steps, shift)
@@ -95,9 +95,9 @@ def euler(steps: int, shift: float) -> SolverTable:
 def unipc(steps: int, shift: float) -> SolverTable:
     """UniPC of order 2, `bh2`, on clean estimates, lower order at the ends: Wan's settings.
 
-    Step k first rewrites the sample it called the model on (UniC, from the step before, now that
-    `m_k` is known), then predicts from it (UniP). Diffusers' `UniPCMultistepScheduler` with
-    `use_flow_sigmas`: first level `1 - 1e-6`, timesteps cut to whole numbers.
+    Step k first corrects the sample that it called the model on (UniC, which redoes the step before
+    now that `m_k` is known), then predicts from it (UniP). As Diffusers' `UniPCMultistepScheduler`
+    with `use_flow_sigmas`: first level `1 - 1e-6`, timesteps truncated to whole numbers.
 
     Raises:
       ConfigError: steps under 1, shift not over 0, or levels that float32 cannot tell apart.
@@ -111,16 +111,16 @@ def unipc(steps: int, shift: float) -> SolverTable:
 
 
 def dpmpp_2m(steps: int, shift: float) -> SolverTable:
-    """DPM-Solver++ (2M): UniPC's predictor without its corrector, on a grid of its own.
+    """DPM-Solver++ (2M): UniPC's predictor without its corrector, on another grid.
 
-    As Diffusers' `DPMSolverMultistepScheduler` (midpoint, order 2) with `use_flow_sigmas`: levels
-    from 0.999 to 0 in equal parts, then shifted; timesteps cut to whole numbers.
+    As Diffusers' `DPMSolverMultistepScheduler` (midpoint, order 2) with `use_flow_sigmas`: equal
+    parts from 0.999 to 0, then shifted; timesteps truncated to whole numbers.
 
     Raises:
       ConfigError: steps under 1, shift not over 0, or levels that float32 cannot tell apart.
     """
     _check(steps, shift)
-    # In this order, else 3 steps at shift 1 are cut to timestep 665 where Diffusers has 666.
+    # In this order, or 3 steps at shift 1 truncate to timestep 665 where Diffusers has 666.
     grid = 1.0 - np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:0:-1]
     levels = flow_sigmas(grid, shift)
     sigma = _with_zero(levels, steps, shift)
@@ -129,23 +129,23 @@ def dpmpp_2m(steps: int, shift: float) -> SolverTable:
 
 
 def table(name: str, steps: int, shift: float) -> SolverTable:
-    """The table of a solver by the name that `SampleConfig.solver` has.
+    """The table of a solver by its name in `SampleConfig.solver`.
 
     Raises:
       ConfigError: unknown name, steps under 1, shift not over 0, or levels too close for float32.
     """
-    makers: dict[str, Callable[[int, float], SolverTable]] = {
+    tables: dict[str, Callable[[int, float], SolverTable]] = {
         "unipc": unipc,
         "euler": euler,
         "dpm++": dpmpp_2m,
     }
-    if name not in makers:
-        raise ConfigError(f"solver must be one of {', '.join(makers)}, found {name!r}")
-    return makers[name](steps, shift)
+    if name not in tables:
+        raise ConfigError(f"solver must be one of {', '.join(tables)}, found {name!r}")
+    return tables[name](steps, shift)
 
 
 def init(latents: Cells) -> SolverState:
-    """The state before the first step, which gives everything in it the weight 0."""
+    """The state before the first step, whose rows give all of it the weight 0."""
     start = latents.astype(jnp.float32)
     return SolverState(start, jnp.zeros((2, *start.shape), jnp.float32))
 
@@ -155,16 +155,16 @@ def step(
 ) -> tuple[Cells, SolverState]:
     """One step of any solver: the latents at `row.sigma_next`, and the state after it.
 
-    It acts on every element alone, so a caller may overwrite some of the latents it returns (the
-    pinned background of METHOD.md section 8) without any effect on the others, and the state needs
-    no mending. Such elements must be overwritten after *every* step: a corrector gives `z_k` itself
-    the weight 0 and goes back to the corrected sample of the step before.
+    It acts on each element by itself, so a caller may overwrite some of the returned latents (the
+    pinned background of METHOD.md section 8) without changing the others or the state. It must then
+    overwrite them after *every* step, since a corrector gives `z_k` the weight 0 and goes back to
+    the corrected sample of the step before.
 
     Args:
-      row: of the step, as a scan over a `SolverTable` hands it out.
-      state: of the step before, or `init`.
-      latents: `z_k`, what the model was called on.
-      x0: the clean estimate `z_k - sigma_k v_k` of that call.
+      row: row of the step, a slice of a `SolverTable`.
+      state: state after the step before, or `init`.
+      latents: `z_k`, the latents that the model was called on.
+      x0: clean estimate `z_k - sigma_k v_k` of that call.
 
     Returns:
       `z_{k+1}` and the state, both float32.
@@ -187,10 +187,10 @@ def _check(steps: int, shift: float) -> None:
 def _with_zero(
     levels: Float[np.ndarray, "steps"], steps: int, shift: float
 ) -> Float[np.ndarray, "steps+1"]:
-    """The levels and a last 0, rounded to float32 before any coefficient is made of them.
+    """The levels and a last 0, rounded to float32 before the coefficients are computed.
 
-    1 - 1e-6 in float32 is 1 - 1.0133e-6, and UniPC takes the logarithm of that difference:
-    of the unrounded level, the weights of old estimates in steps 1 and 2 would be 0.1-0.3% off.
+    1 - 1e-6 in float32 is 1 - 1.0133e-6, and UniPC takes the logarithm of that difference: with the
+    unrounded level, the weights of old estimates in steps 1 and 2 would be 0.1-0.3% off.
     """
     sigma = np.append(levels, 0.0).astype(np.float32).astype(np.float64)
     if not np.all(np.diff(sigma) < 0):
@@ -222,10 +222,10 @@ def _first_order(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "step
 def _lambda_steps(
     sigma: Float[np.ndarray, "steps+1"],
 ) -> tuple[Float[np.ndarray, "steps-1"], Float[np.ndarray, "steps-2"]]:
-    """`h_k = lambda_{k+1} - lambda_k`, and the place `r` of the estimate before in units of it.
+    """The steps `h_k = lambda_{k+1} - lambda_k`, and `r_k = (lambda_{k-1} - lambda_k) / h_k`.
 
-    `r_k = (lambda_{k-1} - lambda_k) / h_k` starts with k = 1. The step to sigma 0, where lambda is
-    infinite, is always of first order and has neither.
+    `r` starts with k = 1. The step to sigma 0, where lambda is infinite, is always of first order
+    and has neither.
     """
     with np.errstate(divide="ignore"):  # shift over 3e4 rounds DPM++'s first level to 1: r is -inf
         h = np.diff(np.log1p(-sigma[:-1]) - np.log(sigma[:-1]))
@@ -243,10 +243,10 @@ def _second_order(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "ste
 
 
 def _unic(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "steps 5"]:
-    """UniC's rows: row k redoes the step from k - 1 to k with `m_k` known; row 0 leaves all as is.
+    """UniC's rows: row k redoes the step from k - 1 to k with `m_k` known; row 0 corrects nothing.
 
-    `a z + (1 - a) (m_{k-1} + rho (m_k - m_{k-1}) + rho_old (m_{k-2} - m_{k-1}) / r)`. In row 1
-    there is no `m_{k-2}` and rho is 1/2; after it `rho_old + rho = b_1` and
+    `a z + (1 - a) (m_{k-1} + rho (m_k - m_{k-1}) + rho_old (m_{k-2} - m_{k-1}) / r)`. Row 1
+    has no `m_{k-2}`, and its rho is 1/2; after it `rho_old + rho = b_1` and
     `r rho_old + rho = b_2`, where `b_1 = 1 / (-h) - 1 / B`, `b_2 = 2 b_1 / (-h) - 1 / B` and
     `B = e^{-h} - 1` (section 3 of the paper), so that a quadratic in lambda is integrated exactly.
     """

@@ -1,1 +1,1 @@
-"""The settings of a run as frozen dataclasses that check themselves."""
+"""A run's settings as frozen dataclasses that check their ranges."""
