@@ -24,7 +24,7 @@ from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
 from kvlock_jax.models.wan.block import Block, Modulation, Positions, Tokens, stacked, text_cache
 from kvlock_jax.models.wan.config import WanConfig
-from kvlock_jax.models.wan.transformer import Conditioning, Context, Side, WanTransformer
+from kvlock_jax.models.wan.transformer import Conditioning, Side, WanTransformer
 from kvlock_jax.parallel import sharding
 from kvlock_jax.shapes import PerEdit
 
@@ -41,9 +41,9 @@ class VACEContext:
       scale: of the hints, as many as of `control`; 1 as trained, 0 is text-to-video.
     """
 
-    text: Context
-    control: Float[Array, "B L cells C"]
-    scale: PerEdit
+    text: Float[Array | np.ndarray, "rows S text_dim"]
+    control: Float[Array | np.ndarray, "B L cells C"]
+    scale: Float[Array | np.ndarray, "B"]
 
 
 @jax.tree_util.register_dataclass
