@@ -10,8 +10,8 @@ from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
-# Small programs that run a few times: LLVM's optimisations would take most of the suite's time. XLA's
-# own optimisations stay. `test_optimised.py` and the demo in CI run with both. A caller's flags win.
+# Small programs that run a few times: LLVM's optimisations would take most of the suite's time.
+# XLA's own stay. `test_optimised.py` and the demo in CI run with both. A caller's flags win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     + os.environ.get("XLA_FLAGS", "")
