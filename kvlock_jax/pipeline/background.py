@@ -5,10 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from kvlock_jax.grid import Patches
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.pipeline import stages
 from kvlock_jax.pipeline.inputs import EditInputs
@@ -56,7 +56,7 @@ class BackgroundCompiler:
         with self._model.on_mesh():
             return make()
 
-    def _texts(self) -> Array:
+    def _texts(self) -> jax.ShapeDtypeStruct:
         return stages.encode_texts(
             self._model, self._inputs, self._settings, 1, self.compiler.compile
         )
@@ -65,7 +65,7 @@ class BackgroundCompiler:
         given = self._inputs, self._noise, self._made["texts"].result(), self._settings[0]
         return stages.encode_inputs(self._model, *given, self.compiler.compile)
 
-    def _loop(self) -> Patches:
+    def _loop(self) -> jax.ShapeDtypeStruct:
         network, settings = self._model.checkpoint.transformer, self._settings[0]
         edits, tokens = self._made["videos"].result()
         run = self.compiler.compile

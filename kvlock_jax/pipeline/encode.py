@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ from kvlock_jax.shapes import VAE_STRIDES, Latents
 class Encoded:
     """Latents of a row of clips, of which equal ones were encoded once."""
 
-    parts: Sequence[Latents]
-    index: Int[np.ndarray, "rows"]
+    parts: Sequence[Float[Array | np.ndarray, "clips T H W C"]]
+    index: Int[Array | np.ndarray, "rows"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,8 +48,8 @@ jax.tree_util.register_dataclass(Encoded, ["parts", "index"], [])
 
 def encode_clips(
     network: autoencoder.WanVAE,
-    clips: Sequence[UInt8[Array, "frames height width 3"]],
-    shown: Sequence[Bool[Array, "frames height width"]],
+    clips: Sequence[UInt8[np.ndarray, "frames height width 3"]],
+    shown: Iterable[Bool[np.ndarray, "frames height width"]],
     run: Call = call,
 ) -> Encoded:
     """Encodes clips, with all that is not shown of them blank.
@@ -78,11 +78,11 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
 
 def encode_edits(
     networks: Checkpoint,
-    video: Sequence[UInt8[Array, "frames height width 3"]],
-    mask: Bool[Array, "B frames height width"],
-    context: Float[Array, "R S D"],
+    video: Sequence[UInt8[np.ndarray, "frames height width 3"]],
+    mask: Bool[np.ndarray, "B frames height width"],
+    context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
     settings: EditConfig,
-    noise: Float[Array, "sources T H W C"],
+    noise: Float[Array | np.ndarray, "sources T H W C"],
     pictures: Sequence[Sequence[Float[Array, "height width 3"]]] = (),
     *,
     uses_source: bool = True,

@@ -40,11 +40,11 @@ class EditInputs:
 
 
 def read_inputs(
-    video: FilePath | Frames,
+    video: FilePath | np.ndarray,
     mask: FilePath | Box | np.ndarray,
     prompt: str,
     settings: EditConfig,
-    references: FilePath | Image | Sequence[FilePath | Image] = (),
+    references: FilePath | np.ndarray | Sequence[FilePath | np.ndarray] = (),
 ) -> EditInputs:
     """What `edit` edits; arguments as there. A model need not be loaded to find faults in it.
 

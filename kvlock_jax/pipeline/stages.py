@@ -41,7 +41,7 @@ def encode_texts(
     settings: Sequence[Settings],
     sources: int,
     run: Call,
-) -> Float[Array, "R S D"]:
+) -> Float[Array, "R S D"] | jax.ShapeDtypeStruct:
     """Of each edit's prompt and negative prompt, then of the source prompts."""
     texts = [
         text
@@ -55,8 +55,8 @@ def encode_texts(
 def encode_inputs(
     model: Model,
     inputs: Sequence[EditInputs],
-    noise: Float[Array, "sources T H W C"],
-    context: Float[Array, "R S D"],
+    noise: Float[Array | np.ndarray, "sources T H W C"],
+    context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
     settings: Settings,
     run: Call,
 ) -> tuple[Edits, int]:
@@ -116,7 +116,7 @@ class Loop:
         network, _, edits, _, knobs = self.args
         return (network, edits, knobs, *run(loop.begin, *self.args, program=self.program))
 
-    def compile(self, run: Call, begun: tuple | None = None) -> Patches:
+    def compile(self, run: Call, begun: tuple | None = None) -> jax.ShapeDtypeStruct:
         """Compiles it by a `Run` that does; gives the shape of the edited latents."""
         if not self.by_step:
             return run(loop.sample, *self.args, program=self.program)[0]

@@ -28,6 +28,9 @@ from kvlock_jax.models.wan.transformer import Conditioning, Side, WanTransformer
 from kvlock_jax.parallel import sharding
 from kvlock_jax.shapes import PerEdit
 
+Control = Float[Array, "B all D"]
+"""Control tokens: of the whole video, also where the main blocks run on a part of its tokens."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +133,7 @@ class WanVACETransformer(WanTransformer):
         scale = jnp.repeat(conditioning.scale.astype(jnp.float32), rows)[:, None, None]
         given = x.reshape(-1, rows, *x.shape[1:]) + conditioning.control[:, None]
 
-        def hinted(x: Tokens, control: Tokens, index: Array) -> tuple[Tokens, Tokens]:
+        def hinted(x: Tokens, control: Control, index: Array) -> tuple[Tokens, Control]:
             """After a layer with a hint."""
             # Indexed inside the branch, so that a layer without a hint moves no weights.
             weights, text = jax.tree.map(lambda p: p[index], (params, conditioning.vace_text))
@@ -138,11 +141,11 @@ class WanVACETransformer(WanTransformer):
             hint, control = block.hint(control, modulation, text, conditioning.positions)
             return x + scale * some(hint), control
 
-        def plain(x: Tokens, control: Tokens, index: Array) -> tuple[Tokens, Tokens]:
+        def plain(x: Tokens, control: Control, index: Array) -> tuple[Tokens, Control]:
             """After one without."""
             return x, control
 
-        def after(x: Tokens, control: Tokens, layer: Any) -> tuple[Tokens, Tokens]:
+        def after(x: Tokens, control: Control, layer: Any) -> tuple[Tokens, Control]:
             """After any layer."""
             has_hint, index = layer
             return jax.lax.cond(has_hint, hinted, plain, x, control, index)
