@@ -8,13 +8,14 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.shapes import PATCH
 
 Patches = Float[Array, "B L cells C"]
-PatchMask = Bool[Array, "B L cells"]
+PatchMask = Bool[Array | np.ndarray, "B L cells"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Grid:
         missing = self.length - self.tokens
         return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
-    def join(self, patches: Patches) -> Float[Array, "B T H W C"]:
+    def join(
+        self, patches: Shaped[Array | np.ndarray, "B L cells *C"]
+    ) -> Shaped[Array | np.ndarray, "B T H W channels"]:
         """The inverse of `split`."""
         (t, h, w), (p, q, r) = self.axes, self.patch
         x = patches[:, : self.tokens].reshape(patches.shape[0], t, h, w, p, q, r, -1)

@@ -8,10 +8,11 @@ import jax
 import pytest
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
-# Small programs that run a few times: LLVM's optimisations would take most of the suite's time. XLA's
-# own optimisations stay. `test_optimised.py` and the demo in CI run with both. A caller's flags win.
+# Small programs that run a few times: LLVM's optimisations would take most of the suite's time.
+# XLA's own stay. `test_optimised.py` and the demo in CI run with both. A caller's flags win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     + os.environ.get("XLA_FLAGS", "")
@@ -24,13 +25,23 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-install_import_hook("kvlock_jax", "annotations.arrays")
+# Before any of them is imported. `media` and the command line take what users have, and refuse it.
+CHECKED = "grid lock models sampling parallel pipeline evaluate demo".split()
+install_import_hook([f"kvlock_jax.{name}" for name in CHECKED], "annotations.arrays")
 
 
 def pytest_report_header(config):
     """Says which tests do not run, and why."""
     if config.option.markexpr == "not nightly":
         return "nightly: deselected, since they take long; run with -m nightly"
+
+
+@pytest.fixture
+def unchecked():
+    """Lets arrays of any kind and shape reach functions, which are to refuse them by name."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,7 @@ def test_region_hides_what_lies_outside():
     assert judge(video, ~(clip.mask | other.mask)).colour is None
 
 
-def test_bad_input_is_refused():
+def test_bad_input_is_refused(unchecked):
     video = np.zeros((2, 96, 96, 3), np.uint8)
     with pytest.raises(InputError, match="uint8"):
         judge(video.astype(np.float32))

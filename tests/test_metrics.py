@@ -186,7 +186,7 @@ def test_measure_gathers_every_function_and_takes_jax_arrays():
 
 
 @pytest.mark.parametrize("change", ["frames", "width", "mask", "float"])
-def test_what_does_not_match_is_named(change):
+def test_what_does_not_match_is_named(change, unchecked):
     source, edited, mask = clip(7)
     bad = {
         "frames": (source, edited[1:], mask),

@@ -73,7 +73,7 @@ def test_a_mesh_that_cannot_be_is_refused(text, message):
 
 
 def test_a_constraint_that_does_not_divide_is_an_error():
-    """JAX drops it without a word."""
+    """JAX would drop it silently."""
     with jax.set_mesh(make_mesh(frames=8)):
         message = re.escape(
             "L of 'BLD' is 12, not a multiple of the 8 devices on mesh axis 'frames'"
@@ -126,9 +126,9 @@ def make_edits() -> Edits:
         np.asarray(grid.split(jnp.asarray(x))) for x in (source, noise, control, foreground)
     )
     scale = np.linspace(0.5, 1, EDITS, dtype=np.float32)
-    told = VACEContext(text[: 2 * EDITS], control, scale)
-    source_told = VACEContext(text[2 * EDITS :], control, scale)
-    return Edits(source, noise, foreground, told, source_told, grid)
+    prompts = VACEContext(text[: 2 * EDITS], control, scale)
+    source_prompts = VACEContext(text[2 * EDITS :], control, scale)
+    return Edits(source, noise, foreground, prompts, source_prompts, grid)
 
 
 def model_of(attend=gathered):
@@ -136,7 +136,7 @@ def model_of(attend=gathered):
 
 
 def placed(module, name, mesh, spread):
-    """A module as `checkpoint.load` would have put it."""
+    """The module with its parameters laid out as loading lays them out."""
     graph, state = nnx.split(module)
     rules, flat = registry.FAMILIES[1].networks[name].parameters, []
     for path, leaf in nnx.to_flat_state(state):
@@ -147,7 +147,7 @@ def placed(module, name, mesh, spread):
 
 
 def arguments(edits: Edits, model, preset="kvlock_anchor", kind="carried"):
-    """Of `sample`; the kind is a cache's, or "foreground" for a fused one and no more tokens."""
+    """Arguments of `sample`; `kind` is a cache's, or "foreground": fused, of those tokens alone."""
     settings = lock.preset(preset, 3.0)
     cache = "carried" if kind == "carried" else "fused"
     settings = dataclasses.replace(settings, tau=0.5, cache=cache)
@@ -226,7 +226,7 @@ def test_a_ring_is_the_same(shape):
     assert "collective-permute" in {kind for kind, _ in collectives(text)}
 
 
-# -- what the compiler made of it ------------------------------------------------------------------
+# -- compiled programs, by their text: traffic and layout ------------------------------------------------------------------
 
 
 def collectives(text: str) -> collections.Counter:
@@ -241,32 +241,34 @@ def collectives(text: str) -> collections.Counter:
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_collectives_are_those_that_are_meant(shape):
+def test_collectives_are_the_expected_ones(shape):
     data, frames, model = shape
     edits = EDITS // data
     length, wide = padding.padded(TOKENS, frames), CONFIG.dim
     local, heads = length // frames, HEADS // model
     found = collectives(on_a_mesh(shape)[3])
-    meant = {("all-gather", (STEPS, EDITS))}  # the trace at the end, for whoever reads it
+    expected = {("all-gather", (STEPS, EDITS))}  # the trace at the end, for whoever reads it
     if shape == (8, 1, 1):  # each device has an edit of its own
-        assert set(found) == meant
+        assert set(found) == expected
         return
     for rows in (edits, 2 * edits):  # the source pass, the edit's branches
         # keys and values of one block: all tokens of this device's heads
-        meant.add(("all-gather", (rows, length, heads, SIZE)))
+        expected.add(("all-gather", (rows, length, heads, SIZE)))
         # a layer's kernels, for its products
         for c_in, c_out in ((wide, wide // model), (wide // model, wide), (wide, wide)):
-            meant.add(("all-gather", (1, c_in, c_out)))
-        meant.add(("all-gather", (1, wide, 40 // model)))
-        meant.add(("all-gather", (1, 40 // model, wide)))
+            expected.add(("all-gather", (1, c_in, c_out)))
+        expected.add(("all-gather", (1, wide, 40 // model)))
+        expected.add(("all-gather", (1, 40 // model, wide)))
         if model > 1:
             # the norm of queries and keys spans all heads; both output projections sum over them
-            meant |= {("all-reduce", (rows, local)), ("all-reduce", (rows, local, wide))}
-            meant.add(("all-reduce", (rows, TEXT)))  # the same norm, of the text's keys
+            expected |= {("all-reduce", (rows, local)), ("all-reduce", (rows, local, wide))}
+            expected.add(("all-reduce", (rows, TEXT)))  # the same norm, of the text's keys
     # modulation of all steps: its kernel is spread over `frames`, each makes a part of the sum
-    meant |= {("all-gather", (STEPS, wide)), ("all-reduce", (STEPS, 6 * wide))}
-    meant.add(("all-reduce", (edits,)))  # sigma2, s*, and whether all is finite: one number an edit
-    assert set(found) <= meant
+    expected |= {("all-gather", (STEPS, wide)), ("all-reduce", (STEPS, 6 * wide))}
+    expected.add(
+        ("all-reduce", (edits,))
+    )  # sigma2, s*, and whether all is finite: one number an edit
+    assert set(found) <= expected
     assert found["all-gather", (2 * edits, length, heads, SIZE)] == 4  # K, V; main, context blocks
     # neither latents nor a cache of all layers
     gathered_sizes = [np.prod(s) for kind, s in found if kind == "all-gather"]
@@ -275,7 +277,7 @@ def test_collectives_are_those_that_are_meant(shape):
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_the_carry_lies_in_shards(shape):
-    """The loop's state as the compiler laid it out: shapes in its `while` are those of a device."""
+    """Shapes in the text of the compiled `while` are those of one device."""
     data, frames, model = shape
     edits, local = EDITS // data, padding.padded(TOKENS, frames) // frames
     text = on_a_mesh(shape)[3]
@@ -302,19 +304,20 @@ def test_a_cache_is_laid_out_as_its_letters_say():
 
         @jax.jit
         def source_pass(model, edits):
-            told = model.condition(edits.source_prompts, edits.grid)
-            return told, model.keys_values(edits.source, jnp.full(EDITS, 500.0), told)
+            conditioning = model.condition(edits.source_prompts, edits.grid)
+            pass_ = model.keys_values(edits.source, jnp.full(EDITS, 500.0), conditioning)
+            return conditioning, pass_
 
-        told, (velocity, cache) = source_pass(model, edits)
+        conditioning, (velocity, cache) = source_pass(model, edits)
     held = sum(x.addressable_shards[0].data.nbytes for x in (cache.k, cache.v))
     assert held == cache.nbytes // 8
     for x, letters in (
         (cache.k, "layers B L N K"),
         (cache.v, "layers B L N K"),
         (velocity, "B L cells C"),
-        (told.text.k, "layers B S N K"),
-        (told.control, "BLD"),
-        (told.positions.rope[0], "LK"),
+        (conditioning.text.k, "layers B S N K"),
+        (conditioning.control, "BLD"),
+        (conditioning.positions.rope[0], "LK"),
     ):
         wanted = jax.sharding.NamedSharding(mesh, sharding.spec(letters))
         assert x.sharding.is_equivalent_to(wanted, x.ndim), letters

@@ -30,7 +30,7 @@ from kvlock_jax.convert import diffusers, original, table, weights
 from kvlock_jax.lock import KVCache, Lock
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.transformer import WanTransformer
-from kvlock_jax.models.wan.vace import VACEBlock, VACEContext, WanVACETransformer
+from kvlock_jax.models.wan.vace import VACEBlock, WanVACETransformer
 
 # -- parity --------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ def test_equals_the_publisher(scale, key):
     latents, control = (
         jnp.asarray(np.moveaxis(arrays[name], 0, -1)[None]) for name in ("latents", "vace_context")
     )
-    context = VACEContext(jnp.asarray(text)[None], control, jnp.array([scale], jnp.float32))
+    context = whole.WholeContext(jnp.asarray(text)[None], control, jnp.array([scale], jnp.float32))
     got = velocity_of(model, latents, jnp.asarray(arrays["timestep"]), context)
     assert relative_l2(np.moveaxis(got[0], -1, 0), arrays[key]) < 1e-5
 
@@ -213,7 +213,7 @@ def test_program_does_not_grow_with_layers():
     def size(layers: int, hints: tuple[int, ...]) -> int:
         config = WanConfig(2, 12, layers, 20, 4, 4, 16, 8, vace_layers=hints, vace_in_channels=6)
         graph, params = nnx.split(registry.abstract(config))
-        context = VACEContext(jnp.zeros((1, 3, 16)), jnp.zeros((1, 1, 2, 4, 6)), jnp.ones(1))
+        context = whole.WholeContext(jnp.zeros((1, 3, 16)), jnp.zeros((1, 1, 2, 4, 6)), jnp.ones(1))
         latents = jnp.zeros((1, 1, 2, 4, 4))
 
         def program(params):
@@ -273,7 +273,7 @@ def test_published_size_without_memory(size):
         for shape in ((1, 21, 60, 104, 16), (1,), (1, 512, 4096), (1, 21, 60, 104, 96), (1,))
     )
     velocity, cache = nnx.eval_shape(
-        whole.keys_values, model, latents, timestep, VACEContext(*context)
+        whole.keys_values, model, latents, timestep, whole.WholeContext(*context)
     )
     assert velocity.shape == latents.shape and velocity.dtype == jnp.float32
     heads = (config.num_layers, 1, 32_760, config.num_attention_heads, 128)

@@ -14,7 +14,6 @@ from flax import nnx
 from peers import pair
 
 from kvlock_jax.models.wan.config import WanConfig
-from kvlock_jax.models.wan.vace import VACEContext
 
 ORIGINAL = Path(__file__).parent / "data" / "original"
 
@@ -96,7 +95,7 @@ def inputs(name, seed=0):
     control = rng.normal(size=(edits, *case.latents, case.config.vace_in_channels))
     arrays = (latents, np.array(case.timestep), text, control, np.array(case.scale))
     latents, timestep, *context = (jnp.asarray(array, jnp.float32) for array in arrays)
-    return latents, timestep, VACEContext(*context)
+    return latents, timestep, whole.WholeContext(*context)
 
 
 def call_peer(peer, latents, timestep, context):

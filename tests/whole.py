@@ -2,8 +2,20 @@
 
 import dataclasses
 
+import jax
+
 from kvlock_jax.grid import Grid
 from kvlock_jax.models.wan.vace import VACEContext
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WholeContext:
+    """A `VACEContext` whose control is whole, `B T H W C`."""
+
+    text: jax.Array
+    control: jax.Array
+    scale: jax.Array
 
 
 def grid_of(model, latents) -> Grid:
@@ -11,10 +23,10 @@ def grid_of(model, latents) -> Grid:
 
 
 def conditioning(model, latents, context):
-    """What `model.condition` makes of a text, or of a `VACEContext` whose control is whole."""
+    """The model's conditioning on a text or a `WholeContext`."""
     grid = grid_of(model, latents)
-    if isinstance(context, VACEContext):
-        context = dataclasses.replace(context, control=grid.split(context.control))
+    if isinstance(context, WholeContext):
+        context = VACEContext(context.text, grid.split(context.control), context.scale)
     return model.condition(context, grid)
 
 

@@ -5,14 +5,16 @@ True is foreground: the part that the edit may change.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+import numpy as np
+from jaxtyping import Array, Bool, Shaped
 
 from kvlock_jax.errors import ConfigError, InputError
 from kvlock_jax.shapes import PATCH, VAE_STRIDES
 
 
 def to_latent_mask(
-    mask: Bool[Array, "*B frames height width"], strides: tuple[int, int, int] = VAE_STRIDES
+    mask: Shaped[Array | np.ndarray, "*B frames height width"],
+    strides: tuple[int, int, int] = VAE_STRIDES,
 ) -> Bool[Array, "*B T H W"]:
     """The latent cells that cover at least one foreground pixel.
 
@@ -32,7 +34,7 @@ def to_latent_mask(
 
 
 def to_token_mask(
-    latent_mask: Bool[Array, "*B T H W"], patch: tuple[int, int, int] = PATCH
+    latent_mask: Shaped[Array | np.ndarray, "*B T H W"], patch: tuple[int, int, int] = PATCH
 ) -> Bool[Array, "*B L"]:
     """The tokens, in frame-major order, whose patch holds a foreground cell.
 
@@ -47,7 +49,7 @@ def to_token_mask(
 
 
 def dilate(
-    mask: Bool[Array, "*B frames height width"], radius: int
+    mask: Shaped[Array | np.ndarray, "*B frames height width"], radius: int
 ) -> Bool[Array, "*B frames height width"]:
     """The mask of each frame, grown by `radius` pixels to all sides and corners.
 
@@ -74,7 +76,7 @@ def _any_along(mask: Bool[Array, "..."], axis: int, radius: int) -> Bool[Array, 
 
 
 def _any_in_block(
-    mask: Bool[Array, "*B T H W"], block: tuple[int, int, int]
+    mask: Bool[Array | np.ndarray, "*B t h w"], block: tuple[int, int, int]
 ) -> Bool[Array, "*B T H W"]:
     """Whether any entry of each block is set; background fills up the last blocks."""
     *lead, t, h, w = mask.shape
@@ -85,7 +87,7 @@ def _any_in_block(
     return padded.reshape(*lead, *split).any(axis=(-5, -3, -1))
 
 
-def _require_bool(name: str, mask: Array) -> None:
+def _require_bool(name: str, mask: Array | np.ndarray) -> None:
     # A mask of 0..255 or of antialiased floats would count its faintest grey as foreground.
     if mask.dtype != jnp.bool_:
         raise InputError(f"the {name} must be boolean (1 where over 0.5), found {mask.dtype}")

@@ -24,8 +24,8 @@ from kvlock_jax.shapes import Latents
 class Encoded:
     """Latents of a row of clips; equal clips were encoded once."""
 
-    parts: Sequence[Latents]
-    index: Int[np.ndarray, "rows"]
+    parts: Sequence[Float[Array | np.ndarray, "clips T H W C"]]
+    index: Int[Array | np.ndarray, "rows"]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ from kvlock_jax.pipeline.stages import Loop
 from kvlock_jax.runtime.clock import Clock
 from kvlock_jax.runtime.compile_cache import Compiler
 from kvlock_jax.sampling.loop import Trace
-from kvlock_jax.shapes import Frames, Image, Latents, Mask
+from kvlock_jax.shapes import Frames, Mask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,13 +68,13 @@ class Result:
 
 def edit(
     model: Model,
-    video: FilePath | Frames,
+    video: FilePath | np.ndarray,
     mask: FilePath | Box | np.ndarray,
     prompt: str,
     *,
     config: ConfigDict | None = None,
-    references: FilePath | Image | Sequence[FilePath | Image] = (),
-    noise: Latents | None = None,
+    references: FilePath | np.ndarray | Sequence[FilePath | np.ndarray] = (),
+    noise: Float[Array | np.ndarray, "..."] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Result:
     """Edits the masked part of a video after a prompt, and keeps the rest.
@@ -110,7 +110,7 @@ def run(
     inputs: EditInputs,
     settings: Settings,
     *,
-    noise: Latents | None = None,
+    noise: Float[Array | np.ndarray, "..."] | None = None,
     on_step: Callable[[int], None] | None = None,
     background: BackgroundCompiler | None = None,
 ) -> Result:
@@ -131,7 +131,7 @@ def run_batch(
     model: Model,
     inputs: Sequence[EditInputs],
     settings: Sequence[Settings],
-    noise: Float[Array, "sources T H W C"],
+    noise: Float[Array | np.ndarray, "sources T H W C"],
     *,
     on_step: Callable[[int], None] | None = None,
     background: BackgroundCompiler | None = None,

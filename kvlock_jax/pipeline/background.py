@@ -5,10 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from kvlock_jax.grid import Patches
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.pipeline import stages
 from kvlock_jax.pipeline.inputs import EditInputs
@@ -57,7 +57,7 @@ class BackgroundCompiler:
         with self._model.on_mesh():
             return compile_stage()
 
-    def _texts(self) -> Array:
+    def _texts(self) -> jax.ShapeDtypeStruct:
         rows, run = self._rows, self.compiler.compile
         return stages.encode_texts(self._model, rows.inputs, rows.settings, len(rows.noise), run)
 
@@ -65,7 +65,7 @@ class BackgroundCompiler:
         context = self._compiled["texts"].result()
         return stages.encode_rows(self._model, self._rows, context, self.compiler.compile)
 
-    def _loop(self) -> Patches:
+    def _loop(self) -> jax.ShapeDtypeStruct:
         network, settings = self._model.checkpoint.transformer, self._rows.settings[0]
         edits, tokens = self._compiled["videos"].result()
         run = self.compiler.compile

@@ -1,7 +1,7 @@
 """Encodes videos, masks and prompts into the sampling loop's inputs."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +27,8 @@ from kvlock_jax.shapes import VAE_STRIDES
 
 def encode_clips(
     network: autoencoder.WanVAE,
-    clips: Sequence[UInt8[Array, "frames height width 3"]],
-    shown: Sequence[Bool[Array, "frames height width"]],
+    clips: Sequence[UInt8[np.ndarray, "frames height width 3"]],
+    shown: Iterable[Bool[np.ndarray, "frames height width"]],
     run: Call = call,
 ) -> Encoded:
     """Encodes clips, each distinct one once, with the pixels that are not shown blank.
@@ -57,11 +57,11 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
 
 def encode_edits(
     networks: Checkpoint,
-    video: Sequence[UInt8[Array, "frames height width 3"]],
-    mask: Bool[Array, "B frames height width"],
-    context: Float[Array, "R S D"],
+    video: Sequence[UInt8[np.ndarray, "frames height width 3"]],
+    mask: Bool[np.ndarray, "B frames height width"],
+    context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
     settings: EditConfig,
-    noise: Float[Array, "sources T H W C"],
+    noise: Float[Array | np.ndarray, "sources T H W C"],
     pictures: Sequence[Sequence[Float[Array, "height width 3"]]] = (),
     *,
     uses_source: bool = True,

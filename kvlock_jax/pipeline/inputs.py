@@ -110,11 +110,11 @@ def _resize(size: tuple[int, int] | None, settings: EditConfig) -> Resize | None
 
 
 def read_inputs(
-    video: FilePath | Frames | Clip,
+    video: FilePath | np.ndarray | Clip,
     mask: FilePath | Box | np.ndarray,
     prompt: str,
     settings: EditConfig,
-    references: FilePath | Image | Sequence[FilePath | Image] = (),
+    references: FilePath | np.ndarray | Sequence[FilePath | np.ndarray] = (),
 ) -> EditInputs:
     """Reads and checks the inputs of one edit; no model is needed to find their faults.
 

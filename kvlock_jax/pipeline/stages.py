@@ -42,7 +42,7 @@ def encode_texts(
     settings: Sequence[Settings],
     sources: int,
     run: Call,
-) -> Float[Array, "R S D"]:
+) -> Float[Array, "R S D"] | jax.ShapeDtypeStruct:
     """Encodes each edit's prompt and negative prompt, then the source prompts."""
     texts = [
         text
@@ -56,8 +56,8 @@ def encode_texts(
 def encode_inputs(
     model: Model,
     inputs: Sequence[EditInputs],
-    noise: Float[Array, "sources T H W C"],
-    context: Float[Array, "R S D"],
+    noise: Float[Array | np.ndarray, "sources T H W C"],
+    context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
     settings: Settings,
     run: Call,
 ) -> tuple[Edits, int]:
@@ -140,7 +140,7 @@ class Loop:
         network, _, edits, _, knobs = self.args
         return (network, edits, knobs, *run(loop.begin, *self.args, program=self.program))
 
-    def compile(self, run: Call, begun: tuple | None = None) -> Patches:
+    def compile(self, run: Call, begun: tuple | None = None) -> jax.ShapeDtypeStruct:
         """Compiles the loop through `run`, and returns the shape of the edited latents."""
         if not self.by_step:
             return run(loop.sample, *self.args, program=self.program)[0]

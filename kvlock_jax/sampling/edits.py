@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvlock_jax.grid import Grid, Patches, PatchMask
@@ -35,8 +36,8 @@ class Edits:
         (`lock.pooled`); `None` where each row has its own.
     """
 
-    source: Float[Array, "sources L cells C"]
-    noise: Float[Array, "sources L cells C"]
+    source: Float[Array | np.ndarray, "sources L cells C"]
+    noise: Float[Array | np.ndarray, "sources L cells C"]
     foreground: PatchMask
     prompts: Any
     source_prompts: Any
@@ -58,7 +59,7 @@ class Edits:
         first = jnp.arange(self.grid.length) < self.references * rows * columns
         return self.foreground.any(axis=-1) | first
 
-    def spread(self, per_source: Float[Array, "sources L cells C"]) -> Patches:
+    def spread(self, per_source: Float[Array | np.ndarray, "sources L cells C"]) -> Patches:
         """Each source's entry, repeated for all its edits."""
         edits = len(self.foreground) // len(per_source)
         wide = jnp.broadcast_to(

@@ -96,13 +96,13 @@ class Trace:
       finite: whether all latents of the edit are finite after the step.
     """
 
-    sigma: Float[Array, "steps"]
-    sigma2: Float[Array, "steps B"]
-    fusion_ratio: Float[Array, "steps B"]
-    guidance_scale: Float[Array, "steps B"]
-    uncond_scale: Float[Array, "steps B"]
-    scheduled: Bool[Array, "steps"]
-    finite: Bool[Array, "steps B"]
+    sigma: Float[Array | np.ndarray, "*steps"]
+    sigma2: Float[Array | np.ndarray, "*steps B"]
+    fusion_ratio: Float[Array | np.ndarray, "*steps B"]
+    guidance_scale: Float[Array | np.ndarray, "*steps B"]
+    uncond_scale: Float[Array | np.ndarray, "*steps B"]
+    scheduled: Bool[Array | np.ndarray, "*steps"]
+    finite: Bool[Array | np.ndarray, "*steps B"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -201,27 +201,27 @@ def _with_zero(
 
 
 def _table(
-    sigma: Float[np.ndarray, "steps+1"],
-    timestep: Float[np.ndarray, "steps"],
-    corrector: Float[np.ndarray, "steps 5"],
-    predictor: Float[np.ndarray, "steps 3"],
+    sigma: Float[np.ndarray, "levels"],
+    timestep: Float[np.ndarray, "levels-1"],
+    corrector: Float[np.ndarray, "levels-1 5"],
+    predictor: Float[np.ndarray, "levels-1 3"],
 ) -> SolverTable:
     columns = (sigma[:-1], sigma[1:], timestep, corrector, predictor)
     return SolverTable(*(np.asarray(column, np.float32) for column in columns))
 
 
-def _no_corrector(steps: int) -> Float[np.ndarray, "steps 5"]:
+def _no_corrector(steps: int) -> Float[np.ndarray, "{steps} 5"]:
     return np.tile([1.0, 0.0, 0.0, 0.0, 0.0], (steps, 1))
 
 
-def _first_order(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "steps 3"]:
+def _first_order(sigma: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "levels-1 3"]:
     a = sigma[1:] / sigma[:-1]
     return np.stack([a, 1.0 - a, np.zeros_like(a)], axis=1)
 
 
 def _lambda_steps(
-    sigma: Float[np.ndarray, "steps+1"],
-) -> tuple[Float[np.ndarray, "steps-1"], Float[np.ndarray, "steps-2"]]:
+    sigma: Float[np.ndarray, "levels"],
+) -> tuple[Float[np.ndarray, "levels-2"], Float[np.ndarray, "levels-3"]]:
     """The steps `h_k = lambda_{k+1} - lambda_k`, and `r_k = (lambda_{k-1} - lambda_k) / h_k`.
 
     `r` starts with k = 1. The step to sigma 0, where lambda is infinite, is always of first order
@@ -232,7 +232,7 @@ def _lambda_steps(
     return h, -h[:-1] / h[1:]
 
 
-def _second_order(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "steps 3"]:
+def _second_order(sigma: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "levels-1 3"]:
     """`a z + (1 - a) (m_k + (m_{k-1} - m_k) / (2 r))`; first order in the first and last row."""
     rows = _first_order(sigma)
     _, r = _lambda_steps(sigma)
@@ -242,7 +242,7 @@ def _second_order(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "ste
     return rows
 
 
-def _unic(sigma: Float[np.ndarray, "steps+1"]) -> Float[np.ndarray, "steps 5"]:
+def _unic(sigma: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "levels-1 5"]:
     """UniC's rows: row k redoes the step from k - 1 to k with `m_k` known; row 0 corrects nothing.
 
     `a z + (1 - a) (m_{k-1} + rho (m_k - m_{k-1}) + rho_old (m_{k-2} - m_{k-1}) / r)`. Row 1

@@ -28,8 +28,8 @@ KeyHeads = Float[Array, "B S N K"]
 Keys = int | Int[Array, ""] | None
 """How many keys are real."""
 
-Part = tuple[Float[Array, "B L N K"], Float[Array, "B L N"]]
-"""Attention's result and its logsumexp."""
+Part = tuple[Float[Array, "*rows K"], Float[Array, "*rows"]]
+"""Attention's result and its logsumexp: rows are `B L N`, or the queries of one head."""
 
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
 """A padded key's logit. Finite, since the difference of two infinities is no number."""

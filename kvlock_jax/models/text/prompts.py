@@ -17,7 +17,7 @@ def encode_prompts(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     run: Call = call,
-) -> Float[Array, "B S D"]:
+) -> Float[Array, "B S D"] | jax.ShapeDtypeStruct:
     """The text context of prompts: hidden states, and zeros after each end token, float32.
 
     Args:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from kvlock_jax.errors import InputError
 
-Feature = Float[Array, "B T H W C"]
+Feature = Float[Array, "B _T _H _W _C"]
 Coder = Callable[[Feature, Any], tuple[Feature, Any]]
 """From features and a cache of the chunk before to the like; the cache is `None` at the start."""
 

@@ -12,7 +12,8 @@ from kvlock_jax.models.precision import precision_for
 from kvlock_jax.models.vae import filtering
 from kvlock_jax.parallel import sharding
 
-Feature = Float[Array, "B T H W C"]
+Feature = Float[Array, "B _T _H _W _C"]
+"""Frames of channels; what makes them of others may change all sizes but the batch."""
 Cache = Any
 """A pytree of the frames that a module needs of the chunk before; `None` before the first chunk."""
 

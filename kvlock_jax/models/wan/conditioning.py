@@ -72,9 +72,9 @@ class VACEConditioner:
 def control(
     inactive: Latents,
     reactive: Latents,
-    mask: Bool[Array, "B frames height width"],
+    mask: Bool[Array | np.ndarray, "B frames height width"],
     references: Sequence[Float[Array, "B 1 H W C"]] = (),
-) -> Float[Array, "B T H W 96"]:
+) -> Float[Array, "B all_frames H W channels"]:
     """The channels of a video of which the masked part is to be generated.
 
     With `x` the video in [-1, 1] and `m` the mask, METHOD.md section 11:
@@ -100,7 +100,9 @@ def control(
     return jnp.concatenate(frames, axis=1)
 
 
-def fold_mask(mask: Bool[Array, "B frames height width"]) -> Float[Array, "B T H W 64"]:
+def fold_mask(
+    mask: Bool[Array | np.ndarray, "B frames height width"],
+) -> Float[Array | np.ndarray, "B T H W 64"]:
     """A pixel mask as channels of latent cells: 1.0 is generated.
 
     Channel `8 i + j` holds row i and column j of each cell's 8x8 pixels; of the `F` frames, latent

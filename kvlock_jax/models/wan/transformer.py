@@ -38,6 +38,8 @@ from kvlock_jax.parallel import sharding
 from kvlock_jax.shapes import PerEdit
 
 Context = Float[Array, "B S text_dim"]
+Velocity = Float[Array, "B computed cells out_channels"]
+"""Of the tokens that are computed: all, or those of a lock's foreground."""
 
 
 @jax.tree_util.register_dataclass
@@ -193,7 +195,7 @@ class WanTransformer(nnx.Module):
         time: Time | PerEdit,
         conditioning: Conditioning,
         lock: Lock | None = None,
-    ) -> Patches:
+    ) -> Velocity:
         """The velocity `v = eps - x` of noisy latents (METHOD.md section 1), float32.
 
         Args:
@@ -219,7 +221,7 @@ class WanTransformer(nnx.Module):
         conditioning: Conditioning,
         lock: Lock | None = None,
         into: KVCache | None = None,
-    ) -> tuple[Patches, KVCache]:
+    ) -> tuple[Velocity, KVCache]:
         """The velocity, and all blocks' self-attention keys and values, `layers B L N K`.
 
         They are written `into` a cache, in place where a compiled loop carries it: the loop then
@@ -272,7 +274,7 @@ class WanTransformer(nnx.Module):
             rope = (jnp.broadcast_to(t, (len(x), *t.shape)) for t in positions.rope)
             positions = dataclasses.replace(positions, rope=tuple(take(t, index) for t in rope))
 
-        def some(tokens: Tokens) -> Tokens:
+        def some(tokens: Tokens) -> Float[Array, "B computed D"]:
             """The tokens that are computed."""
             return tokens if index is None else sharding.constrain(take(tokens, index), "BLD")
 

@@ -25,9 +25,12 @@ from kvlock_jax.models.linear import Linear
 from kvlock_jax.models.wan.block import Block, Modulation, Positions, Tokens, stacked, text_cache
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.parameters import PARAMETERS
-from kvlock_jax.models.wan.transformer import Conditioning, Context, Side, WanTransformer
+from kvlock_jax.models.wan.transformer import Conditioning, Side, WanTransformer
 from kvlock_jax.parallel import sharding
 from kvlock_jax.shapes import PerEdit
+
+Control = Float[Array, "B all D"]
+"""Control tokens: of the whole video, also where the main blocks run on a part of its tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -42,9 +45,9 @@ class VACEContext:
       scale: of the hints, as many as of `control`; 1 as trained, 0 is text-to-video.
     """
 
-    text: Context
-    control: Float[Array, "B L cells C"]
-    scale: PerEdit
+    text: Float[Array | np.ndarray, "rows S text_dim"]
+    control: Float[Array | np.ndarray, "B L cells C"]
+    scale: Float[Array | np.ndarray, "B"]
 
 
 @jax.tree_util.register_dataclass
@@ -131,7 +134,7 @@ class WanVACETransformer(WanTransformer):
         scale = jnp.repeat(conditioning.scale.astype(jnp.float32), rows)[:, None, None]
         given = x.reshape(-1, rows, *x.shape[1:]) + conditioning.control[:, None]
 
-        def hinted(x: Tokens, control: Tokens, index: Array) -> tuple[Tokens, Tokens]:
+        def hinted(x: Tokens, control: Control, index: Array) -> tuple[Tokens, Control]:
             """After a layer with a hint."""
             # Indexed inside the branch, so that a layer without a hint moves no weights.
             weights, text = jax.tree.map(lambda p: p[index], (params, conditioning.vace_text))
@@ -139,11 +142,11 @@ class WanVACETransformer(WanTransformer):
             hint, control = block.hint(control, modulation, text, conditioning.positions)
             return x + scale * some(hint), control
 
-        def plain(x: Tokens, control: Tokens, index: Array) -> tuple[Tokens, Tokens]:
+        def plain(x: Tokens, control: Control, index: Array) -> tuple[Tokens, Control]:
             """After one without."""
             return x, control
 
-        def after(x: Tokens, control: Tokens, layer: Any) -> tuple[Tokens, Tokens]:
+        def after(x: Tokens, control: Control, layer: Any) -> tuple[Tokens, Control]:
             """After any layer."""
             has_hint, index = layer
             return jax.lax.cond(has_hint, hinted, plain, x, control, index)
