@@ -26,8 +26,8 @@ def add(commands: Any) -> None:
         "Flags of an edit are the defaults of every line; paths in lines are relative to the "
         "manifest. A line may have an id and a save_file of its own. Paths may be gs:// or of any "
         "scheme that fsspec knows. Run again, it does the edits that are missing or changed. "
-        "Several runs may write to one folder, each edit by one of them. Exit status: 0, 1 if "
-        "edits failed (DIR/failed.jsonl says which and why), 2 if the batch could not start or go on."
+        "Several runs may write to one folder, each to its own files. Exit status: 0, 1 if edits "
+        "failed (DIR/failed.jsonl says which and why), 2 if the batch could not start or go on."
     )
     parser = commands.add_parser("batch", description=about, epilog=tail, allow_abbrev=False)
     parser.set_defaults(command=_command)
