@@ -19,7 +19,7 @@ from kvlock_jax.settings.fields import from_config_dict
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One model of a checkpoint: its parameters, and dtypes and bytes of what is on disk."""
+    """One model of a checkpoint: its number of parameters, and the dtypes and bytes on disk."""
 
     parameters: int
     dtypes: tuple[str, ...]
@@ -28,17 +28,17 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What `kvlock.json` says.
+    """The fields of `kvlock.json`.
 
     Attributes:
-      family: the architecture, one of `FAMILIES`.
-      version: of the package that wrote the checkpoint.
-      source: what it was converted from: `layout`, `folder`, and SHA-256 by file under `files`.
+      family: architecture, one of `FAMILIES`.
+      version: version of the package that wrote the checkpoint.
+      source: origin of the conversion: `layout`, `folder`, and under `files` the SHA-256 by file.
       configs: sizes of the models, and the published scheduler.
-      models: what there is of each model.
+      models: parameters, dtypes and bytes of each model.
       data: name of the folder with the models and the tokenizer.
-      files: CRC-32 of each file in it, by relative path. (Orbax's store keeps none of its values:
-        a flipped bit would come back as another weight.)
+      files: CRC-32 of each file in that folder, by relative path. (Orbax's store has no checksums
+        of values: a flipped bit would be read as another weight.)
     """
 
     family: str

@@ -1,4 +1,4 @@
-"""The networks that make a model, their configs, and how each is built and filled."""
+"""The networks of a model and their configs: builds them abstractly and fills in parameters."""
 
 import dataclasses
 import functools
@@ -25,13 +25,13 @@ MODELS: Mapping[str, tuple[type, Callable[..., nnx.Module]]] = {
     "vae": (VAEConfig, WanVAE),
     "text_encoder": (UMT5Config, UMT5Encoder),
 }
-"""Config of each field of `Configs` and `Checkpoint`, and what makes a module of it."""
+"""Config class and module constructor of each field of `Configs` and `Checkpoint`."""
 
 WIDE = (WanVAE,)
-"""What computes in float32 whatever is asked for, as the publisher and Diffusers run it."""
+"""Modules that compute in float32 whatever the compute dtype, as the publisher and Diffusers do."""
 
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""From a parameter's name, such as `transformer.proj_out.kernel`, and shape to its sharding."""
+"""Maps a parameter's name, such as `transformer.proj_out.kernel`, and its shape to a sharding."""
 
 
 def on_first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
@@ -41,7 +41,7 @@ def on_first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
 
 @dataclasses.dataclass(frozen=True)
 class Configs:
-    """What a checkpoint says about itself; `scheduler` is the published JSON as it stands."""
+    """Sizes of the three models; `scheduler` is the published JSON, unchanged."""
 
     transformer: WanConfig
     vae: VAEConfig
@@ -51,7 +51,7 @@ class Configs:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Models in memory; `tokenizer` is the folder that `text.Tokenizer` opens."""
+    """Models in memory, and the folder that `text.Tokenizer` opens."""
 
     configs: Configs
     transformer: WanTransformer
@@ -61,29 +61,29 @@ class Checkpoint:
 
 
 OnShapes = Callable[[Checkpoint], None]
-"""Told of a checkpoint that is about to be read."""
+"""Called with a checkpoint of shapes, before its weights are read."""
 
 
 def family(config: WanConfig) -> str:
-    """The one of `FAMILIES` whose transformer a config describes."""
+    """The family, of `FAMILIES`, of a transformer's config."""
     return FAMILIES[bool(config.vace_layers)]
 
 
 def abstract(
     kind: Callable[..., nnx.Module], config: Any, compute_dtype: Any = jnp.float32
 ) -> nnx.Module:
-    """A model with shapes in place of parameters; those of `WIDE` compute in float32."""
+    """A model with shapes in place of parameters; modules in `WIDE` compute in float32."""
     return nnx.merge(*_traced(kind, config, jnp.float32 if kind in WIDE else compute_dtype))
 
 
 @functools.lru_cache
 def _traced(kind: Callable[..., nnx.Module], config: Any, dtype: Any) -> tuple:
-    """Structure and shapes of a model; tracing one takes a good part of a second."""
+    """Structure and shapes of a model; cached, since tracing one takes most of a second."""
     return nnx.split(nnx.eval_shape(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def fill(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
-    """An abstract model with its parameters, or others of their shapes, by dotted path."""
+    """Fills an abstract model with arrays, or with anything of their shapes, by dotted path."""
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     full = [(path, v.replace(arrays[".".join(map(str, path))])) for path, v in flat]

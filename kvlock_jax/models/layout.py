@@ -1,7 +1,7 @@
-"""Which dimension of a parameter is which, for sharding, and which parameters may be rounded.
+"""Names the dimensions of parameters, for sharding, and the parameters that may be rounded.
 
-In a stacked block a kernel is `layers`, its inputs, its outputs. `N` stands for heads times their
-size, whose outer part is the head; a parameter that is not named here lies on every device.
+The kernel of a stacked block has the dimensions `layers`, inputs, outputs. `N` is heads times head
+size, heads outermost. Every device holds a copy of a parameter that is not named here.
 """
 
 import re
@@ -38,18 +38,20 @@ TEXT_ENCODER = {
     r"DenseReluDense\.wi_[01]\.kernel": "layers D I",
     r"DenseReluDense\.wo\.kernel": "layers I D",
 }
-"""Parameters of `UMT5Encoder`; 5.7 billion of them, used once an edit."""
+"""Parameters of `UMT5Encoder`: 5.7 billion, used once for each edit."""
 
 
 def place(mesh: Mesh, path: str, shape: tuple[int, ...], *, spread: bool) -> NamedSharding:
-    """Where a parameter of a checkpoint lies on a mesh.
+    """The sharding of a checkpoint's parameter on a mesh.
+
+    A dimension that its mesh axis does not divide is replicated along that axis.
 
     Args:
-      mesh: of the axes of `sharding.AXES`.
+      mesh: mesh with the axes of `mesh.AXES`.
       path: `transformer.blocks...`, `text_encoder.block...` or `vae...`.
-      shape: of the parameter.
-      spread: whether the transformer's weights are spread over `frames` too. The text encoder's
-        always are, over all devices; what a mesh axis does not divide lies on all of it.
+      shape: shape of the parameter.
+      spread: whether `frames` shares the transformer's weights too. All devices always share those
+        of the text encoder.
     """
     model, _, path = path.partition(".")
     if model == "text_encoder":
@@ -64,10 +66,10 @@ def place(mesh: Mesh, path: str, shape: tuple[int, ...], *, spread: bool) -> Nam
 
 
 def gathered_layer(weights: _T) -> _T:
-    """One layer's weights as its products take them: only heads and feed-forward are spread.
+    """Gathers one layer's weights for its products; heads and feed-forward stay sharded.
 
-    Said inside the scan over layers, so that one layer is gathered at a time: left to itself XLA
-    may sum partial products over all tokens instead.
+    The constraint stands inside the scan over layers, so that one layer is gathered at a time. XLA
+    by itself may sum partial products over all tokens instead.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -90,18 +92,18 @@ MULTIPLIED = re.compile(
     r"transformer\.(?!condition_embedder\.time_)(.+\.)?kernel"
     r"|text_encoder\.(.+\.kernel|shared\.embedding)"
 )
-"""Parameters that a module takes in its compute dtype, and the text encoder's vocabulary, which is
-published in bfloat16. All others, and so all of the VAE, are taken in float32 (DESIGN.md 3)."""
+"""Parameters that a module casts to its compute dtype, and the text encoder's vocabulary, which is
+published in bfloat16. Modules cast all others, and so the whole VAE, to float32 (DESIGN.md 3)."""
 
 
-def dtype_of(path: str, found: np.dtype, asked: Any) -> np.dtype:
-    """The dtype that a parameter gets where one is asked for: rounded only if `MULTIPLIED`.
+def dtype_of(path: str, source: np.dtype, target: Any) -> np.dtype:
+    """The dtype of a parameter after a conversion: narrowed only if it is `MULTIPLIED`.
 
     Args:
-      path: of the parameter, such as `transformer.proj_out.kernel`.
-      found: its dtype in the source.
-      asked: what is asked for; None keeps all as they are.
+      path: path of the parameter, such as `transformer.proj_out.kernel`.
+      source: its dtype in the source.
+      target: dtype to convert to; None keeps the source's.
     """
-    found, asked = np.dtype(found), np.dtype(found if asked is None else asked)
-    rounds = asked.itemsize < np.dtype(np.float32).itemsize
-    return found if rounds and not MULTIPLIED.fullmatch(path) else asked
+    source, target = np.dtype(source), np.dtype(source if target is None else target)
+    rounds = target.itemsize < np.dtype(np.float32).itemsize
+    return source if rounds and not MULTIPLIED.fullmatch(path) else target

@@ -8,7 +8,7 @@ from kvlock_jax.settings.fields import require, require_positive
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
-    """Sizes of a UMT5 encoder; names are those of the Transformers `config.json`."""
+    """Sizes of a UMT5 encoder, named as in Transformers' `config.json`."""
 
     vocab_size: int
     d_model: int
