@@ -79,3 +79,25 @@ def test_a_flag_goes_before_jaxs_own_setting(setting):
     assert jax.config.jax_compilation_cache_dir == "/flag"
     compile_cache.keep_programs("")
     assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.fixture
+def caching():
+    """JAX's cache enabled, which the suite's environment disables."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def test_compiled_programs_stay_in_a_private_folder(setting, caching, monkeypatch, tmp_path):
+    """They are machine code."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compile_cache.keep_programs(None)
+    folder = tmp_path / "kvlock_jax" / "programs"
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    jax.config.update("jax_compilation_cache_dir", None)
+    with pytest.warns(UserWarning, match="others may write to it"):
+        compile_cache.keep_programs(None)
+    assert jax.config.jax_compilation_cache_dir is None

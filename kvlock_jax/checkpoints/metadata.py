@@ -151,18 +151,18 @@ def _models(values: Any, check: _Checks, path: epath.Path) -> dict[str, Stored]:
     """Parameters, dtypes and bytes of the models."""
     _check_in_full(values, MODELS, path)
     for name in MODELS:
-        found = values[name]
-        absent = [f.name for f in dataclasses.fields(Stored) if f.name not in found]
+        model = values[name]
+        absent = [f.name for f in dataclasses.fields(Stored) if f.name not in model]
         if absent:
             raise CheckpointError(f"{path} has no {', '.join(absent)} of {name}")
         for field in ("parameters", "size"):
-            check(f"models.{name}.{field}", found[field], _is_count, "a whole number, 0 or more")
-        dtypes = found["dtypes"]
+            check(f"models.{name}.{field}", model[field], _is_count, "a whole number, 0 or more")
+        dtypes = model["dtypes"]
         fits = isinstance(dtypes, list) and all(map(_is_text, dtypes))
         check(f"models.{name}.dtypes", dtypes, lambda _, fits=fits: fits, "names of dtypes")
     return {
-        name: Stored(found["parameters"], tuple(found["dtypes"]), found["size"])
-        for name, found in ((name, values[name]) for name in MODELS)
+        name: Stored(model["parameters"], tuple(model["dtypes"]), model["size"])
+        for name, model in ((name, values[name]) for name in MODELS)
     }
 
 
