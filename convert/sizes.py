@@ -204,8 +204,9 @@ def _shape(tensors: Tensors, key: str, rank: int, where: Path) -> tuple[int, ...
     if key not in tensors:
         raise CheckpointError(f"{where} has no {key}: it is no original checkpoint of Wan 2.1")
     shape = tensors[key].shape
-    if len(shape) != rank:
-        raise CheckpointError(f"{where}: {key} is {list(shape)}, expected {rank} axes")
+    if len(shape) != rank or 0 in shape:
+        expected = f"{rank} axes, none of length 0"
+        raise CheckpointError(f"{where}: {key} is {list(shape)}, expected {expected}")
     return shape
 
 

@@ -1,4 +1,4 @@
-"""What one process compiled, the next one finds."""
+"""A process finds the programs that an earlier one compiled, and only in folders to trust."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_a_second_process_compiles_nothing(tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def setting():
-    """JAX's own, which any command of this process may have set."""
+    """Unsets JAX's own folder, which an earlier command of this process may have set."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     yield
@@ -65,15 +65,15 @@ def test_the_folder_is_the_users(setting, monkeypatch):
     assert compile_cache.cache_folder() == "/home/one/.cache/kvlock_jax/programs"
 
 
-def test_jaxs_own_setting_names_no_folder_of_ours(setting):
-    """Compiled programs go where JAX is told; traces, which are read as they are, do not."""
+def test_jaxs_setting_does_not_move_the_users_folder(setting):
+    """It moves compiled programs, and never traces."""
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")
     assert compile_cache.cache_folder() != "/elsewhere"
     compile_cache.keep_programs(None)
     assert jax.config.jax_compilation_cache_dir == "/elsewhere"
 
 
-def test_a_flag_goes_before_jaxs_own_setting(setting):
+def test_a_flag_overrides_jaxs_setting(setting):
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")
     compile_cache.keep_programs("/flag")
     assert jax.config.jax_compilation_cache_dir == "/flag"
@@ -83,7 +83,7 @@ def test_a_flag_goes_before_jaxs_own_setting(setting):
 
 @pytest.fixture
 def caching():
-    """JAX's cache enabled, which the suite's environment disables."""
+    """Enables JAX's cache, which the suite's environment disables."""
     jax.config.update("jax_enable_compilation_cache", True)
     yield
     jax.config.update("jax_enable_compilation_cache", False)

@@ -27,3 +27,5 @@ class UMT5Config:
         )
         buckets = self.relative_attention_num_buckets
         require(buckets % 4 == 0, self, "relative_attention_num_buckets", "a multiple of 4")
+        far, exact = self.relative_attention_max_distance, buckets // 4
+        require(far > exact, self, "relative_attention_max_distance", f"over {exact}")

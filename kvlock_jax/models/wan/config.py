@@ -33,6 +33,7 @@ class WanConfig:
     def __post_init__(self) -> None:
         require_positive(self)
         require(0 < self.eps < math.inf, self, "eps", "over 0, and finite")
+        require(min(self.patch_size) > 0, self, "patch_size", "positive")
         require(self.attention_head_dim % 2 == 0, self, "attention_head_dim", "even")
         layers = self.vace_layers
         expected = f"empty, or increasing from 0 and under num_layers, {self.num_layers}"
