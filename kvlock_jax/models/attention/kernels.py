@@ -37,8 +37,10 @@ _MASKED = -0.7 * float(np.finfo(np.float32).max)
 _LANES = 128
 _MAX_BLOCK = 1024
 """Queries or keys in a block of `splash`, at most: their logits take 4 of the 16 MB that a TPU's
-compiler allots. Half as many for heads wider than `_WIDE`, which would fill the rest."""
+compiler allots. Half as many for wider heads, which would fill the rest."""
+
 _WIDE = 256
+"""Widest head of a largest block; half of it in float32, whose exact products take more memory."""
 
 
 def merge(one: Part, other: Part) -> Part:
@@ -169,7 +171,8 @@ def _splash(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys, **options: bool) -> 
     from jax.experimental.pallas.ops.tpu import splash_attention  # only when a trace needs it
 
     heads, present = q.shape[2], k.shape[1]
-    largest = _MAX_BLOCK if q.shape[-1] <= _WIDE else _MAX_BLOCK // 2
+    widest = _WIDE // 2 if q.dtype == jnp.float32 else _WIDE
+    largest = _MAX_BLOCK if q.shape[-1] <= widest else _MAX_BLOCK // 2
     block_q, length = _blocks(q.shape[1], largest)
     block_kv, size = _blocks(present, largest)
     q, k, v = (
