@@ -1,4 +1,4 @@
-"""`kvlock convert`: a published checkpoint of any layout to a folder of this package's own."""
+"""Converts a published checkpoint of any layout to this package's own format."""
 
 import concurrent.futures
 import contextlib
@@ -28,7 +28,7 @@ DTYPES = {
 }
 
 OnStart = Callable[[Published, int], OnBytes]
-"""Told what is converted and how many bytes it makes; gives what is told of them one by one."""
+"""Called with the source and the total bytes of its parameters; returns a callback for progress."""
 
 
 def convert(
@@ -39,24 +39,24 @@ def convert(
 ) -> Contents:
     """Converts a published checkpoint, a layer of a parameter at a time.
 
-    It can be stopped at any moment: what the target holds stays whole until the new checkpoint is,
-    and what was left half-written goes with the next conversion.
+    It can be stopped at any moment: the target's previous checkpoint stays usable until the new one
+    is complete, and the next conversion removes half-written data.
 
     Args:
-      source: a Diffusers folder, or an original one of the publisher, of Wan 2.1.
+      source: folder of Wan 2.1 in Diffusers' or the publisher's own layout.
       target: folder of the converted checkpoint, local or of a scheme that etils knows; made if
-        missing. Files in it that are not ours stay.
-      dtype: of the parameters; None keeps the source's.
-      on_start: called when all is checked and reading begins.
+        missing. Other files in it stay.
+      dtype: dtype of the parameters; None keeps the source's.
+      on_start: called after all checks, before parameters are read.
 
     Raises:
-      CheckpointError: if the source is not one that is known, is damaged or does not fit, or the
-        target cannot be written.
+      CheckpointError: the source has no known layout, is damaged, does not fit its configs or holds
+        numbers that are not finite; or the target cannot be written.
     """
     published, target = open_source(source), epath.Path(target).expanduser()
     parameters = published.parameters(dtype)
     _check_target(published.folder, target)
-    Tokenizer(published.tokenizer)  # finds what is wrong with it before the work, not after
+    Tokenizer(published.tokenizer)  # raises its errors before the work, not after
     total = sum(p.nbytes for values in parameters.values() for p in values.values())
     on_bytes = on_start(published, total)
     with _sums(published) as sums:
@@ -86,15 +86,15 @@ def _check_target(folder: Path, target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _sums(published: Published) -> Iterator[dict[str, concurrent.futures.Future[str]]]:
-    """SHA-256 of a checkpoint's files, found in other threads until the block ends."""
-    left = threading.Event()
+    """Computes the SHA-256 of a checkpoint's files in other threads until the `with` block ends."""
+    ended = threading.Event()
 
     def sha256(path: Path) -> str:
-        """Of a file, as far as it is wanted still."""
+        """The digest of one file; it stops early when the `with` block has ended."""
         digest = hashlib.sha256()
         try:
             with path.open("rb") as file:
-                while not left.is_set() and (block := file.read(1 << 22)):
+                while not ended.is_set() and (block := file.read(1 << 22)):
                     digest.update(block)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
@@ -105,4 +105,4 @@ def _sums(published: Published) -> Iterator[dict[str, concurrent.futures.Future[
         try:
             yield {name: pool.submit(sha256, path) for name, path in sorted(names.items())}
         finally:
-            left.set()
+            ended.set()

@@ -1,4 +1,4 @@
-"""Diffusers folders of Wan 2.1: their layout, their configs, and opening them.
+"""Opens Diffusers folders of Wan 2.1: their layout and their configs.
 
 A folder holds `model_index.json` and one folder each for the transformer, the VAE, the text
 encoder, the tokenizer and the scheduler. Our modules keep its names, so the tables below only
@@ -53,7 +53,7 @@ WAN: Table = (
     Row(r"(.+)\.kernel", r"\1.weight", kernel),
     Row(r"(.+\.bias)", r"\1"),
 )
-"""Main blocks, and VACE's context blocks beside them, are laid out alike."""
+"""VACE's context blocks have the layout of the main blocks."""
 
 VAE: Table = (
     Row(r"(.+\.resample)\.kernel", r"\1.1.weight", kernel),  # 0 is the padding or enlargement
@@ -77,13 +77,13 @@ class Component:
     """A model of the folder.
 
     Attributes:
-      name: of its folder, and of its field in `Configs` and `Checkpoint`.
-      stem: of its weight files.
+      name: name of its folder, and of its field in `Configs` and `Checkpoint`.
+      stem: stem of its weight files' names.
       family: class that its `config.json` must name.
-      config: dataclass of its sizes; every field but the `absent` must be in `config.json`.
-      fixed: what our module holds fixed; another value in `config.json` is another architecture.
-      table: its layout.
-      absent: fields of `config` that this family does not have.
+      config: dataclass of its sizes; `config.json` must hold every field except the `absent`.
+      fixed: values that our module assumes; another value in `config.json` is another architecture.
+      table: layout of its weights.
+      absent: fields of `config` that this family lacks.
     """
 
     name: str
@@ -163,7 +163,7 @@ def read_configs(folder: str | Path) -> Configs:
     """Reads the configs of a Diffusers folder, and no weights.
 
     Raises:
-      CheckpointError: if it is not a Wan 2.1 folder, or a part of it is missing.
+      CheckpointError: the folder is not of Wan 2.1, or a part of it is missing.
     """
     folder = Path(folder)
     parts = components(folder)
@@ -179,8 +179,8 @@ def read_config(folder: Path, component: Component) -> Any:
     """The config dataclass of one component's folder.
 
     Raises:
-      CheckpointError: if `config.json` is missing, of another family or architecture, or lacks a
-        size. (Diffusers would fill in its own default; ours may differ.)
+      CheckpointError: `config.json` is missing, is of another family or architecture, or lacks a
+        size. (Diffusers would use its own default, which may differ from ours.)
     """
     path = folder / "config.json"
     values = read_json(path)
@@ -205,22 +205,22 @@ def _family(values: dict) -> Any:
 def _check_family(
     path: Path, values: dict, families: tuple[str, ...], fixed: Mapping[str, Any]
 ) -> None:
-    """Raises where a config is of no such family, or has another value than a fixed one."""
-    found = _family(values)
-    if found not in families:
-        raise CheckpointError(f"{path} is of a {found}, expected a {' or a '.join(families)}")
+    """Raises if a config is of another family, or has another value than a fixed one."""
+    family = _family(values)
+    if family not in families:
+        raise CheckpointError(f"{path} is of a {family}, expected a {' or a '.join(families)}")
     for name, expected in fixed.items():
         value = values.get(name, expected)
-        # model_index.json writes a component that is not there as two nulls
+        # model_index.json writes an absent component as two nulls
         if value != expected and not (expected is None and value == [None, None]):
             raise CheckpointError(f"{path}: {name} is {value!r}, supported is only {expected!r}")
 
 
 def open_published(folder: str | Path) -> Published:
-    """Opens a Diffusers folder, and reads none of its weights.
+    """Opens a Diffusers folder without reading its weights.
 
     Raises:
-      CheckpointError: if it is not a Wan 2.1 folder, or a file is missing or damaged.
+      CheckpointError: the folder is not of Wan 2.1, or a file is missing or damaged.
     """
     folder = Path(folder)
     configs, parts = read_configs(folder), components(folder)
@@ -242,7 +242,7 @@ def load_model(
     """Loads one component from its own folder, such as `vae/`, to the first device.
 
     Raises:
-      CheckpointError: if the folder is not of the component, is damaged, or tensors do not fit.
+      CheckpointError: the folder is another component's, is damaged, or its tensors do not fit.
     """
     folder = Path(folder)
     graph, state = nnx.split(abstract(component, read_config(folder, component), compute_dtype))

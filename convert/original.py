@@ -1,4 +1,4 @@
-"""The publisher's own layouts (Wan-Video/Wan2.1)."""
+"""Tables of the publisher's own layouts (Wan-Video/Wan2.1)."""
 
 from kvlock_jax.convert.table import (
     Row,
@@ -48,7 +48,7 @@ WAN: Table = (
 
 
 def _residual(path: str, key: str) -> Table:
-    """A residual block of the VAE; what `residual` skips in its count has no weights."""
+    """A residual block of the VAE; the numbers that `residual` skips have no weights."""
     return (
         Row(rf"{path}\.norm1\.gamma", f"{key}.residual.0.gamma", per_channel),
         *_biased(rf"{path}\.conv1", f"{key}.residual.2"),
@@ -67,7 +67,7 @@ def _resample(path: str, key: str) -> Table:
 
 
 def vae(config: VAEConfig) -> Table:
-    """`Wan2.1_VAE.pth`; its decoder counts modules on from level to level, so sizes matter."""
+    """`Wan2.1_VAE.pth`; its decoder numbers modules across levels, so the sizes matter."""
     encoder = (r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1")
     rows = [*_residual(*encoder), *_resample(*encoder)]
     count = 0
@@ -77,7 +77,7 @@ def vae(config: VAEConfig) -> Table:
             rows += _residual(path, f"decoder.upsamples.{count}")
             count += 1
         path = rf"decoder\.up_blocks\.{level}\.upsamplers\.0"
-        rows += _resample(path, f"decoder.upsamples.{count}")  # of no parameter in the last level
+        rows += _resample(path, f"decoder.upsamples.{count}")  # the last level has none
         count += 1
     return (
         *rows,
@@ -107,4 +107,4 @@ UMT5: Table = (
     Row(r"block\.layer\.1\.DenseReluDense\.wi_1\.kernel", "blocks.*.ffn.fc1.weight", kernel),
     Row(r"block\.layer\.1\.DenseReluDense\.wo\.kernel", "blocks.*.ffn.fc2.weight", kernel),
 )
-"""`models_t5_umt5-xxl-enc-bf16.pth`: `gate.0` goes through gelu, `fc1` beside it."""
+"""`models_t5_umt5-xxl-enc-bf16.pth`: gelu applies to `gate.0`, and `fc1` multiplies the result."""

@@ -1,4 +1,4 @@
-"""A published checkpoint of any layout, opened: all that is known before values are read."""
+"""A published checkpoint of any layout, opened without reading its weights."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from kvlock_jax.models.layout import ParameterRules
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Tensors of one model, their layout, and what to call them in errors."""
+    """Tensors of one model, their layout, and the path that errors name."""
 
     tensors: Mapping[str, LazyTensor]
     table: Table
@@ -35,11 +35,11 @@ class Published:
 
     Attributes:
       layout: `"diffusers"` or `"original"`.
-      folder: where it lies.
+      folder: folder of the checkpoint.
       configs: sizes of its models.
-      weights: of each of `registry.NETWORKS`.
+      weights: weights of each of `registry.NETWORKS`.
       tokenizer: folder of its tokenizer.
-      files: all that it is read from.
+      files: every file that it is read from.
     """
 
     layout: str
@@ -50,15 +50,15 @@ class Published:
     files: tuple[Path, ...]
 
     def parameters(self, dtype: Any = None) -> Mapping[str, Mapping[str, Parameter]]:
-        """The parameters of each model by dotted path; none is read yet.
+        """The parameters of each model by dotted path, not read yet.
 
         Args:
-          dtype: of the parameters that may be rounded; None keeps all.
+          dtype: dtype of the parameters that may be rounded; None keeps the source's.
 
         Raises:
-          CheckpointError: listing every tensor of every model that does not fit.
+          CheckpointError: tensors do not fit the configs; the message lists them for all models.
         """
-        found, problems = {}, []
+        fitting, problems = {}, []
         for name, weights in self.weights.items():
             model = nnx.state(self._abstract(name))
             try:
@@ -68,13 +68,13 @@ class Published:
             else:
                 rules = registry.network(getattr(self.configs, name)).parameters
                 kinds = functools.partial(_dtype, rules, dtype)
-                found[name] = parameters(sources, weights.tensors, kinds)
+                fitting[name] = parameters(sources, weights.tensors, kinds)
         if problems:
             raise CheckpointError("\n".join(problems))
-        return found
+        return fitting
 
     def describe(self) -> Contents:
-        """What it holds."""
+        """Describes the checkpoint."""
         arrays = {name: weights.tensors.values() for name, weights in self.weights.items()}
         return format.contents(self.configs, arrays)
 
@@ -85,20 +85,21 @@ class Published:
         place_for: PlaceFor | None = None,
         on_shapes: OnShapes = lambda checkpoint: None,
     ) -> Checkpoint:
-        """Reads it into memory, one stacked parameter after another.
+        """Reads the checkpoint into memory, one stacked parameter after another.
 
         Args:
           dtype: as in `parameters`.
-          compute_dtype: of the modules' matrix products.
+          compute_dtype: dtype of the modules' matrix products.
           place_for: sharding of each parameter; None is the first device.
-          on_shapes: as in `checkpoint.load`.
+          on_shapes: as in `format.load`.
 
         Raises:
-          CheckpointError: as in `parameters`, or if a file cannot be read.
+          CheckpointError: as in `parameters`; or a file cannot be read or holds numbers that are
+            not finite.
         """
         models = {}
         place = place_for(self.configs) if place_for else on_first_device
-        found = self.parameters(dtype)
+        sources = self.parameters(dtype)
         shapes = {
             name: {
                 path: jax.ShapeDtypeStruct(
@@ -106,11 +107,14 @@ class Published:
                 )
                 for path, one in values.items()
             }
-            for name, values in found.items()
+            for name, values in sources.items()
         }
-        told = {n: registry.fill(self._abstract(n, compute_dtype), s) for n, s in shapes.items()}
-        on_shapes(Checkpoint(self.configs, **told, tokenizer=self.tokenizer))
-        for name, values in found.items():
+        planned = {
+            name: registry.fill(self._abstract(name, compute_dtype), arrays)
+            for name, arrays in shapes.items()
+        }
+        on_shapes(Checkpoint(self.configs, **planned, tokenizer=self.tokenizer))
+        for name, values in sources.items():
             graph, state = nnx.split(self._abstract(name, compute_dtype))
             models[name] = nnx.merge(graph, read(state, values, _under(name, place)))
         return Checkpoint(self.configs, **models, tokenizer=self.tokenizer)
@@ -124,10 +128,10 @@ def _dtype(rules: ParameterRules, wanted: Any, path: str, stored: np.dtype) -> n
 
 
 def _under(name: str, function: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    """A function of a parameter's path in a checkpoint as one of its path in a model."""
+    """Turns a function of a parameter's path in a checkpoint into one of its path in a model."""
     return lambda path, value: function(f"{name}.{path}", value)
 
 
 def files_in(*folders: Path) -> Iterable[Path]:
-    """The files that lie in folders, in order."""
+    """The files of folders, in order."""
     return (path for folder in folders for path in sorted(folder.iterdir()) if path.is_file())

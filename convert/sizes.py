@@ -1,7 +1,7 @@
-"""Sizes of the models of an original folder, read off their tensors.
+"""Derives the sizes of an original folder's models from their tensors.
 
-The publisher's `config.json` of the transformer is not always there, the VAE and the text encoder
-have none: their sizes are arguments in the publisher's code.
+The transformer's `config.json` is sometimes missing, and the VAE and the text encoder never have
+one: the publisher's code holds their sizes as arguments.
 """
 
 import math
@@ -20,7 +20,7 @@ from kvlock_jax.settings.fields import from_config_dict
 Tensors = Mapping[str, LazyTensor]
 
 HEAD = 128
-"""Size of a head of every published transformer, which no tensor tells."""
+"""Head size of every published transformer, which does not follow from any tensor."""
 
 # Of the publisher's VAE (`wan/modules/vae.py`), as in the defaults of Diffusers' AutoencoderKLWan.
 LATENTS_MEAN = (
@@ -33,21 +33,21 @@ LATENTS_STD = (
 )  # fmt: skip
 
 _FAMILIES = {"WanModel": "t2v", "VaceWanModel": "vace"}
-"""`model_type` by `_class_name`, in the `config.json` of those that are supported."""
+"""`model_type` by `_class_name` of the supported models' `config.json`."""
 
 
 def transformer(tensors: Tensors, described: Mapping[str, Any], where: Path) -> WanConfig:
     """Sizes of a transformer, text-to-video or VACE.
 
     Args:
-      tensors: of the transformer.
-      described: what its `config.json` holds, nothing if there is none. It alone tells the number
+      tensors: tensors of the transformer.
+      described: contents of its `config.json`, empty if there is none. Only this gives the number
         of heads and VACE's layers; without it heads have the published size, and context blocks
-        stand at even distances.
-      where: what to call the checkpoint in errors.
+        are evenly spaced.
+      where: path that errors name.
 
     Raises:
-      CheckpointError: if it is another model, or `config.json` contradicts the tensors.
+      CheckpointError: the tensors are another model's, or `config.json` contradicts them.
     """
     _check_family(tensors, described, where)
     dim, in_channels, *patch = _shape(tensors, "patch_embedding.weight", 5, where)
@@ -142,7 +142,7 @@ def vae(tensors: Tensors, where: Path) -> VAEConfig:
     """Sizes of a VAE.
 
     Raises:
-      CheckpointError: if it is another model, or its latents have no published statistics.
+      CheckpointError: the tensors are another model's, or its latents have no published statistics.
     """
     base = _shape(tensors, "encoder.conv1.weight", 5, where)[0]
     z_dim = _shape(tensors, "conv2.weight", 5, where)[0]
@@ -181,7 +181,7 @@ def umt5(tensors: Tensors, where: Path) -> UMT5Config:
     """Sizes of a text encoder; distances and epsilon are constants of the publisher's code.
 
     Raises:
-      CheckpointError: if it is another model.
+      CheckpointError: the tensors are another model's.
     """
     vocabulary, width = _shape(tensors, "token_embedding.weight", 2, where)
     buckets, heads = _shape(tensors, "blocks.0.pos_embedding.embedding.weight", 2, where)
@@ -204,12 +204,13 @@ def _shape(tensors: Tensors, key: str, rank: int, where: Path) -> tuple[int, ...
     if key not in tensors:
         raise CheckpointError(f"{where} has no {key}: it is no original checkpoint of Wan 2.1")
     shape = tensors[key].shape
-    if len(shape) != rank:
-        raise CheckpointError(f"{where}: {key} is {list(shape)}, expected {rank} axes")
+    if len(shape) != rank or 0 in shape:
+        expected = f"{rank} axes, none of length 0"
+        raise CheckpointError(f"{where}: {key} is {list(shape)}, expected {expected}")
     return shape
 
 
 def _count(tensors: Tensors, path: str) -> int:
-    """How many numbered modules there are under a path."""
-    found = (re.match(rf"{path}\.(\d+)\.", key) for key in tensors)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    """The number of numbered modules under a path."""
+    matches = (re.match(rf"{path}\.(\d+)\.", key) for key in tensors)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)

@@ -16,18 +16,18 @@ from kvlock_jax.convert.weights import files, open_folder, open_pickle, read_jso
 from kvlock_jax.errors import CheckpointError
 
 INDEX = "model_index.json"
-"""What makes a folder Diffusers'."""
+"""The file that marks a Diffusers folder."""
 
 TRANSFORMER = "diffusion_pytorch_model"
 WEIGHTS = (f"{TRANSFORMER}.safetensors", f"{TRANSFORMER}.safetensors.index.json")
 VAE = "Wan2.1_VAE.pth"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl"
-"""Where the publisher keeps things in an original folder."""
+"""Files and folders of the publisher's layout."""
 
 
 def is_published(folder: epath.PathLike) -> bool:
-    """Whether a folder has the layout of a published checkpoint, whole or not."""
+    """Whether a folder has the layout of a published checkpoint, complete or not."""
     return _is_diffusers(folder) or _is_original(folder)
 
 
@@ -38,23 +38,24 @@ def load(
     place_for: PlaceFor | None = None,
     on_shapes: OnShapes = lambda checkpoint: None,
 ) -> Checkpoint:
-    """Loads a published checkpoint, as `Published.load` does; errors of `open_source` too."""
+    """Loads a published checkpoint; see `Published.load`, and `open_source` for more errors."""
     return open_source(source).load(dtype, compute_dtype, place_for, on_shapes)
 
 
 def describe(source: str | os.PathLike) -> Contents:
-    """What a published checkpoint holds; its weights stay unread, errors are `open_source`'s."""
+    """Describes a published checkpoint without reading its weights; errors as in `open_source`."""
     return open_source(source).describe()
 
 
 def open_source(source: str | os.PathLike) -> Published:
-    """Opens a published checkpoint, and reads none of its weights.
+    """Opens a published checkpoint without reading its weights.
 
     Args:
-      source: a Diffusers folder, or an original one of the publisher; on a local disk.
+      source: local folder in Diffusers' or the publisher's own layout.
 
     Raises:
-      CheckpointError: if it is neither, is not of Wan 2.1, or a file is missing or damaged.
+      CheckpointError: the folder has neither layout, is not of Wan 2.1, or a file is missing or
+        damaged.
     """
     if "://" in os.fspath(source):
         raise CheckpointError(f"{source}: published checkpoints are read from local folders only")
@@ -80,8 +81,8 @@ def open_source(source: str | os.PathLike) -> Published:
 
 def open_original(folder: Path) -> Published:
     """Opens a folder in the publisher's own layout, as `open_source` does."""
-    described = folder / "config.json"
-    values = read_json(described) if described.is_file() else {}
+    config = folder / "config.json"
+    values = read_json(config) if config.is_file() else {}
     one_of = (diffusers.TRANSFORMER.family, diffusers.VACE_TRANSFORMER.family)
     if values.get("_class_name") in one_of:
         raise CheckpointError(
@@ -111,7 +112,7 @@ def open_original(folder: Path) -> Published:
     }
     read = [*files(folder, TRANSFORMER), *parts.values(), *files_in(folder / TOKENIZER)]
     if values:
-        read.append(described)
+        read.append(config)
     tokenizer = folder / TOKENIZER
     return Published("original", folder, configs, weights, tokenizer, tuple(read))
 
@@ -125,6 +126,6 @@ def _is_original(folder: epath.PathLike) -> bool:
 
 
 def _beside(path: Path) -> Path:
-    """The file that `open_pickle` reads."""
+    """The file that `open_pickle` reads for a path."""
     converted = path.with_suffix(".safetensors")
     return converted if converted.is_file() else path

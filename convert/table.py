@@ -1,9 +1,9 @@
-"""Tables that say where a published checkpoint keeps each parameter of a model, and their reading.
+"""Maps a model's parameters to the tensors of a published checkpoint, and reads them.
 
-A table is a tuple of `Row`s and belongs to one published layout. It is read from the model's side:
-every parameter of the abstract model finds the first row that matches its path, and the row gives
-the published name. So each parameter has exactly one source, a missing tensor is named as it is
-published, and parameters can be read a layer at a time. What no parameter asked for is unexpected.
+A table is a tuple of `Row`s and describes one published layout. It is applied from the model's
+side: the first row that matches the path of a parameter gives the tensor's published name. So each
+parameter has exactly one source, errors name a missing tensor as it is published, and parameters
+can be read a layer at a time. A tensor that no parameter asks for is unexpected.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from kvlock_jax.checkpoints.store import Parameter
 from kvlock_jax.errors import CheckpointError
 
 TOGETHER = 1 << 23
-"""Bytes up to which all layers of a parameter are read, and stored, at once."""
+"""Largest parameter, in bytes, whose layers are read and stored together."""
 
 ROWS = 1 << 26
-"""Bytes over which a tensor that needs no transform is read by rows: UMT5's embedding has 2 GB."""
+"""Bytes over which an untransformed tensor is read by rows: UMT5's embedding has 2 GB."""
 
 _BLOCK = 1 << 18
 """Numbers that `all_finite` looks at together."""
@@ -38,14 +38,14 @@ _EXPONENTS = {
 Path = tuple[str | int, ...]
 Transform = Callable[[np.ndarray], np.ndarray]
 DtypeOf = Callable[[str, np.dtype], np.dtype]
-"""From a parameter's dotted path and the dtype of its tensors to its own."""
+"""Maps a parameter's dotted path and the dtype of its tensors to the parameter's dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
     """A tensor of a checkpoint whose shape and dtype are known before its values are read.
 
-    `rows`, where there is one, reads from a first row to a last, which is not read any more.
+    `rows`, if given, reads the rows from a first to an exclusive last.
     """
 
     shape: tuple[int, ...]
@@ -55,12 +55,12 @@ class LazyTensor:
 
 
 def as_found(path: str, found: np.dtype) -> np.dtype:
-    """The dtypes of the checkpoint."""
+    """Keeps the dtype of the checkpoint."""
     return found
 
 
 def same(array: np.ndarray) -> np.ndarray:
-    """Embeddings, biases, the scales of norms."""
+    """Keeps embeddings, biases and the scales of norms as they are."""
     return array
 
 
@@ -85,26 +85,27 @@ def unbatched(array: np.ndarray) -> np.ndarray:
 
 
 def per_channel(array: np.ndarray) -> np.ndarray:
-    """A scale that is spread over space, `[C, 1, ...]` to `[C]`."""
+    """A scale with axes of space, `[C, 1, ...]` to `[C]`."""
     return squeezed(array, 1)
 
 
 def squeezed(array: np.ndarray, rank: int) -> np.ndarray:
-    """Drops the axes after the first `rank` that have size 1; others stay, and misfit by shape."""
+    """Drops axes of size 1 after the first `rank`; others stay, and the shape then misfits."""
     return array.squeeze(tuple(i for i in range(rank, array.ndim) if array.shape[i] == 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Where a layout keeps the parameters whose paths match.
+    """The published tensors of the parameters whose paths match.
 
     Attributes:
-      path: regular expression for the whole path in our module, joined by dots.
-      key: published name; `\\1` is what the first group of `path` matched, and `*` is the index
-        along the leading axis of a stacked parameter.
-      transform: from the published array to ours; a ValueError says that it has no such shape.
-      aliases: other names of the same tensor, in exports that tie it or keep it twice; read only
-        where `key` is not there.
+      path: regular expression for the whole dotted path in our module.
+      key: published name; `\\1` is the match of the first group of `path`, and `*` the index along
+        the leading axis of a stacked parameter.
+      transform: function from the published array to ours; it raises ValueError for a shape of
+        another rank.
+      aliases: other names of the same tensor, in exports that tie it or store it twice; read only
+        if `key` is missing.
     """
 
     path: str
@@ -118,7 +119,7 @@ Table = tuple[Row, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where one parameter comes from: one tensor, or one per layer, which are stacked."""
+    """The source of one parameter: one tensor, or one for each layer to be stacked."""
 
     path: Path
     shape: tuple[int, ...]
@@ -131,16 +132,16 @@ class Source:
 def plan(
     abstract: nnx.State, tensors: Mapping[str, LazyTensor], table: Table, source: str
 ) -> tuple[Source, ...]:
-    """Pairs every parameter of a model with its tensors, without reading any values.
+    """Pairs every parameter of a model with its tensors, without reading values.
 
     Args:
-      abstract: parameters of the model, as `nnx.eval_shape` gives them.
-      tensors: the checkpoint.
-      table: the layout of the checkpoint.
-      source: what to call the checkpoint in errors.
+      abstract: abstract parameters of the model, as from `nnx.eval_shape`.
+      tensors: tensors of the checkpoint.
+      table: layout of the checkpoint.
+      source: name of the checkpoint in errors.
 
     Raises:
-      CheckpointError: with every missing, unexpected and misshapen tensor, all at once.
+      CheckpointError: tensors are missing, unexpected or misshapen; the message lists all of them.
     """
     missing, misshapen, used, sources = [], [], set(), []
     for path, variable in nnx.to_flat_state(abstract):
@@ -148,15 +149,15 @@ def plan(
         keys = []
         for name, *aliases in names:
             used.update((name, *aliases))
-            found = next((n for n in (name, *aliases) if n in tensors), None)
-            if found is None:
+            key = next((n for n in (name, *aliases) if n in tensors), None)
+            if key is None:
                 missing.append(name)
             else:
-                keys.append(found)
+                keys.append(key)
         want = variable.shape[1:] if stacked else variable.shape
         misshapen += _misshapen(keys, tensors, row.transform, want)
         dtypes = {tensors[key].dtype for key in keys}
-        # float32 where layers differ: rounding the wider ones would be silent
+        # float32 if layers differ, since nothing would report that wider ones are rounded
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         sources.append(Source(path, variable.shape, dtype, tuple(keys), stacked, row.transform))
     unexpected = sorted(set(tensors) - used)
@@ -168,20 +169,20 @@ def plan(
 def parameters(
     sources: Iterable[Source], tensors: Mapping[str, LazyTensor], dtype: DtypeOf = as_found
 ) -> dict[str, Parameter]:
-    """The parameters of a plan by dotted path; values are read as they are asked for.
+    """The parameters of a plan by dotted path, whose values are read on demand.
 
     Reading one raises a `CheckpointError` that names the tensor if it holds a NaN or an infinity,
     or a number that its new dtype cannot hold.
 
     Args:
-      sources: what `plan` returned, or a part of it.
-      tensors: the checkpoint.
-      dtype: of each array.
+      sources: result of `plan`, or a part of it.
+      tensors: tensors of the checkpoint.
+      dtype: dtype of each array.
     """
-    found = {".".join(map(str, source.path)): source for source in sources}
+    by_path = {".".join(map(str, source.path)): source for source in sources}
     return {
         path: _parameter(source, tensors, np.dtype(dtype(path, source.dtype)))
-        for path, source in found.items()
+        for path, source in by_path.items()
     }
 
 
@@ -189,11 +190,11 @@ def _parameter(source: Source, tensors: Mapping[str, LazyTensor], kind: np.dtype
     shape, nbytes = source.shape, math.prod(source.shape) * kind.itemsize
 
     def layer(key: str) -> np.ndarray:
-        """One tensor, as the parameter has it."""
+        """One tensor in the parameter's layout and dtype."""
         return cast(key, source.transform(tensors[key].read()))
 
     def cast(key: str, array: np.ndarray) -> np.ndarray:
-        """An array in the parameter's dtype, and finite."""
+        """Casts an array to the parameter's dtype; raises if it is not finite."""
         with np.errstate(over="ignore"):
             made = array.astype(kind, copy=False)
         if not all_finite(made):
@@ -203,7 +204,7 @@ def _parameter(source: Source, tensors: Mapping[str, LazyTensor], kind: np.dtype
     if source.stacked:
 
         def layers(first: int, last: int) -> np.ndarray:
-            """Those of some layers, stacked."""
+            """Some layers' tensors, stacked."""
             if last == first + 1:
                 return layer(source.keys[first])[None]
             array = np.empty((last - first, *shape[1:]), kind)
@@ -218,7 +219,7 @@ def _parameter(source: Source, tensors: Mapping[str, LazyTensor], kind: np.dtype
     if by_rows is None or source.transform is not same or nbytes <= ROWS:
         return Parameter(shape, kind, shape[0], lambda first, last: layer(key)[first:last])
     parts = -(-nbytes // ROWS)
-    # in parts of one size if it can be, so that shards start where parts do
+    # in equal parts if possible, so that shards start where parts do
     parts = next((n for n in range(parts, 2 * parts) if shape[0] % n == 0), parts)
     return Parameter(
         shape,
@@ -259,16 +260,16 @@ def _not_finite(source: Source, key: str, array: np.ndarray, made: np.ndarray) -
 def fill(
     abstract: nnx.State, tensors: Mapping[str, LazyTensor], table: Table, source: str
 ) -> nnx.State:
-    """The parameters of a model, with the values of a checkpoint: `plan`, `parameters`, `read`."""
+    """Fills a model's parameters from a checkpoint: `plan`, `parameters`, and `read`."""
     return read(abstract, parameters(plan(abstract, tensors, table, source), tensors))
 
 
 def read(
     abstract: nnx.State, values: Mapping[str, Parameter], place: Place = on_first_device
 ) -> nnx.State:
-    """Reads parameters into the structure of an abstract state, each to its place.
+    """Reads parameters into the structure of an abstract state, each to its sharding.
 
-    One is on the host at a time, and a device gets its own part of it only.
+    The host holds one parameter at a time, and a device receives only its own part.
     """
     filled = []
     for path, variable in nnx.to_flat_state(abstract):
@@ -284,7 +285,7 @@ def read(
 def _published(
     path: Path, shape: tuple[int, ...], table: Table
 ) -> tuple[Row, list[tuple[str, ...]], bool]:
-    """The row of a parameter, the published names of its layers with their aliases, if stacked."""
+    """A parameter's row, its layers' published names with aliases, and whether it is stacked."""
     dotted = ".".join(map(str, path))
     for row in table:
         if match := re.fullmatch(row.path, dotted):
@@ -302,12 +303,12 @@ def _misshapen(
     transform: Transform,
     want: tuple[int, ...],
 ) -> list[str]:
-    """A line for each tensor that does not have the wanted shape after its transform."""
+    """One line for each tensor that does not have the wanted shape after its transform."""
     lines = []
     for key in keys:
         shape = tensors[key].shape
         try:
-            # broadcast from one number: moving axes takes no memory
+            # broadcast from one number, so that the transform takes no memory
             got = transform(np.broadcast_to(np.float32(0), shape)).shape
         except ValueError:  # of another rank
             got = None

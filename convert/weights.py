@@ -1,4 +1,4 @@
-"""Weight files of a checkpoint, opened without reading their values."""
+"""Opens the weight files of a checkpoint without reading their values."""
 
 import json
 import pickle
@@ -27,14 +27,14 @@ _QUANTISED = re.compile(
     r"weight_scale|scale_weight|scale_input|input_scale|scaled_fp8|weight_format"
     r"|quant_(state|map)|\.(absmax|SCB|qweight|qzeros|g_idx)$"
 )
-"""Keys that bitsandbytes, GPTQ, and the makers of scaled float8 files write beside the weights."""
+"""Keys that bitsandbytes, GPTQ and writers of scaled float8 files add beside the weights."""
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file.
 
     Raises:
-      CheckpointError: if there is no such file, or it does not hold a JSON object.
+      CheckpointError: the file is missing, or does not hold a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +51,8 @@ def open_folder(folder: Path, stem: str) -> dict[str, LazyTensor]:
     """Tensors of `stem.safetensors`, or of the shards that `stem.safetensors.index.json` lists.
 
     Raises:
-      CheckpointError: naming all missing shards, a damaged file, or what a shard does not hold.
+      CheckpointError: shards are missing (the message names all), a file is damaged, or a shard
+        lacks a tensor.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.is_file():
@@ -80,10 +81,10 @@ def _open_shards(index: Path) -> dict[str, LazyTensor]:
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of one safetensors file; values are read from it when asked for.
+    """Tensors of one safetensors file, whose values are read on demand.
 
     Raises:
-      CheckpointError: if the file is damaged or cut short, is a LoRA, or holds quantised weights.
+      CheckpointError: the file is damaged or cut short, is a LoRA, or holds quantised weights.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -102,8 +103,8 @@ def _lazy(path: Path, key: str, shape: tuple[int, ...], kind: str) -> LazyTensor
         )
 
     def read(part: Callable[[safe_open], np.ndarray]) -> np.ndarray:
-        """What a part of the tensor is, from the file."""
-        # opened anew: pages of a file that stays mapped stay in memory, until it is all there
+        """Reads a part of the tensor from the file."""
+        # Opened for each read: while a file stays mapped, its pages stay in memory, in the end all.
         try:
             with safe_open(path, framework="numpy") as file:
                 return part(file)
@@ -119,13 +120,13 @@ def _lazy(path: Path, key: str, shape: tuple[int, ...], kind: str) -> LazyTensor
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of a `.pth`, or of the `.safetensors` of the same stem, if it lies beside it.
+    """Tensors of a `.pth`, or of a `.safetensors` of the same stem beside it.
 
-    Nothing that is in the pickle is run. Torch is imported here and nowhere else.
+    No code in the pickle is run. This function alone imports Torch.
 
     Raises:
-      CheckpointError: if there is neither file, the file is damaged, holds anything but float
-        tensors, or Torch is not installed.
+      CheckpointError: neither file exists, the file is damaged or holds anything but float tensors,
+        or Torch is not installed.
     """
     beside = path.with_suffix(".safetensors")
     if beside.is_file():
@@ -143,14 +144,14 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(
             f"{path}: {strange[0]} is {found}, expected a tensor of one of {', '.join(_DTYPES)}"
         )
-    # Pages of a file that stays mapped stay in memory; the format of before 2020 cannot be mapped.
-    again = tensors if not zipfile.is_zipfile(path) else None
+    # While a file stays mapped its pages stay in memory; files from before 2020 cannot be mapped.
+    unmapped = tensors if not zipfile.is_zipfile(path) else None
     return {
         key: LazyTensor(
             tuple(tensor.shape),
             kinds[tensor.dtype],
-            lambda key=key: _numpy((again or _unpickle(path))[key]),
-            lambda first, last, key=key: _numpy((again or _unpickle(path))[key][first:last]),
+            lambda key=key: _numpy((unmapped or _unpickle(path))[key]),
+            lambda first, last, key=key: _numpy((unmapped or _unpickle(path))[key][first:last]),
         )
         for key, tensor in tensors.items()
     }
@@ -166,13 +167,13 @@ def _unpickle(path: Path) -> dict[str, Any]:
         ) from error
     mapped = zipfile.is_zipfile(path)
     try:
-        found = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
+        loaded = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged, or no file of weights: {reason}") from error
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, expected tensors by name")
-    return dict(found)
+    if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected tensors by name")
+    return dict(loaded)
 
 
 def _torch_dtypes() -> dict[Any, np.dtype]:
@@ -183,7 +184,7 @@ def _torch_dtypes() -> dict[Any, np.dtype]:
 
 
 def _numpy(tensor: Any) -> np.ndarray:
-    """The tensor's own memory as an array; NumPy has no bfloat16 that Torch knows."""
+    """A tensor's memory as an array, without a copy; Torch knows no bfloat16 of NumPy."""
     import torch
 
     if tensor.dtype == torch.bfloat16:
@@ -203,10 +204,10 @@ def files(folder: Path, stem: str) -> list[Path]:
 
 
 def refuse(path: Path) -> None:
-    """Says what a file is that is not a checkpoint, where that can be told.
+    """Raises an error that identifies a file which is no checkpoint, if it can be identified.
 
     Raises:
-      CheckpointError: if the file is a LoRA, is quantised, or is damaged.
+      CheckpointError: the file is a LoRA, is quantised, or is damaged.
     """
     if path.suffix == ".gguf":
         raise CheckpointError(f"{path} is quantised (GGUF): convert the published checkpoint")

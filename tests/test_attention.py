@@ -267,8 +267,8 @@ TPU = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from kvlock_jax.models.attention import attend
-from kvlock_jax.models.sharded_attention import gathered, ring
+from kvlock_jax.models.attention.dispatch import attend
+from kvlock_jax.models.attention.sharded import gathered, ring
 
 def report(name, f, shapes, mesh, spec, dtype):
     q, k, v = (jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, spec)) for s in shapes)
@@ -285,6 +285,8 @@ for name in ("v5e:2x4", "v6e:2x4"):
     for dtype in ("bfloat16", "float32"):
         run = lambda q, k, v: attend(q, k, v, 32760)
         report("attend", run, (q, k, k), one, PartitionSpec(), dtype)
+    wide = [(1, 2048, 1, 192)] * 3
+    report("wide", attend, wide, one, PartitionSpec(), "float32")
     cells = [(1, 6240, 1, 384)] * 3
     with jax.set_mesh(eight):
         for f in (gathered, ring):
@@ -302,7 +304,7 @@ def test_the_tpu_compiler_takes_them():
     ran = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith("FOUND")]
-    assert len(found) == 2 * 5
+    assert len(found) == 2 * 6
     keys = 2 * 32_768 * 12 * 128 * 2  # bytes of either keys or values
     for name, _, temporaries, custom, gathers, permutes in found:
         assert custom == "True", name

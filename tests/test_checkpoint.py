@@ -49,7 +49,7 @@ def values(model) -> dict:
 
 
 def random_model(name: str, seed: int) -> nnx.Module:
-    """Parameters in float32, kernels in bfloat16, none alike."""
+    """Random parameters, kernels in bfloat16 and the rest in float32."""
     rng = np.random.default_rng(seed)
     graph, state = nnx.split(registry.abstract(getattr(CONFIGS, name)))
     full = [
@@ -73,7 +73,7 @@ def random_checkpoint(tokenizer, seed: int) -> Checkpoint:
 
 
 def in_memory(array: np.ndarray) -> Parameter:
-    """Stored a row at a time."""
+    """A parameter that is stored a row at a time."""
     return Parameter(array.shape, array.dtype, 1, lambda first, last: array[first:last])
 
 
@@ -166,7 +166,7 @@ def test_parameters_go_where_they_are_placed(folder, original):
     asked = {}
 
     def place(name, shape):
-        """An inner axis where there are layers and it divides, else the last one that does."""
+        """Shards an inner axis of stacked blocks, or else the last axis that divides."""
         axes = [i for i in range(1 if ".blocks." in name else 0, len(shape)) if shape[i] % 8 == 0]
         spec = [None] * len(shape)
         if axes:
@@ -227,7 +227,7 @@ def test_save_again_replaces(folder, tokenizer):
     assert (folder / "notes" / "mine.txt").read_text() == "kept"
 
 
-def test_what_another_version_wrote_stays_until_the_new_is_whole(folder, original, monkeypatch):
+def test_the_data_of_another_version_stay_until_the_new_are_complete(folder, original, monkeypatch):
     rewrite(folder, family="wan9")
     data = data_of(folder)
     monkeypatch.setattr(store, "write", lambda *_: pytest.fail("stop"))
@@ -237,13 +237,13 @@ def test_what_another_version_wrote_stays_until_the_new_is_whole(folder, origina
 
 
 def test_save_onto_itself(folder, original):
-    """Its tokenizer lies in the data that the save replaces."""
+    """The save replaces the data that hold its tokenizer."""
     save(folder, format.load(folder))
     assert_same(format.load(folder), original)
 
 
 class Killed(BaseException):
-    """Nothing in the package catches it: the disk is left as a kill leaves it."""
+    """Nothing in the package catches it, so the disk is left as by a kill."""
 
 
 @pytest.mark.parametrize("at", ["vae", "text_encoder", "kvlock.json"])
@@ -271,7 +271,7 @@ def test_interrupted_save(folder, original, tokenizer, tmp_path, monkeypatch, at
     for target in (folder, tmp_path / "new"):
         save(target, second)
         assert_same(format.load(target), second)
-        assert len(list(target.iterdir())) == 2  # nothing is left of the first try
+        assert len(list(target.iterdir())) == 2  # the first attempt left nothing
 
 
 def test_missing_cut_and_changed_files_are_all_named(folder):
@@ -361,7 +361,7 @@ def test_tokenizer_that_cannot_be_read(original, tmp_path):
 
 
 def test_files_are_checked_while_they_are_read(folder, monkeypatch):
-    """A damaged one is named although Orbax has read it, or failed at it, by then."""
+    """The error names a damaged file, even if Orbax has read it or failed on it before."""
     check, read, order = store.check, store.read, []
 
     def slow(*args):

@@ -1,4 +1,4 @@
-"""What one process compiled, the next one finds."""
+"""A process finds the programs that an earlier one compiled, and only in folders to trust."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_a_second_process_compiles_nothing(tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def setting():
-    """JAX's own, which any command of this process may have set."""
+    """Unsets JAX's own folder, which an earlier command of this process may have set."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     yield
@@ -65,17 +65,39 @@ def test_the_folder_is_the_users(setting, monkeypatch):
     assert compile_cache.cache_folder() == "/home/one/.cache/kvlock_jax/programs"
 
 
-def test_jaxs_own_setting_names_no_folder_of_ours(setting):
-    """Compiled programs go where JAX is told; traces, which are read as they are, do not."""
+def test_jaxs_setting_does_not_move_the_users_folder(setting):
+    """It moves compiled programs, and never traces."""
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")
     assert compile_cache.cache_folder() != "/elsewhere"
     compile_cache.keep_programs(None)
     assert jax.config.jax_compilation_cache_dir == "/elsewhere"
 
 
-def test_a_flag_goes_before_jaxs_own_setting(setting):
+def test_a_flag_overrides_jaxs_setting(setting):
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")
     compile_cache.keep_programs("/flag")
     assert jax.config.jax_compilation_cache_dir == "/flag"
     compile_cache.keep_programs("")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.fixture
+def caching():
+    """Enables JAX's cache, which the suite's environment disables."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    yield
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def test_compiled_programs_stay_in_a_private_folder(setting, caching, monkeypatch, tmp_path):
+    """They are machine code."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compile_cache.keep_programs(None)
+    folder = tmp_path / "kvlock_jax" / "programs"
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    jax.config.update("jax_compilation_cache_dir", None)
+    with pytest.warns(UserWarning, match="others may write to it"):
+        compile_cache.keep_programs(None)
     assert jax.config.jax_compilation_cache_dir is None

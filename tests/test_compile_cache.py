@@ -59,29 +59,29 @@ def pair(shape=(3,), dtype=jnp.float32, name="a"):
 
 
 @pytest.mark.parametrize("kind", [Compiler, CachingCompiler])
-def test_what_is_compiled_ahead_is_what_runs(kind, tmp_path):
+def test_compile_prepares_the_program_that_call_runs(kind, tmp_path):
     jax.clear_caches()
     traces.clear()
     run = kind(tmp_path) if kind is CachingCompiler else kind()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pair())
     shapes_of, total = run.compile(scaled, shapes, np.float32(2), times=3)
     assert shapes_of.name == "of a" and total.shape == ()
-    given = pair()
-    found, total = run.call(scaled, given, np.float32(2), times=3)
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(lambda x: x.shape, shapes_of)
-    np.testing.assert_array_equal(found.second, [0, 6, 12])
+    argument = pair()
+    got, total = run.call(scaled, argument, np.float32(2), times=3)
+    assert jax.tree.map(jnp.shape, got) == jax.tree.map(lambda x: x.shape, shapes_of)
+    np.testing.assert_array_equal(got.second, [0, 6, 12])
     assert total == 3 and traces == ["a"]
-    assert given.first.is_deleted() and given.second.is_deleted()
+    assert argument.first.is_deleted() and argument.second.is_deleted()
 
 
 def test_a_program_is_traced_once(start):
     start().call(scaled, pair(), 2.0 * np.float32(1), times=3)
     assert traces == ["a"]
-    given = pair()
-    found, total = start().call(scaled, given, np.float32(5), times=3)
+    argument = pair()
+    got, total = start().call(scaled, argument, np.float32(5), times=3)
     assert traces == []
-    np.testing.assert_array_equal(found.second, [0, 15, 30])
-    assert found.name == "of a" and total == 3 and given.first.is_deleted()
+    np.testing.assert_array_equal(got.second, [0, 15, 30])
+    assert got.name == "of a" and total == 3 and argument.first.is_deleted()
 
 
 @pytest.mark.parametrize(
@@ -94,23 +94,23 @@ def test_a_program_is_traced_once(start):
         (pair(), 4),
     ],
 )
-def test_what_is_another_program_is_traced(other, times, start):
+def test_other_arguments_are_traced_again(other, times, start):
     start().call(scaled, pair(), np.float32(2), times=3)
     other = jax.tree.map(jnp.copy, other)
     wanted = times * 2 * np.asarray(other.first, np.float32)
-    found, _ = start().call(scaled, other, np.float32(2), times=times)
+    got, _ = start().call(scaled, other, np.float32(2), times=times)
     assert traces == [other.name]
-    np.testing.assert_array_equal(np.asarray(found.second, np.float32), wanted)
+    np.testing.assert_array_equal(np.asarray(got.second, np.float32), wanted)
 
 
-def test_a_number_without_a_type_of_its_own_makes_another_program(start):
+def test_a_weakly_typed_number_is_traced_again(start):
     start().call(scaled, pair(), jnp.float32(2))
     start().call(scaled, pair(), jnp.asarray(2.0))
     assert traces == ["a"]
 
 
 @pytest.mark.parametrize("setting", ["jax_default_matmul_precision", "jax_numpy_rank_promotion"])
-def test_jaxs_settings_make_another_program(setting, start):
+def test_other_jax_settings_are_traced_again(setting, start):
     start().call(scaled, pair(), np.float32(2))
     before = getattr(jax.config, setting)
     jax.config.update(setting, "highest" if "precision" in setting else "raise")
@@ -121,7 +121,7 @@ def test_jaxs_settings_make_another_program(setting, start):
         assert traces == ["a"]
 
 
-def test_other_sources_make_another_program(start, monkeypatch, tmp_path):
+def test_other_sources_are_traced_again(start, monkeypatch, tmp_path):
     start().call(scaled, pair(), np.float32(2))
     (tmp_path / "package" / "runtime").mkdir(parents=True)
     changed = tmp_path / "package" / "runtime" / "compile_cache.py"
@@ -136,32 +136,32 @@ def test_other_sources_make_another_program(start, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda b: b"", lambda b: b[:-1], lambda b: b[:40] + b"?" + b[41:]]
 )
-def test_a_damaged_file_is_made_again(damage, start, tmp_path):
+def test_a_damaged_file_is_replaced(damage, start, tmp_path):
     start().call(scaled, pair(), np.float32(2))
     (path,) = (tmp_path / "programs").iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    found, _ = start().call(scaled, pair(), np.float32(2))
-    np.testing.assert_array_equal(found.second, [0, 2, 4])
+    got, _ = start().call(scaled, pair(), np.float32(2))
+    np.testing.assert_array_equal(got.second, [0, 2, 4])
     assert traces == ["a"]
     start().call(scaled, pair(), np.float32(2))
     assert traces == []
 
 
-def test_what_jax_does_not_export_runs(start, monkeypatch, tmp_path):
+def test_a_program_that_jax_does_not_export_runs(start, monkeypatch, tmp_path):
     def export(*args, **how):
         raise ValueError("Cannot serialize code with custom calls")
 
     monkeypatch.setattr(compile_cache.export, "export", export)
-    given = pair()
-    found, _ = start().call(scaled, given, np.float32(2))
-    np.testing.assert_array_equal(found.second, [0, 2, 4])
-    assert given.first.is_deleted() and not (tmp_path / "programs").exists()
+    argument = pair()
+    got, _ = start().call(scaled, argument, np.float32(2))
+    np.testing.assert_array_equal(got.second, [0, 2, 4])
+    assert argument.first.is_deleted() and not (tmp_path / "programs").exists()
 
 
 def test_a_program_runs_where_no_file_can_be_written(start, tmp_path):
     (tmp_path / "programs").write_text("a file")
-    found, _ = start().call(scaled, pair(), np.float32(2))
-    np.testing.assert_array_equal(found.second, [0, 2, 4])
+    got, _ = start().call(scaled, pair(), np.float32(2))
+    np.testing.assert_array_equal(got.second, [0, 2, 4])
     assert (tmp_path / "programs").read_text() == "a file"
 
 
@@ -183,13 +183,13 @@ NAMELESS = {
 
 @pytest.mark.parametrize("program", NAMELESS.values(), ids=NAMELESS)
 def test_a_function_without_a_name_of_its_own_is_refused(program, start):
-    """Two closures of one factory had one key: the second was answered with the first's program."""
+    """Two closures of one factory shared a key, and the second ran the first's program."""
     with pytest.raises(ConfigError, match=r"cannot be cached: expected a function .* module"):
         start().call(program, np.float32(1))
 
 
 @pytest.mark.parametrize("function", [lambda x: x, functools.partial(max, 1)])
-def test_so_is_one_among_static_values(function, start):
+def test_a_nameless_function_among_static_values_is_refused(function, start):
     with pytest.raises(ConfigError, match="cannot be cached"):
         start().call(scaled, pair(name=function), np.float32(2))
 
@@ -205,7 +205,7 @@ def test_functions_of_one_name_in_two_modules_are_two(monkeypatch):
 
 
 class Planted:
-    """A pickle that makes a file when it is read."""
+    """Its pickle makes a folder when it is read."""
 
     def __init__(self, path):
         self.path = path
@@ -235,7 +235,7 @@ def test_a_planted_file_runs_nothing(content, start, tmp_path):
     assert not (tmp_path / "ran").exists() and traces == ["a"]
 
 
-def test_another_programs_file_is_traced_anew(start, tmp_path):
+def test_the_file_of_another_program_is_ignored(start, tmp_path):
     start().call(scaled, pair(), np.float32(2))
     (first,) = (tmp_path / "programs").iterdir()
     start().call(scaled, pair((4,)), np.float32(2))
@@ -257,7 +257,7 @@ def test_a_folder_that_others_may_write_to_is_not_read(mode, start, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_nor_is_one_of_another_user(start, monkeypatch):
+def test_a_folder_of_another_user_is_not_read(start, monkeypatch):
     start().call(scaled, pair(), np.float32(2))
     monkeypatch.setattr(compile_cache.os, "getuid", lambda: 12345)
     with pytest.warns(UserWarning, match="belongs to another user"):
@@ -265,7 +265,7 @@ def test_nor_is_one_of_another_user(start, monkeypatch):
     assert traces == ["a"]
 
 
-def test_a_new_folder_is_the_users_alone(start, tmp_path):
+def test_a_new_folder_is_private(start, tmp_path):
     start().call(scaled, pair(), np.float32(2))
     assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
 

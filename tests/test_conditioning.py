@@ -84,7 +84,7 @@ def test_channels_are_those_of_diffusers(pipeline, encode, kind, references):
     np.testing.assert_array_equal(got[..., 8:], want[..., 8:])
     difference = np.linalg.norm(got[..., :8] - want[..., :8]) / np.linalg.norm(want[..., :8])
     assert difference < 1e-5
-    # a reference is shown, and nothing is to be made of it
+    # the model sees a reference and generates no part of it
     assert np.abs(got[:, :references, ..., :4]).min(initial=1.0) > 0
     assert not got[:, :references, ..., 4:].any()
 

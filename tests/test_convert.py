@@ -1,4 +1,4 @@
-"""Conversion: Diffusers folders written by Diffusers itself, full-size key lists, every error."""
+"""Conversion of folders that Diffusers wrote, of full-size key lists, and every error."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ LAYOUTS = Path(__file__).parent / "data" / "layouts"
 
 
 def randomized(model):
-    """Every parameter and its place become telling: no zeros, no ones."""
+    """Gives every parameter distinct random numbers, no zeros and no ones."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

@@ -1,4 +1,4 @@
-"""`kvlock convert` from end to end: values, metadata, interruption, refusals, its output."""
+"""`kvlock convert` from end to end: values, metadata, interruption, refusals, and output."""
 
 import dataclasses
 import hashlib
@@ -50,7 +50,7 @@ def assert_same(got, want) -> None:
 
 @pytest.fixture(params=["together", "layer by layer"])
 def pieces(request, monkeypatch):
-    """Tiny parameters are read whole; large ones as with these limits."""
+    """Lowers the limits, so that tiny parameters are read in pieces as large ones are."""
     if request.param == "layer by layer":
         monkeypatch.setattr(table, "TOGETHER", 0)
         monkeypatch.setattr(table, "ROWS", 64)
@@ -107,15 +107,15 @@ def test_the_publishers_transformer(published):
             (VACEContext(context, control, jnp.array([scale], jnp.float32)), f"velocity_{key}")
             for scale, key in ((0.7, "scale_0p7"), (1.0, "scale_1p0"))
         ]
-    for given, key in runs:
-        got = velocity(models.transformer, latents, timestep, given)
+    for context, key in runs:
+        got = velocity(models.transformer, latents, timestep, context)
         assert relative_l2(np.moveaxis(got, -1, 0), data[key]) < 1e-5
 
 
 def test_the_publishers_vae(published):
     _, models = published
     data = golden("vae")
-    # the recording has statistics of its own; the converter gives every VAE the published ones
+    # the recording has other statistics; the converter gives every VAE the published ones
     statistics = {name: tuple(data[name].tolist()) for name in ("latents_mean", "latents_std")}
     vae = nnx.clone(models.vae)
     vae.config = dataclasses.replace(vae.config, **statistics)
@@ -191,7 +191,7 @@ class Stopped(BaseException):
 
 
 def test_stopped_after_each_model(tiny_checkpoint, tmp_path):
-    """Where the bytes tell it to, as Ctrl-C would."""
+    """Stops at a number of bytes, as Ctrl-C would."""
     convert(tiny_checkpoint, tmp_path, np.dtype(ml_dtypes.bfloat16))
     old = format.load(tmp_path)
 

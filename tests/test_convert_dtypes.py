@@ -1,4 +1,4 @@
-"""What keeps the source's dtype when weights are rounded, and that it is all that must."""
+"""The parameters that keep their dtype when weights are rounded are exactly those that must."""
 
 import dataclasses
 import json
@@ -79,8 +79,8 @@ RUNS = {"transformer": velocity, "text_encoder": hidden}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_what_is_rounded_is_what_the_module_rounds(low, name):
-    """To the bit: storing a parameter in bfloat16 changes a result, or is one of the rule's."""
+def test_conversion_rounds_what_the_module_rounds(low, name):
+    """Storing a parameter in bfloat16 changes a bit of the result, unless the rule rounds it."""
     model, run = telling(getattr(low, name)), RUNS[name]
     exact = [np.asarray(run(model, seed)) for seed in range(8)]
     assert np.isfinite(exact).all()
@@ -88,7 +88,7 @@ def test_what_is_rounded_is_what_the_module_rounds(low, name):
         stored = replaced(model, **{path: array.astype(LOW).astype(WIDE)})
         same = all(np.array_equal(run(stored, seed), exact[seed]) for seed in range(8))
         rounded = RULES[name].dtype(path, WIDE, LOW) == LOW
-        # the vocabulary is published in bfloat16, and taken up in float32
+        # the vocabulary is published in bfloat16 and used in float32
         assert rounded == (same or path == "shared.embedding"), path
 
 
@@ -111,7 +111,7 @@ def test_converted(tiny_vace_checkpoint, tmp_path, dtype):
 
 
 def test_islands_are_widened_and_never_rounded():
-    """From float16 to bfloat16 they stay; to float32 they go with the rest."""
+    """They stay float16 in a conversion to bfloat16, and widen in one to float32."""
     island, product = "blocks.norm2.scale", "blocks.attn1.to_q.kernel"
     rules = RULES["transformer"]
     half = np.dtype(np.float16)
@@ -144,7 +144,7 @@ ISLANDS = r"time_|modulation|norm|bias|pos_embedding"
 
 @pytest.mark.parametrize("name", SIZES)
 def test_bytes_of_the_islands_of_published_sizes(name):
-    """Counted on the publisher's own names: two bytes more for each number of an island."""
+    """Counts the publisher's own tensors: two bytes more for each number of an island."""
     listed = json.loads((Path(__file__).parent / f"data/layouts/{name}.original.json").read_text())
     config = SIZES[name]
     networks = registry.FAMILIES[0].networks

@@ -1,4 +1,4 @@
-"""Layouts told apart, original folders opened, sizes inferred, pickles read; every refusal."""
+"""Recognition of layouts, original folders, inferred sizes, pickles, and every refusal."""
 
 import dataclasses
 import json

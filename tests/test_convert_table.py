@@ -1,4 +1,4 @@
-"""The tables' mechanism on tables made here, and weight files of one or more shards."""
+"""The mechanism of tables on small tables, and weight files of one or more shards."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_transforms_by_hand():
 
 
 def counted(shapes) -> tuple[dict, list]:
-    """Tensors of ascending numbers that note what is read of them."""
+    """Tensors of ascending numbers that record each read."""
     read = []
 
     def tensor(key, shape):

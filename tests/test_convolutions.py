@@ -50,7 +50,7 @@ def test_a_filter_holds_no_copies_of_its_inputs():
     layer = fresh_layer(CausalConv3d, 96, 96)
     x = jax.ShapeDtypeStruct((1, 6, 120, 208, 96), jnp.float32)
     memory = jax.jit(layer.valid).lower(x).compile().memory_analysis()
-    # its six products, and what one of them is made of; six windows would be another input
+    # six products and the inputs of one; copies of six windows would be another input
     assert memory.temp_size_in_bytes < 2 * memory.argument_size_in_bytes
 
 
@@ -72,7 +72,7 @@ def test_narrow_channels_and_small_frames_are_not(shape):
 
 @pytest.mark.parametrize("channels", [6, 96])
 @pytest.mark.parametrize("sides", [(22, 25), (1, 2)])
-def test_a_doubled_frame_is_convolved_without_being_made(channels, sides):
+def test_a_doubled_frame_is_convolved_without_doubling(channels, sides):
     layer = fresh_layer(DoublingConv2d, channels, 96)
     x, kernel = features(2, 3, *sides, channels), layer.kernel[...]
     found = jax.jit(layer._filtered)(x, kernel)

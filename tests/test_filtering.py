@@ -1,4 +1,4 @@
-"""Filters against plain sums of products, by hand and in NumPy, and how much they round."""
+"""Filters against plain sums of products, by hand and in NumPy, and their rounding errors."""
 
 import functools
 
@@ -74,7 +74,7 @@ def test_another_axis_and_its_gradient(each):
 
 
 def test_rounding_of_three_nested_axes():
-    """About half of what the usual points give."""
+    """Errors are about half of those with the usual points."""
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(6, 18, 18, 64)), rng.normal(size=(3, 3, 3, 64, 32)) / 41.6
     given = (

@@ -1,4 +1,4 @@
-"""The letters of every parameter of the published sizes against their shapes."""
+"""The letters of every parameter against the shapes of the published sizes."""
 
 import math
 import types
@@ -69,7 +69,7 @@ def test_heads_are_on_the_outputs_of_queries_and_the_inputs_of_what_follows(mesh
     assert spec(*first, True) == P(None, "frames", "model")
     assert spec("transformer.patch_embedding.kernel", (64, 1536), True) == P()
     assert spec("vae.decoder.conv_in.kernel", (3, 3, 3, 16, 384), True) == P()
-    # a width of 9 is divided by neither axis
+    # neither axis divides a width of 9
     assert spec("transformer.blocks.attn1.to_q.kernel", (2, 9, 9), True) == P(None, None, None)
 
 
@@ -111,5 +111,5 @@ def test_a_layer_is_gathered_for_its_products(mesh):
     assert found["attn2.to_out.kernel"] == P("model")
     assert found["ffn.net_2.kernel"] == P("model")
     assert found["scale_shift_table"] == P()
-    # without a mesh nothing is said
+    # without a mesh there is no constraint
     assert gathered_layer(blocks, PARAMETERS) is blocks

@@ -1,4 +1,4 @@
-"""The linear layer against float64, and what it keeps wide in bfloat16."""
+"""The linear layer against float64, and its float32 sums in bfloat16."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def problem():
 
 
 def gradients(model, x, weights):
-    """Of `sum(weights * model(x))`, by input, kernel and bias."""
+    """Gradients of `sum(weights * model(x))` by input, kernel and bias."""
     graph, params = nnx.split(model)
 
     def loss(params, x):
@@ -35,7 +35,7 @@ def gradients(model, x, weights):
 
 
 def by_hand(x, kernel, weights):
-    """The same, entry by entry, from the definition `y_o = sum_i x_i W_io + b_o`."""
+    """The gradients in float64, from the definition `y_o = sum_i x_i W_io + b_o`."""
     by_x, by_kernel, by_bias = np.zeros(x.shape), np.zeros(kernel.shape), np.zeros(kernel.shape[1])
     for row in np.ndindex(x.shape[:-1]):
         for i, o in np.ndindex(kernel.shape):
@@ -89,8 +89,8 @@ def test_bfloat16_rounds_what_it_multiplies():
 def test_bfloat16_gradient_multiplies_nothing_in_float32():
     x, kernel, bias, weights = problem()
     model = layer(kernel, bias, jnp.bfloat16)
-    given = jnp.asarray(x, jnp.float32), jnp.asarray(weights, jnp.float32)
-    program = jax.jit(lambda x, w: gradients(model, x, w)).lower(*given).as_text()
+    args = jnp.asarray(x, jnp.float32), jnp.asarray(weights, jnp.float32)
+    program = jax.jit(lambda x, w: gradients(model, x, w)).lower(*args).as_text()
     products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) == 2  # by input and by kernel
     for line in products:
@@ -99,7 +99,7 @@ def test_bfloat16_gradient_multiplies_nothing_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_layers_together_make_what_each_makes(dtype):
+def test_layers_together_equal_each_layer(dtype):
     layers = [layer(kernel, bias, dtype) for _, kernel, bias, _ in (problem(), problem())]
     layers[1].kernel[...] *= 3.0
     x = jax.random.normal(jax.random.key(0), (2, 5, 7))

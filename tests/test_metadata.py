@@ -74,6 +74,8 @@ BAD = {
     "configs/scheduler": [5, None, []],
     "configs/transformer/eps": [float("nan"), float("inf"), 0, -1, "x"],
     "configs/transformer/vace_layers": [5, ["x"]],
+    "configs/transformer/patch_size": [5, [1, 2], [0, 2, 2]],
+    "configs/text_encoder/relative_attention_max_distance": [8, 0],
     "configs/vae/latents_std": [[0.0] * 16, [float("nan")] * 16],
     "configs/text_encoder/layer_norm_epsilon": [float("nan")],
     "models": [5, None, [], {}],
@@ -143,6 +145,12 @@ def test_the_publishers_config_may_hold_anything(described, message, tmp_path):
     tensors = {key: table.LazyTensor(shape, kind, pytest.fail) for key, shape in shapes.items()}
     with pytest.raises(CheckpointError, match=message):
         sizes.transformer(tensors, described, tmp_path)
+
+
+def test_a_tensor_of_no_numbers_gives_no_sizes(tmp_path):
+    empty = table.LazyTensor((0, 16, 1, 2, 2), np.dtype(np.float32), pytest.fail)
+    with pytest.raises(CheckpointError, match=r"expected 5 axes, none of length 0"):
+        sizes.transformer({"patch_embedding.weight": empty}, {}, tmp_path)
 
 
 def test_so_may_its_list_of_context_layers(tmp_path):

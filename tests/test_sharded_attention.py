@@ -135,7 +135,7 @@ def test_gradients_of_a_ring(keys):
             (1, 1, 8),
             (1, 8, 12, 4),
             "12 heads do not divide over 8 devices of mesh axis 'model'; "
-            "these numbers would do: 1, 2, 3, 4, 6, 12",
+            "these numbers divide: 1, 2, 3, 4, 6, 12",
         ),
         ((2, 4, 1), (3, 8, 12, 4), "3 edits do not divide over 2 devices of mesh axis 'data'"),
         ((1, 8, 1), (1, 12, 3, 4), "12 tokens do not divide over 8 devices of mesh axis 'frames'"),

@@ -1,4 +1,4 @@
-"""Arrays in Orbax: pieces, memory, sharded reads, a full disk."""
+"""Arrays in Orbax: pieces, memory, sharded reads, and a full disk."""
 
 import resource
 import tracemalloc
@@ -78,7 +78,7 @@ def test_another_dtype(folder, values):
 
 
 def peak_of(work) -> int:
-    """Bytes of Python's and NumPy's memory that work takes at most."""
+    """Peak bytes of Python's and NumPy's memory during a call."""
     tracemalloc.start()
     try:
         work()
@@ -99,7 +99,7 @@ def test_a_restore_holds_few_shards_on_the_host(values, tmp_path, monkeypatch):
     assert few < 0.5 * values.nbytes < values.nbytes < every
 
 
-def test_what_is_written_is_read_a_piece_at_a_time(values, tmp_path, monkeypatch):
+def test_parameters_are_read_in_pieces_while_writing(values, tmp_path, monkeypatch):
     layer = values[0].nbytes
     monkeypatch.setattr(store, "IN_FLIGHT", 2 * layer)
     asked = []

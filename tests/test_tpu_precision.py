@@ -3,6 +3,7 @@
 By default it rounds float32 operands to bfloat16, which no dtype in a program shows.
 """
 
+import functools
 import re
 
 import jax
@@ -23,6 +24,10 @@ from kvlock_jax.models.vae.autoencoder import WanVAE
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.conditioning import on_canvas
 from kvlock_jax.models.wan.vace import wan_transformer
+from kvlock_jax.sampling import solvers
+from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.loop import Program, sample
+from kvlock_jax.settings.schema import LockConfig
 
 PRODUCT = re.compile(
     r"stablehlo\.(?:dot_general|convolution).*?: \((tensor<[^>]*>), (tensor<[^>]*>)\)", re.DOTALL
@@ -68,12 +73,26 @@ def a_pass(model, z, context):
     return velocity, model.keys_values(z, times, conditioning, held)
 
 
-@pytest.mark.parametrize("config", [T2V, VACE], ids=["t2v", "vace"])
 @pytest.mark.parametrize("dtype", [WIDE, LOW], ids=str)
-def test_a_pass(config, dtype):
+def test_a_pass(dtype):
     rng = np.random.default_rng(0)
-    args = transformer(config, dtype), patches(rng), context_of(config, 1, rng)
+    args = transformer(T2V, dtype), patches(rng), context_of(T2V, 1, rng)
     found = products(a_pass, *args)
+    assert breaches(found) == []
+    assert kinds(found) == ({"f32"} if dtype == WIDE else {"f32", "bf16"})
+
+
+@pytest.mark.parametrize("dtype", [WIDE, LOW], ids=str)
+def test_the_whole_loop(dtype):
+    """With VACE, a source branch, schedules, guidance and solver."""
+    rng = np.random.default_rng(0)
+    z = patches(rng)
+    prompts, source = (context_of(VACE, rows, rng) for rows in (2, 1))
+    edits = Edits(z, z, jnp.ones(z.shape[:3], bool), prompts, source, GRID)
+    settings = LockConfig(background="source", guidance="apg", rescale_uncond=False, window=3)
+    table, knobs = solvers.table("unipc", 4, 3.0), lock.knobs(settings, 5.0)
+    program = functools.partial(sample, program=Program.of(settings))
+    found = products(program, transformer(VACE, dtype), z, edits, table, knobs)
     assert breaches(found) == []
     assert kinds(found) == ({"f32"} if dtype == WIDE else {"f32", "bf16"})
 

@@ -1,1 +1,5 @@
-"""Converted checkpoints: what a model consists of, and its parameters in Orbax folders."""
+"""Converted checkpoints: the networks of a model, and their parameters in Orbax folders.
+
+`registry` lists the networks, `store` reads and writes arrays, `metadata` checks `kvlock.json`, and
+`format` saves and restores whole checkpoints.
+"""

@@ -1,9 +1,9 @@
-"""Converted checkpoints: models in Orbax, restored straight to their devices.
+"""Saves models in Orbax and restores them straight to their devices.
 
-A folder holds `kvlock.json` and one folder of data, which it names. The data come first, under a
-name of their own, and `kvlock.json` last, in one replacement: what it names is whole at every
-moment, and what it does not name is removed by the next save. (Renaming the folder instead would
-not do: an object store copies to rename, and a full folder cannot be replaced in one step.)
+A folder holds `kvlock.json` and one folder of data, which `kvlock.json` names. `save` writes the
+data first, under a new name, and then replaces `kvlock.json` in one step. So the data that it names
+are complete at every moment, and the next save removes all other data. (Renaming the folder would
+not work: an object store copies to rename, and a full folder cannot be replaced in one step.)
 """
 
 import concurrent.futures
@@ -44,9 +44,9 @@ METADATA = "kvlock.json"
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds, known without reading its weights.
+    """The contents of a checkpoint, known without reading its weights.
 
-    Where it was converted, `version` and `source` are as in `Metadata`.
+    A converted checkpoint also has the `version` and `source` of its `Metadata`.
     """
 
     family: str
@@ -57,25 +57,25 @@ class Contents:
 
 
 def contents(configs: Configs, arrays: Mapping[str, Iterable[Any]]) -> Contents:
-    """What there is of each model, of arrays (or anything with their shape and dtype) on disk."""
+    """Describes a checkpoint by its arrays on disk, or anything with their shape and dtype."""
     models = {}
     for name in NETWORKS:
-        # An array on disk may be another one's copy, so what the model has is counted.
+        # An array on disk may be a copy of another, so the model's own parameters are counted.
         model = nnx.state(abstract(getattr(configs, name)))
-        found = list(arrays[name])
+        stored = list(arrays[name])
         models[name] = Stored(
             sum(leaf.size for leaf in jax.tree.leaves(model)),
-            tuple(sorted({str(array.dtype) for array in found})),
-            sum(math.prod(array.shape) * array.dtype.itemsize for array in found),
+            tuple(sorted({str(array.dtype) for array in stored})),
+            sum(math.prod(array.shape) * array.dtype.itemsize for array in stored),
         )
     return Contents(family(configs.transformer).name, configs, models)
 
 
 def describe(folder: epath.PathLike) -> Contents:
-    """What a checkpoint of `save` holds.
+    """Describes a checkpoint that `save` wrote.
 
     Raises:
-      CheckpointError: if there is no checkpoint, or files are missing.
+      CheckpointError: the folder holds no checkpoint, or files are missing.
     """
     metadata = read_metadata(folder)
     data = epath.Path(folder) / metadata.data
@@ -87,7 +87,7 @@ def describe(folder: epath.PathLike) -> Contents:
 
 
 def is_checkpoint(folder: epath.PathLike) -> bool:
-    """Whether a folder is a converted checkpoint, damaged or not."""
+    """Whether a folder is a converted checkpoint, sound or damaged."""
     return (epath.Path(folder) / METADATA).exists()
 
 
@@ -99,19 +99,19 @@ def save(
     source: Callable[[], Mapping[str, Any]],
     on_bytes: OnBytes = lambda _: None,
 ) -> None:
-    """Writes a checkpoint; one that the folder already holds stays whole until this one is.
+    """Writes a checkpoint; the folder's previous one stays usable until this one is complete.
 
     Args:
-      folder: local, or of a scheme that etils knows, such as `gs://`; made if missing.
-      configs: what the parameters fit.
-      parameters: of each of `NETWORKS`, by dotted path; read one after the other.
+      folder: destination, local or of a scheme that etils knows, such as `gs://`; made if missing.
+      configs: sizes of the models, which the parameters fit.
+      parameters: parameters of each of `NETWORKS`, by dotted path; read one after the other.
       tokenizer: folder of the tokenizer, whose files are copied.
-      source: gives `Metadata.source`; asked last, so that it may be found out meanwhile.
-      on_bytes: told of bytes of parameters on their way to the disk.
+      source: function that returns `Metadata.source`; called last, so that its checksums can be
+        computed while the parameters are written.
+      on_bytes: called with the size of each piece of a parameter that is being written.
 
     Raises:
-      CheckpointError: if the folder cannot be made, the disk is full, or the tokenizer is not to be
-        read.
+      CheckpointError: the folder cannot be made, the disk is full, or the tokenizer cannot be read.
     """
     folder = epath.Path(folder)
     try:
@@ -142,10 +142,11 @@ def save(
 
 
 def read_metadata(folder: epath.PathLike) -> Metadata:
-    """Reads what a checkpoint says about itself, and no weights.
+    """Reads `kvlock.json`, and no weights.
 
     Raises:
-      CheckpointError: if `kvlock.json` is missing, damaged, or of another family.
+      CheckpointError: the file is missing, damaged, or of another family, or a field of it does not
+        fit (`metadata.parse`).
     """
     path = epath.Path(folder) / METADATA
     try:
@@ -169,18 +170,20 @@ def load(
     place_for: PlaceFor | None = None,
     on_shapes: OnShapes = lambda checkpoint: None,
 ) -> Checkpoint:
-    """Restores a checkpoint; its files are checked meanwhile, and its parameters' shapes before.
+    """Restores a checkpoint after checking shapes, and verifies its files at the same time.
 
     Args:
-      folder: what `save` wrote.
+      folder: folder that `save` wrote.
       dtype: dtype of the parameters that may be rounded; None keeps each as it was saved.
-      compute_dtype: of the modules' matrix products.
-      place_for: sharding of each parameter, straight from its file; None is the first device.
-      on_shapes: told of it before it is read, with shapes, dtypes and shardings for parameters.
+      compute_dtype: dtype of the modules' matrix products.
+      place_for: sharding of each parameter, to which its file is read directly; None is the first
+        device.
+      on_shapes: called before the weights are read, with shapes, dtypes and shardings in place of
+        parameters.
 
     Raises:
-      CheckpointError: if there is no checkpoint, files are missing or damaged, or parameters do not
-        fit the models that the configs describe; then it lists them all.
+      CheckpointError: the folder holds no checkpoint, files are missing or damaged, or parameters
+        do not fit the models that the configs describe; the message lists all of them.
     """
     metadata = read_metadata(folder)
     place = place_for(metadata.configs) if place_for else on_first_device
@@ -218,9 +221,9 @@ def load(
 
 @contextlib.contextmanager
 def _checked(data: epath.Path, files: Mapping[str, str]) -> Iterator[None]:
-    """Checks files in another thread while the block reads them.
+    """Verifies files in another thread while the `with` block reads them.
 
-    What is wrong with a file comes before what went wrong because of it.
+    The error about a damaged file replaces any error that the damage caused in the block.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         check = pool.submit(store.check, data, files)
@@ -236,7 +239,7 @@ def _flat(state: nnx.State) -> dict[str, Any]:
 
 
 def _misfits(name: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """A line for each parameter that is missing, unexpected or misshapen."""
+    """One line for each parameter that is missing, unexpected or misshapen."""
     lines = [f"  missing: {name}.{path}" for path in wanted if path not in stored]
     lines += [f"  unexpected: {name}.{path}" for path in stored if path not in wanted]
     lines += [
@@ -248,7 +251,7 @@ def _misfits(name: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) ->
 
 
 def _files(folder: epath.Path) -> dict[str, bytes]:
-    """The files of a folder by name; those of a tokenizer are small."""
+    """The contents of a folder's files by name; a tokenizer's are small."""
     try:
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     except OSError as error:
@@ -257,7 +260,7 @@ def _files(folder: epath.Path) -> dict[str, bytes]:
 
 
 def _current(folder: epath.Path) -> str | None:
-    """Name of the data that a folder's `kvlock.json` stands for, readable by us or not."""
+    """The data that `kvlock.json` names, even if another version wrote the file."""
     try:
         return json.loads((folder / METADATA).read_text())["data"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -265,7 +268,7 @@ def _current(folder: epath.Path) -> str | None:
 
 
 def _remove_data(folder: epath.Path, keep: str | None) -> None:
-    """Removes what other saves left, and nothing that is not of this format."""
+    """Removes the data of other saves, and nothing else."""
     for path in filter(_is_data, folder.iterdir()):
         if path.name != keep:
             path.rmtree()

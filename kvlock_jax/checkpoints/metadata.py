@@ -20,7 +20,7 @@ from kvlock_jax.settings.fields import from_config_dict
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One model of a checkpoint: its parameters, and dtypes and bytes of what is on disk."""
+    """One model of a checkpoint: its number of parameters, and the dtypes and bytes on disk."""
 
     parameters: int
     dtypes: tuple[str, ...]
@@ -29,17 +29,17 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What `kvlock.json` says.
+    """The fields of `kvlock.json`.
 
     Attributes:
-      family: the architecture, a name of `registry.FAMILIES`.
-      version: of the package that wrote the checkpoint.
-      source: what it was converted from: `layout`, `folder`, and SHA-256 by file under `files`.
+      family: architecture, a name of `registry.FAMILIES`.
+      version: version of the package that wrote the checkpoint.
+      source: origin of the conversion: `layout`, `folder`, and under `files` the SHA-256 by file.
       configs: sizes of the models, and the published scheduler.
-      models: what there is of each model.
+      models: parameters, dtypes and bytes of each model.
       data: name of the folder with the models and the tokenizer.
-      files: CRC-32 of each file in it, by relative path. (Orbax's store keeps none of its values:
-        a flipped bit would come back as another weight.)
+      files: CRC-32 of each file in that folder, by relative path. (Orbax's store has no checksums
+        of values: a flipped bit would be read as another weight.)
     """
 
     family: str
@@ -153,18 +153,18 @@ def _models(values: Any, check: _Checks, path: epath.Path) -> dict[str, Stored]:
     """Parameters, dtypes and bytes of the models."""
     _check_in_full(values, NETWORKS, path)
     for name in NETWORKS:
-        found = values[name]
-        absent = [f.name for f in dataclasses.fields(Stored) if f.name not in found]
+        model = values[name]
+        absent = [f.name for f in dataclasses.fields(Stored) if f.name not in model]
         if absent:
             raise CheckpointError(f"{path} has no {', '.join(absent)} of {name}")
         for field in ("parameters", "size"):
-            check(f"models.{name}.{field}", found[field], _is_count, "a whole number, 0 or more")
-        dtypes = found["dtypes"]
+            check(f"models.{name}.{field}", model[field], _is_count, "a whole number, 0 or more")
+        dtypes = model["dtypes"]
         fits = isinstance(dtypes, list) and all(map(_is_text, dtypes))
         check(f"models.{name}.dtypes", dtypes, lambda _, fits=fits: fits, "names of dtypes")
     return {
-        name: Stored(found["parameters"], tuple(found["dtypes"]), found["size"])
-        for name, found in ((name, values[name]) for name in NETWORKS)
+        name: Stored(model["parameters"], tuple(model["dtypes"]), model["size"])
+        for name, model in ((name, values[name]) for name in NETWORKS)
     }
 
 

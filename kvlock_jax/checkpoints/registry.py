@@ -1,4 +1,4 @@
-"""The networks that make a model, their configs, and how each is built and filled."""
+"""The networks of a model and their configs: builds them abstractly and fills in parameters."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ NETWORKS = ("transformer", "vae", "text_encoder")
 """The networks of every family; fields of `Configs` and `Checkpoint`."""
 
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""From a parameter's name, such as `transformer.proj_out.kernel`, and shape to its sharding."""
+"""Maps a parameter's name, such as `transformer.proj_out.kernel`, and its shape to a sharding."""
 
 
 PlaceFor = Callable[[Any], Place]
@@ -46,7 +46,7 @@ def on_first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
 
 @dataclasses.dataclass(frozen=True)
 class Configs:
-    """What a checkpoint says about itself; `scheduler` is the published JSON as it stands."""
+    """Sizes of the three models; `scheduler` is the published JSON, unchanged."""
 
     transformer: Any
     vae: Any
@@ -56,7 +56,7 @@ class Configs:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Models in memory; `tokenizer` is the folder that `text.Tokenizer` opens."""
+    """Models in memory, and the folder that `text.Tokenizer` opens."""
 
     configs: Configs
     transformer: nnx.Module
@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 OnShapes = Callable[[Checkpoint], None]
-"""Told of a checkpoint that is about to be read."""
+"""Called with a checkpoint of shapes, before its weights are read."""
 
 
 def family(config: Any) -> Family:
@@ -102,7 +102,7 @@ def _traced(config: Any, dtype: jnp.dtype) -> tuple:
 
 
 def fill(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
-    """An abstract model with its parameters, or others of their shapes, by dotted path."""
+    """Fills an abstract model with arrays, or with anything of their shapes, by dotted path."""
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     full = [(path, v.replace(arrays[".".join(map(str, path))])) for path, v in flat]

@@ -1,6 +1,6 @@
-"""Arrays in an Orbax folder: written piece by piece, restored straight to their devices.
+"""Writes arrays to an Orbax folder piece by piece and restores them straight to their devices.
 
-Orbax is imported where it is used, so that `import kvlock_jax` does not wait for it.
+Functions import Orbax themselves, so that `import kvlock_jax` does not wait for it.
 """
 
 import asyncio
@@ -21,37 +21,37 @@ from etils import epath
 from kvlock_jax.errors import CheckpointError
 
 OnBytes = Callable[[int], None]
-"""Told how many more bytes are on their way to the disk."""
+"""Called with the number of bytes of each piece that is handed to the disk."""
 
 CHUNK = 1 << 20
-"""Bytes up to which a piece is stored as one chunk; larger ones are cut for sharded restores."""
+"""Largest piece, in bytes, that is one chunk; larger pieces are cut for sharded restores."""
 
 CUTS = 8
-"""Parts into which an axis of a larger piece is cut: a device of eight reads its chunks only."""
+"""Parts into which each axis of a larger piece is cut: one of eight devices reads only its own."""
 
 IN_FLIGHT = 1 << 26
-"""Bytes that are read and not yet written; Orbax holds about twice as many on its way to disk."""
+"""Bytes that may be read and not yet written; Orbax buffers about twice as many."""
 
 _CONTEXT = {"file_io_sync": False, "data_copy_concurrency": {"limit": 8}}
-"""Files are not waited for: what a power cut leaves unwritten is found by its checksum. Transposing
-threads wait for memory more than they compute, hence a fixed number of them."""
+"""No fsync: checksums find a file that a power cut left unwritten. Threads that transpose wait for
+memory more than they compute, hence a fixed number of them."""
 
 DATA_FILE = 1 << 28
-"""Bytes of a file of Orbax's store, which holds the values of many arrays."""
+"""Bytes of one file of Orbax's store, which holds many arrays."""
 
 RESTORING = 10**9
-"""Bytes of shards that are on the host at once in a restore, or four times the largest shard."""
+"""Bytes of shards on the host during a restore, unless four times the largest shard is more."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """An array that is known before it is read, and need never be whole in memory.
+    """An array whose shape is known before it is read, and that is read in pieces.
 
     Attributes:
-      shape: of one axis or more.
-      dtype: of its values.
-      rows: of the leading axis, that are read and stored at once.
-      read: rows from a first to a last, which is not read any more.
+      shape: shape of the array, of one axis or more.
+      dtype: dtype of its values.
+      rows: rows of the leading axis that are read and stored together.
+      read: function that returns the rows from a first to an exclusive last.
     """
 
     shape: tuple[int, ...]
@@ -66,24 +66,24 @@ class Parameter:
 
     @property
     def chunk(self) -> tuple[int, ...]:
-        """Shape of what is stored in one piece."""
+        """Shape of one stored chunk."""
         piece = (self.rows, *self.shape[1:])
         if math.prod(piece) * self.dtype.itemsize <= CHUNK:
             return piece
         return tuple(size if size % CUTS else size // CUTS for size in piece)
 
     def whole(self) -> np.ndarray:
-        """The array."""
+        """The whole array."""
         return self.read(0, self.shape[0])
 
 
 def write(
     folder: epath.Path, parameters: Mapping[str, Parameter], on_bytes: OnBytes = lambda _: None
 ) -> None:
-    """Writes arrays to a new folder; `IN_FLIGHT` bytes of them, or two pieces, are in memory.
+    """Writes arrays to a new folder, with `IN_FLIGHT` bytes or two pieces of them in memory.
 
     Raises:
-      OSError: if they cannot be written.
+      OSError: the arrays cannot be written.
     """
     import orbax.checkpoint as ocp
 
@@ -104,7 +104,7 @@ def write(
 
 
 def _handler(on_bytes: OnBytes) -> Any:
-    """What writes a `Parameter` where Orbax would write an array; it is read as a NumPy array."""
+    """Orbax's handler that writes a `Parameter`, which is restored as a NumPy array."""
     import orbax.checkpoint as ocp
     import tensorstore as ts
 
@@ -124,7 +124,7 @@ def _handler(on_bytes: OnBytes) -> Any:
         """Writes arrays as they are read, some rows at a time."""
 
         async def serialize(self, values, infos, args=None):
-            # all at once: each alone would wait for what is being written
+            # Opened together: one after another, each would wait for the writes before it.
             context = ts.Context(_CONTEXT, parent=infos[0].ts_context)
             targets = await asyncio.gather(
                 *(opened(v, info, context) for v, info in zip(values, infos, strict=True))
@@ -149,7 +149,7 @@ def _handler(on_bytes: OnBytes) -> Any:
 
 
 def _disk_error(error: ValueError) -> OSError | None:
-    """The operating system's error that the store reports as another's."""
+    """The operating system's error inside an error of the store; `None` if there is none."""
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
         if os.strerror(number) in str(error):
             return OSError(number, os.strerror(number))
@@ -167,14 +167,14 @@ def describe(folder: epath.Path) -> Mapping[str, Any]:
 def read(
     folder: epath.Path, targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Mapping[str, jax.Array]:
-    """Restores arrays, each straight to its target's sharding and dtype."""
+    """Restores arrays, each directly to its target's sharding and dtype."""
     import orbax.checkpoint as ocp
 
     shards = [
         math.prod(target.sharding.shard_shape(target.shape)) * target.dtype.itemsize
         for target in targets.values()
     ]
-    # Orbax counts whole chunks of the stored dtype, which may stick out of a shard, and be wider.
+    # Orbax counts whole chunks of the stored dtype, which may exceed a shard and be wider.
     limit = max(RESTORING, 4 * max(shards) + 8 * CHUNK)
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 10**9)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -188,8 +188,8 @@ def sums(folder: epath.Path) -> dict[str, str]:
     """CRC-32 of every file under a folder, by relative path."""
     files = [root / name for root, _, names in folder.walk() for name in names]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib lets other threads run
-        found = pool.map(_crc32, files)
-        return {f.relative_to(folder).as_posix(): s for f, s in zip(files, found, strict=True)}
+        values = pool.map(_crc32, files)
+        return {f.relative_to(folder).as_posix(): s for f, s in zip(files, values, strict=True)}
 
 
 def _crc32(path: epath.Path) -> str:
@@ -201,17 +201,17 @@ def _crc32(path: epath.Path) -> str:
 
 
 def check(folder: epath.Path, expected: Mapping[str, str]) -> None:
-    """Compares the files of a folder with what `sums` gave when they were written.
+    """Compares the files of a folder with the checksums from when they were written.
 
     Raises:
-      CheckpointError: listing every file that is missing or has changed.
+      CheckpointError: a file is missing or has changed; the message lists all of them.
     """
-    found = sums(folder)
-    lines = [f"  missing: {name}" for name in expected if name not in found]
+    actual = sums(folder)
+    lines = [f"  missing: {name}" for name in expected if name not in actual]
     lines += [
-        f"  not as it was written: {name} has CRC-32 {found[name]}, expected {value}"
+        f"  not as it was written: {name} has CRC-32 {actual[name]}, expected {value}"
         for name, value in expected.items()
-        if found.get(name, value) != value
+        if actual.get(name, value) != value
     ]
     if lines:
         raise CheckpointError("\n".join([f"{folder} is damaged:", *lines]))

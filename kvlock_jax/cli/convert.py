@@ -1,4 +1,4 @@
-"""`kvlock convert`: a published checkpoint of any layout to a folder of this package's own."""
+"""`kvlock convert`: converts a published checkpoint to this package's own format."""
 
 import argparse
 import contextlib
@@ -27,7 +27,8 @@ def add(commands: Any) -> None:
     parser.set_defaults(command=_command)
     parser.add_argument("--src", required=True, metavar="DIR", help="the published checkpoint")
     parser.add_argument("--dst", required=True, metavar="DIR", help="folder to write, or gs://...")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; the source's by default")
+    about = "dtype of the weights; the source's by default"
+    parser.add_argument("--dtype", choices=DTYPES, help=about)
 
 
 def _command(args: argparse.Namespace, others: list[str]) -> None:
@@ -48,7 +49,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
 
 
 def _begin(bar: contextlib.ExitStack, published: Published, total: int) -> OnBytes:
-    """Says what is converted; on a terminal, shows how far it is."""
+    """Prints the source; on a terminal, also shows a progress bar."""
     kind = registry.family(published.configs.transformer).name
     print(f"source   {published.folder}: {kind}, {published.layout} layout", flush=True)
     shown = bar.enter_context(

@@ -1,4 +1,4 @@
-"""`kvlock info`: what a checkpoint holds, and what an edit with it needs."""
+"""`kvlock info`: describes a checkpoint, and the memory and time that an edit with it needs."""
 
 import argparse
 from typing import Any
@@ -16,15 +16,15 @@ from kvlock_jax.settings.schema import EditConfig
 
 def add(commands: Any) -> None:
     """Adds the command to the program's parser."""
-    about = "Say what a checkpoint holds, and what an edit needs: memory, and time at least."
+    about = "Describe a checkpoint, and the memory and least time that an edit with it needs."
     parser = commands.add_parser("info", description=about, allow_abbrev=False)
     parser.set_defaults(command=_command)
     parser.add_argument("dir", help="'demo', or a checkpoint's folder")
     parser.add_argument("--size", default="832*480", help="WIDTH*HEIGHT of the video")
     parser.add_argument("--frame_num", type=int, default=81, help="frames of the video")
-    parser.add_argument("--devices", type=int, default=1, help="that share the video")
+    parser.add_argument("--devices", type=int, default=1, help="devices that share the video")
     chips = ", ".join(roofline.CHIPS)
-    parser.add_argument("--chip", choices=roofline.CHIPS, help=f"what they are: {chips}")
+    parser.add_argument("--chip", choices=roofline.CHIPS, help=f"kind of the devices: {chips}")
     add_dtype(parser)
 
 

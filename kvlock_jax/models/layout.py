@@ -71,10 +71,10 @@ class ParameterRules:
 
 
 def gathered_layer(weights: _T, rules: ParameterRules) -> _T:
-    """One layer's weights as its products take them: only heads and feed-forward are sharded.
+    """Gathers one layer's weights for its products; heads and feed-forward stay sharded.
 
-    To be called inside the scan over layers, so that one layer is gathered at a time: XLA by itself
-    may sum partial products over all tokens instead.
+    The constraint stands inside the scan over layers, so that one layer is gathered at a time. XLA
+    by itself may sum partial products over all tokens instead.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

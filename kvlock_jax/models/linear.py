@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from kvlock_jax.models.precision import precision_for
 
 _ROWS, _COLUMNS = 256, 192
-"""Rows and columns up to which XLA on CPU makes a product by one thread, while others wait."""
+"""Largest rows and columns of a product that XLA on CPU computes in a single thread."""
 
 
 class Linear(nnx.Module):
@@ -21,7 +21,7 @@ class Linear(nnx.Module):
     Args:
       c_in: width of the input.
       c_out: width of the output.
-      dtype: what inputs and kernel are cast to for the product.
+      dtype: compute dtype of the product, to which inputs and kernel are cast.
       rngs: source of the initial kernel.
     """
 
@@ -38,7 +38,7 @@ class Linear(nnx.Module):
 
 
 def together(layers: Sequence[Linear], x: Float[Array, "*rows I"]) -> list[Float[Array, "*rows O"]]:
-    """What each of some layers of one size makes of `x`; on a CPU small ones by one product."""
+    """Applies layers of equal size to one input; a CPU computes small ones in a single product."""
     rows, c_out = x.size // x.shape[-1], layers[0].kernel.shape[-1]
     shared = jax.sharding.get_abstract_mesh().size > 1
     if shared or rows > _ROWS or c_out > _COLUMNS:
@@ -69,8 +69,8 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    # The cotangent is float32. Left so, XLA would widen the other operand and multiply in float32,
-    # past the matrix units that multiply the compute dtype.
+    # The cotangent is float32. Without the cast XLA would widen the other operand and multiply in
+    # float32, bypassing the matrix units that multiply the compute dtype.
     x, kernel = saved
     g = cotangent.astype(x.dtype)
     product = functools.partial(

@@ -1,9 +1,9 @@
-"""How exactly products of matrices are made, which a dtype alone does not say.
+"""The precision of matrix products, which their dtype does not determine.
 
-A TPU multiplies bfloat16 numbers, and a GPU TensorFloat-32. By default XLA rounds float32 operands
-to these: a product "in float32" then has 8 or 11 significant bits of 24. Every product here
-therefore names its precision: all bits of float32 operands, which takes a TPU six passes, and the
-fast default where the compute dtype is narrower. CPUs multiply float32 either way.
+By default XLA rounds float32 operands to what the hardware multiplies fastest: bfloat16 on a TPU, 8
+of 24 bits, and TensorFloat-32 on a GPU, 11 of them. Every product of the models therefore names its
+precision: all bits of float32 operands, for which a TPU takes six passes, and the fast default for
+narrower dtypes. CPUs multiply all bits of float32 either way. docs/precision.md has the figures.
 """
 
 from typing import Any

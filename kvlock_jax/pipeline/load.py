@@ -29,13 +29,13 @@ from kvlock_jax.pipeline.settings import config, default_config_name
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded checkpoint, ready to edit with; or its shapes, to compile by.
+    """A loaded checkpoint, ready to edit with; or its shapes, for compilation ahead of the weights.
 
     Attributes:
-      name: what it was loaded from.
-      checkpoint: its three networks and their configs.
-      tokenizer: of its text encoder.
-      mesh: the devices it lies on; `None` is the first.
+      name: source that it was loaded from.
+      checkpoint: three networks and their configs.
+      tokenizer: tokenizer of the text encoder.
+      mesh: devices of the networks; `None` is the first device.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Model:
     mesh: Mesh | None = None
 
     def on_mesh(self) -> AbstractContextManager:
-        """The mesh as the ambient one, in which its programs must be compiled and run."""
+        """Makes its mesh the ambient one, in which its programs must be compiled and run."""
         return jax.set_mesh(self.mesh) if self.mesh else nullcontext()
 
 
@@ -80,34 +80,37 @@ def load(
       source: `"demo"` for the embedded model, a published folder, or a converted checkpoint.
       dtype: compute dtype of matrix products, by default `default_dtype`; the parameters keep the
         checkpoint's.
-      mesh: of `sharding.make_mesh`, to spread an edit over devices; `None` takes the first.
-      spread: whether the transformer's weights are spread over the mesh's `frames` too, each layer
-        gathered when it is used: for models that would not fit on each device.
-      attend: how tokens on several devices attend to each other: `gathered`, or `ring`, which
-        never holds all keys and values at once.
-      vae_tiles: of columns that the VAE makes a frame in, for the memory of one of them; the result
-        is the same.
-      on_shapes: told of the model before its weights are read, with shapes in their place.
+      mesh: mesh of `make_mesh` that shares an edit between devices; `None` is the first device.
+      spread: whether the mesh's `frames` axis also shares the transformer's weights, gathering each
+        layer when it is used: for models that do not fit on each device.
+      attend: self-attention between devices: `gathered`, or `ring`, which never holds all keys and
+        values at once.
+      vae_tiles: number of column tiles of a frame that the VAE processes one by one, to save
+        memory; the result is the same.
+      on_shapes: called with the model before its weights are read, with shapes in their place.
 
     Raises:
-      CheckpointError: if it is none of these, or is damaged.
+      CheckpointError: the source is none of these, or is damaged.
       ConfigError: the mesh does not divide the model's heads.
     """
     reader, folder = _reader(source)
     dtype = default_dtype(mesh) if dtype is None else dtype
     place = functools.partial(registry.on_mesh, mesh, spread=spread) if mesh else None
 
-    def model(found: Checkpoint) -> Model:
+    def model(networks: Checkpoint) -> Model:
         """The model of a checkpoint, or of its shapes."""
-        found.transformer.attend, found.vae.tiles = attend, vae_tiles
-        return Model(os.fspath(source), found, Tokenizer(found.tokenizer), mesh)
+        networks.transformer.attend, networks.vae.tiles = attend, vae_tiles
+        return Model(os.fspath(source), networks, Tokenizer(networks.tokenizer), mesh)
 
-    told = {"on_shapes": lambda found: on_shapes(model(found))}
-    return model(reader.load(folder, compute_dtype=dtype, place_for=place, **told))
+    def announce(shapes: Checkpoint) -> None:
+        """Calls `on_shapes` with a model."""
+        on_shapes(model(shapes))
+
+    return model(reader.load(folder, compute_dtype=dtype, place_for=place, on_shapes=announce))
 
 
 def describe(source: FilePath) -> Contents:
-    """What a checkpoint of `load` holds, without reading its weights; errors as in `load`."""
+    """Describes a checkpoint without reading its weights; errors as in `load`."""
     reader, folder = _reader(source)
     return reader.describe(folder)
 
@@ -118,14 +121,14 @@ def _reader(source: FilePath) -> tuple[ModuleType, epath.Path]:
 
     folder = epath.Path(_DEMO if os.fspath(source) == "demo" else source).expanduser()
     try:
-        found = folder.is_dir()
-    except ImportError as error:  # of gs:// without gcsfs; it says what to install
+        exists = folder.is_dir()
+    except ImportError as error:  # gs:// without gcsfs; the message says which package to install
         raise CheckpointError(f"{source}: {error}") from error
-    if not found:
+    if not exists:
         raise CheckpointError(f"{source}: no such folder; give 'demo' or a checkpoint's folder")
     return (published if published.is_published(folder) else format), folder
 
 
 def default_config(model: Model) -> ConfigDict:
-    """The settings for a model that was loaded: the publisher's for its size."""
+    """The publisher's settings for a loaded model's size."""
     return config(default_config_name(model.name, model.checkpoint.configs))

@@ -1,4 +1,4 @@
-"""How a model lies on devices: the mesh, spread weights, the kind of attention, VAE tiles."""
+"""Chooses how devices share a model: mesh, spread weights, kind of attention, VAE tiles."""
 
 import dataclasses
 from typing import Any
@@ -38,13 +38,13 @@ STATICS = (Grid, *ATTENTION.values())
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How a model lies on devices; what `edit.load` takes.
+    """The arguments of `load` that say how devices share a model.
 
     Attributes:
-      mesh: of the devices; `None` is the first alone.
-      spread: whether the transformer's weights are spread over the mesh's `frames`.
-      attend: how tokens on several devices attend to each other.
-      vae_tiles: of columns that the VAE makes a frame in.
+      mesh: mesh of the devices; `None` is the first device alone.
+      spread: whether the mesh's `frames` axis shares the transformer's weights.
+      attend: self-attention between tokens on several devices.
+      vae_tiles: number of column tiles of a frame that the VAE processes one by one.
     """
 
     mesh: Mesh | None
@@ -70,18 +70,18 @@ def choose_placement(
     attention: str = "gathered",
     vae_tiles: int = 1,
 ) -> Placement:
-    """How a checkpoint's transformer is laid out.
+    """Chooses the placement of a checkpoint's transformer and VAE.
 
     Args:
-      contents: of the checkpoint.
-      many: whether the devices are for many edits, or for one.
-      mesh: sizes of the axes, such as `"frames=8"`; by default all devices are on one axis.
-      spread: whether the transformer's weights are spread; by default where they are large.
+      contents: description of the checkpoint.
+      many: whether the devices share many edits, or one.
+      mesh: sizes of the axes, such as `"frames=8"`; by default one axis has all devices.
+      spread: whether to spread the transformer's weights; by default where they are large.
       attention: a key of `ATTENTION`.
-      vae_tiles: tiles of columns for the VAE, 1 or more.
+      vae_tiles: column tiles of a frame in the VAE, 1 or more.
 
     Raises:
-      ConfigError: the mesh cannot be, or does not divide the heads; or there would be no tile.
+      ConfigError: the mesh is impossible or does not divide the heads, or `vae_tiles` is under 1.
     """
     if vae_tiles < 1:
         raise ConfigError(f"--vae_tiles must be 1 or more, found {vae_tiles}")
@@ -92,15 +92,15 @@ def choose_placement(
         spread = sharding.worth_spreading(contents.models["transformer"].size, memory)
     if mesh:
         devices = parse_mesh(mesh)
-    else:  # weights are spread over `frames`, so those that must be decide for it
+    else:  # `frames` shares spread weights, so weights that must be spread decide
         devices = make_mesh(**{"data" if many and not spread else "frames": jax.device_count()})
     ways = devices.shape["model"]
     heads, wide = config.num_attention_heads, config.ffn_dim
     if heads % ways or wide % ways:
-        known = [n for n in range(1, heads + 1) if heads % n == 0 and wide % n == 0]
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and wide % n == 0]
         raise ConfigError(
             f"--mesh model={ways} does not divide the model's {heads} heads: "
-            f"use one of {', '.join(map(str, known))}"
+            f"use one of {', '.join(map(str, fitting))}"
         )
     if devices.size == 1:
         return Placement(None, False, gathered, vae_tiles)

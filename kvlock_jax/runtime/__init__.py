@@ -1,1 +1,4 @@
-"""How programs are compiled, cached and timed."""
+"""Runs compiled programs: compiles them, caches their traces for other processes, and times stages.
+
+Nothing here knows a model or an edit.
+"""

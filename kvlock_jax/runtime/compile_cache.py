@@ -64,20 +64,20 @@ class Compiler:
 class CachingCompiler(Compiler):
     """Programs for one device, traced once for all processes of a user.
 
-    The name of a file is a digest of everything its trace depends on: sources and versions, the
+    A file's name is a digest of everything that its trace depends on: sources and versions, the
     kind of device, JAX's settings, the structure and shapes of the arguments, and the static values
-    among them. A program, and every function among the static values, must be at the top of a
-    module (`identity.name_of`).
+    among them. A program, and every function among the static values, must be defined at the top of
+    a module (`identity.name_of`).
 
-    A file holds the serialisation of `jax.export`: StableHLO for XLA, and the tree of the results,
-    whose classes `trees.register` lists. Reading one runs no Python code of its own. A forged file
-    still is a program: it may compute anything from the arguments that it is given, weights and
-    videos included, as far as XLA's operations go, and exploit a fault of XLA. So the folder is
-    used only where it belongs to this user and nobody else may write to it; otherwise programs are
-    traced anew, with a warning.
+    A file holds a program as `jax.export` serialises it: StableHLO for XLA, and the tree of the
+    results, whose classes `trees.register` lists. Reading a forged file runs no Python code, but
+    the file is still a program: it may return any results for its arguments, call any custom call
+    that is registered with XLA, or exploit a fault of XLA's. So the compiler uses a folder only if
+    it belongs to this user and nobody else may write to it; otherwise it warns, and traces every
+    program.
 
     Args:
-      folder: of the files, made when needed; they may be deleted at any time.
+      folder: folder of the files, made when needed; they may be deleted at any time.
     """
 
     def __init__(self, folder: epath.PathLike):
@@ -125,7 +125,7 @@ class CachingCompiler(Compiler):
         return self._compiled[key]
 
     def _trusts(self, make: bool = False) -> bool:
-        """Whether the folder is there, after it was made if asked for, and ours alone."""
+        """Whether the folder exists and is private; `make` creates it."""
         if self._trusted is None:
             with contextlib.suppress(OSError):
                 if make and not self._folder.exists():
@@ -134,22 +134,23 @@ class CachingCompiler(Compiler):
             if not self._folder.is_dir():
                 return False
             self._trusted = _is_private(self._folder)
-            if not self._trusted:
-                warnings.warn(
-                    f"{self._folder} belongs to another user or others may write to it: no program "
-                    "is read from it or kept there; make it yours alone (chmod 700), or give "
-                    "another --jax_cache_dir",
-                    stacklevel=2,
-                )
         return self._trusted
 
 
 def _is_private(folder: epath.Path) -> bool:
-    """Whether a folder belongs to this user and nobody else may write to it."""
-    if "://" in os.fspath(folder):  # a bucket's own rights apply
+    """Whether a folder belongs to this user and nobody else may write to it; warns if not."""
+    if "://" in os.fspath(folder):  # the bucket controls access
         return True
-    found = os.stat(folder)
-    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    status = os.stat(folder)
+    private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not private:
+        warnings.warn(
+            f"{folder} belongs to another user or others may write to it, so no program is read "
+            "from it or kept there; make it yours alone (chmod 700) or name another folder with "
+            "--jax_cache_dir",
+            stacklevel=3,
+        )
+    return private
 
 
 def _key(program: Any, leaves: list[Any], tree: Any, static: dict[str, Any]) -> str:
@@ -250,13 +251,28 @@ def _folders() -> list[Path]:
     return [root, *(part for part in parts if not part.is_relative_to(root))]
 
 
+def _private_cache_folder() -> str:
+    """The user's cache folder, made if missing; an empty name if others may write to it."""
+    folder = epath.Path(cache_folder())
+    if not jax.config.jax_enable_compilation_cache:
+        return os.fspath(folder)
+    with contextlib.suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return os.fspath(folder) if not folder.exists() or _is_private(folder) else ""
+
+
 def keep_programs(folder: str | None) -> None:
-    """Has JAX keep compiled programs in a folder; an empty name keeps none.
+    """Makes JAX keep compiled programs in a folder.
+
+    Compiled programs are machine code that JAX runs as it finds it, so the default folder is used
+    only if it is private; JAX's own setting and a folder named here are the caller's to judge.
 
     Args:
-      folder: `None` is the folder of JAX's own setting, or else the user's cache folder.
+      folder: folder of the programs; an empty name keeps none, and `None` stands for the folder of
+        JAX's own setting, or else the user's cache folder.
     """
     if folder is None:
-        folder = jax.config.jax_compilation_cache_dir or cache_folder()
+        folder = jax.config.jax_compilation_cache_dir or _private_cache_folder()
     jax.config.update("jax_compilation_cache_dir", folder or None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,1 +1,4 @@
-"""Attention and rotary positions as pure functions, on one device and on several."""
+"""Attention and rotary positions as pure functions, on one device and on several.
+
+`kernels` run on one device, `dispatch` chooses among them, `sharded` joins devices.
+"""

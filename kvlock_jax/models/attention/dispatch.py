@@ -1,4 +1,4 @@
-"""Attention and rotary positions, as pure functions."""
+"""Chooses the attention kernel of the backend that a program is lowered for."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from kvlock_jax.shapes import Heads
 
 
 class _Choice(NamedTuple):
-    """The kernel of each backend, and the one that is differentiated on all."""
+    """The kernel of each backend, and the one that is differentiated on all of them."""
 
     tpu: Callable
     cuda: Callable
@@ -30,16 +30,16 @@ _PART = _Choice(kernels.splash, kernels.chunked, kernels.chunked, kernels.plain)
 def attend(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
     """`softmax(q k^T / sqrt(K)) v` per head; logits, softmax, sums and result in float32.
 
-    The kernel is chosen when the program is lowered: `splash` for TPUs, `cudnn` for GPUs, else
-    `chunked`. All are differentiated as `plain` is, so a gradient holds all logits.
+    Lowering chooses the kernel: `splash` for TPUs, `cudnn` for GPUs, else `chunked`. All are
+    differentiated as `plain` is, so a gradient holds all logits.
 
-    A kernel runs on one device. In an ambient mesh of several every device takes its share of the
-    rows and queries and all keys, as far as they divide. `sharded_attention` has what keeps heads
-    and keys where they are; its functions call this one on every device.
+    A kernel runs on one device. On an ambient mesh of several, each device takes its share of the
+    rows and queries, where they divide, and all keys. The functions of `sharded` keep heads and
+    keys where they are, and call this one on every device.
 
     Args:
-      q, k, v: of one dtype, which the products take.
-      keys: how many keys are real, from the first; a traced scalar, a number, or all.
+      q, k, v: queries, keys and values of one dtype, in which they are multiplied.
+      keys: number of real keys, which come first: a traced scalar, an int, or `None` for all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
@@ -56,11 +56,11 @@ def attend(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
 
 
 def attend_part(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Part:
-    """`attend` on one device, and the logsumexp by which `kernels.merge` joins it to others."""
+    """`attend` on one device, with the logsumexp by which `kernels.merge` joins parts."""
     return _chosen(_PART, q, k, v, keys)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # so that it is traced once for a shape
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once for each shape
 def _traced(choice, keys, q, k, v, traced):
     return _lowered(choice, keys, q, k, v, traced)
 
@@ -73,10 +73,10 @@ def _chosen(choice: _Choice, q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys) -> 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _lowered(choice, keys, q, k, v, traced):
-    """Asks a kernel for `keys`, a number or `None`, or for those of `traced` if there are."""
+    """Calls the backend's kernel with `keys`, an int or `None`, or the scalar in `traced`."""
 
     def call(kernel: Callable) -> Callable:
-        """The kernel, told of its keys."""
+        """Binds a kernel to the number of keys."""
         return lambda q, k, v, *traced: kernel(q, k, v, *(traced or (keys,)))
 
     return jax.lax.platform_dependent(

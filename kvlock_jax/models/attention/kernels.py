@@ -1,15 +1,15 @@
-"""Attention on one device: kernels of one signature, each the fastest somewhere.
+"""Attention on one device: kernels of one signature, each the fastest on some backend.
 
-A kernel takes queries `B L N K`, keys and values `B S N K`, all of one dtype, and how many of the
-keys are real: a number, an int32 scalar, or `None` if all are. Keys from there on are padding,
-which no query attends to. It returns, both float32,
+A kernel takes queries `B L N K`, keys and values `B S N K`, all of one dtype, and the number of
+real keys: an int, an int32 scalar, or `None` for all. Later keys are padding, to which no query
+attends. It returns, both float32,
 
     out = softmax(q k^T / sqrt(K)) v                     B L N K
     logsumexp = log sum_s exp(q k_s / sqrt(K))           B L N
 
-Logits, softmax and sums are float32. The logsumexp is what `merge` needs to join results over
-parts of the keys; where all keys are padding it is below -1e37 and `out` is finite, so the part
-counts for nothing.
+Logits, softmax and sums are float32; float32 operands are multiplied with all their bits. `merge`
+joins results over parts of the keys by their logsumexp. Where all keys are padding it is below
+-1e37 and `out` is finite, so the part has no weight.
 """
 
 import math
@@ -26,19 +26,21 @@ from kvlock_jax.shapes import Heads
 
 KeyHeads = Float[Array, "B S N K"]
 Keys = int | Int[Array, ""] | None
-"""How many keys are real."""
+"""Number of real keys."""
 
 Part = tuple[Float[Array, "*rows K"], Float[Array, "*rows"]]
 """Attention's result and its logsumexp: rows are `B L N`, or the queries of one head."""
 
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
-"""A padded key's logit. Finite, since the difference of two infinities is no number."""
+"""A padded key's logit: finite, since the difference of two infinities is NaN."""
 
 _LANES = 128
 _MAX_BLOCK = 1024
-"""Queries or keys of the largest blocks of `splash`: logits of 4 MB in the 16 MB that a TPU's
-compiler allots. Half as many of heads over `_WIDE` numbers, which with them take all of it."""
+"""Queries or keys in a block of `splash`, at most: their logits take 4 of the 16 MB that a TPU's
+compiler allots. Half as many for wider heads, which would fill the rest."""
+
 _WIDE = 256
+"""Widest head of a largest block; half of it in float32, whose exact products take more memory."""
 
 
 def merge(one: Part, other: Part) -> Part:
@@ -56,7 +58,7 @@ def _product(letters: str, x: Array, y: Array) -> Array:
 
 
 def plain(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Part:
-    """All logits at once: the form that is differentiated, and that the others are judged by."""
+    """All logits at once: the reference for other kernels, and the form for gradients."""
     logits = _product("BLNK,BSNK->BNLS", q, k)
     logits = _mask(logits * q.shape[-1] ** -0.5, keys)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
@@ -67,8 +69,8 @@ def plain(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Part:
 def chunked(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, block: int = 2048) -> Part:
     """Head by head, in equal blocks of at most `block` queries and keys.
 
-    For CPUs: a product of two matrices is faster there than a batch of them, and the larger they
-    are; a block's logits take 16 MB.
+    For CPUs, where one product of two large matrices is faster than a batch of small ones. A
+    block's logits take 16 MB.
     """
     batch, length, heads, _ = q.shape
     if isinstance(keys, int) and keys:
@@ -77,17 +79,17 @@ def chunked(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, block: int
     size = math.ceil(length / blocks)
 
     def one_head(index: Int[Array, ""], done: Part) -> Part:
-        """Adds what one head of a row attends to."""
+        """Adds the result of one head of a row."""
         row, head = index // heads, index % heads
-        own_k, own_v = (jax.lax.dynamic_slice_in_dim(x, row, 1)[0] for x in (k, v))
-        own_k, own_v = (x.swapaxes(0, 1)[head] for x in (own_k, own_v))
+        head_k, head_v = (jax.lax.dynamic_slice_in_dim(x, row, 1)[0] for x in (k, v))
+        head_k, head_v = (x.swapaxes(0, 1)[head] for x in (head_k, head_v))
 
         def queries(number: int | Int[Array, ""], done: Part) -> Part:
-            """Adds what one block of queries attends to."""
-            # The last block reaches back into the one before, rather than past the last query.
+            """Adds the result of one block of queries."""
+            # The last block overlaps the one before it, instead of passing the last query.
             at = (row, jnp.minimum(number * size, length - size), head, 0)
             some = jax.lax.dynamic_slice(q, at, (1, size, 1, q.shape[-1]))[0, :, 0]
-            out, lse = _one_head(some, own_k, own_v, keys, block)
+            out, lse = _one_head(some, head_k, head_v, keys, block)
             return (
                 jax.lax.dynamic_update_slice(done[0], out[None, :, None], at),
                 jax.lax.dynamic_update_slice(done[1], lse[None, :, None], at[:3]),
@@ -102,7 +104,7 @@ def chunked(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, block: int
 def _one_head(
     q: Float[Array, "L K"], k: Float[Array, "S K"], v: Float[Array, "S K"], keys: Keys, block: int
 ) -> tuple[Float[Array, "L K"], Float[Array, "L"]]:
-    """Attention of one head over blocks of its keys, joined as they come."""
+    """Attention of one head over blocks of its keys, merged one after another."""
     scale = q.shape[-1] ** -0.5
     blocks = math.ceil(k.shape[0] / block)
     size = math.ceil(k.shape[0] / blocks)
@@ -115,10 +117,10 @@ def _one_head(
         index = start + jnp.arange(size)
         if keys is not None:
             logits = jnp.where(index < keys, logits, _MASKED)
-        if blocks * size != k.shape[0]:  # the last block repeats keys of the one before
+        if blocks * size != k.shape[0]:  # the last block overlaps the one before it
             logits = jnp.where(index >= number * size, logits, _MASKED)
         top = logits.max(axis=-1)
-        # XLA's CPU backend would else put product and exponential into one, slower loop.
+        # Without the barrier XLA on CPU fuses product and exponential into one, slower loop.
         logits, top = jax.lax.optimization_barrier((logits, top))
         weights = jnp.exp((logits - top[:, None]) * scale)
         total = weights.sum(axis=-1)
@@ -132,7 +134,7 @@ def _one_head(
 
 
 def _each(count: int, body: Callable, state: Part) -> Part:
-    """A loop, where there is more than one turn."""
+    """A loop, or a single call of its body where it has one turn."""
     return body(0, state) if count == 1 else jax.lax.fori_loop(0, count, body, state)
 
 
@@ -145,14 +147,13 @@ def _mask(logits: Float[Array, "... S"], keys: Keys) -> Float[Array, "... S"]:
 def splash(
     q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, interpret: bool = False
 ) -> Part:
-    """JAX's Pallas kernel for TPUs, which holds no logits outside of a core.
+    """JAX's Pallas kernel for TPUs, which keeps logits in a core's memory.
 
-    Queries are scaled in their own dtype before the product, and `out` is rounded to it: the
-    kernel does no other.
+    The kernel scales queries in their own dtype before the product, and rounds `out` to it.
 
     Args:
-      q, k, v, keys: as every kernel.
-      interpret: runs the kernel without a TPU, slowly.
+      q, k, v, keys: as for every kernel.
+      interpret: whether to run the kernel without a TPU, slowly.
     """
     out, (lse,) = _splash(q, k, v, keys, save_residuals=True, interpret=interpret)
     return _crop(out, q), lse[:, :, : q.shape[1]].swapaxes(1, 2)
@@ -161,16 +162,17 @@ def splash(
 def splash_output(
     q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, interpret: bool = False
 ) -> Heads:
-    """The first result of `splash`, whose second costs as much memory as a head of 128."""
+    """The first result of `splash`; the second would take as much memory as a head of 128."""
     return _crop(_splash(q, k, v, keys, save_residuals=False, interpret=interpret), q)
 
 
 def _splash(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys, **options: bool) -> Array:
-    """The kernel's own answer, `B N L K`, to queries, keys and heads padded to whole blocks."""
-    from jax.experimental.pallas.ops.tpu import splash_attention  # when a trace needs it
+    """The kernel's own result, `B N L K`, for queries, keys and heads padded to whole blocks."""
+    from jax.experimental.pallas.ops.tpu import splash_attention  # only when a trace needs it
 
     heads, present = q.shape[2], k.shape[1]
-    largest = _MAX_BLOCK if q.shape[-1] <= _WIDE else _MAX_BLOCK // 2
+    widest = _WIDE // 2 if q.dtype == jnp.float32 else _WIDE
+    largest = _MAX_BLOCK if q.shape[-1] <= widest else _MAX_BLOCK // 2
     block_q, length = _blocks(q.shape[1], largest)
     block_kv, size = _blocks(present, largest)
     q, k, v = (
@@ -196,7 +198,7 @@ def _splash(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys, **options: bool) -> 
 
 
 def _blocks(length: int, largest: int) -> tuple[int, int]:
-    """Size of equal blocks, whole lanes and at most `largest`, and what they cover together."""
+    """Size of equal blocks of whole lanes, at most `largest`, and their total length."""
     count = math.ceil(length / largest)
     size = _LANES * math.ceil(length / count / _LANES)
     return size, count * size
@@ -212,11 +214,11 @@ def _crop(out: Float[Array, "B N L2 K2"], q: Heads) -> Heads:
 
 
 def cudnn_output(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
-    """cuDNN's flash attention for GPUs; `chunked` for what it does not take.
+    """cuDNN's flash attention for GPUs; `chunked` for inputs that it does not support.
 
-    It takes bfloat16 and float16, and heads of at most 128 numbers, or 256 on newer GPUs. It
-    rounds `out` to that dtype, and its logsumexp too, which is too coarse to `merge` by: a ring of
-    GPUs uses `chunked`.
+    It supports bfloat16 and float16, and heads of at most 128 numbers, or 256 on newer GPUs. It
+    rounds `out` to that dtype, and its logsumexp too, which is then too coarse for `merge`: a ring
+    of GPUs uses `chunked`.
     """
     if q.dtype in (jnp.bfloat16, jnp.float16):
         real = None if keys is None else jnp.full(q.shape[0], keys, jnp.int32)
@@ -226,8 +228,8 @@ def cudnn_output(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads
             )
             return out.astype(jnp.float32)
         except RuntimeError:
-            # No cuDNN in this process, which then has no such GPU and only traces for one; or a
-            # head that it refuses.
+            # This process has no cuDNN, and so no such GPU, and only traces for one; or cuDNN
+            # refuses the head.
             pass
     return chunked_output(q, k, v, keys)
 

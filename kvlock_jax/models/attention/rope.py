@@ -7,27 +7,27 @@ from jaxtyping import Array, Float
 from kvlock_jax.shapes import Heads
 
 Rope = tuple[Float[Array, "*B L K2"], Float[Array, "*B L K2"]]
-"""Cosines and sines, float32, one of each per pair of a head's numbers (`K2 = K / 2`); of all rows,
-or of each."""
+"""Cosines and sines, float32, one of each for every pair of a head's numbers (`K2 = K / 2`), shared
+by all rows or one table for each."""
 
 _THETA = 10_000.0
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """How many numbers of a head turn with time, rows and columns (Wan 2.1)."""
+    """Numbers of a head that rotate with time, rows and columns (Wan 2.1)."""
     space = 2 * (head_dim // 6)
     return head_dim - 2 * space, space, space
 
 
 def rope_table(grid: tuple[int, int, int], head_dim: int) -> Rope:
-    """The angles by which each token's keys and queries are turned, as cosines and sines.
+    """Cosines and sines of the angles that rotate each token's queries and keys.
 
-    Pair i of an axis with d numbers turns by `position * 10000^(-2i / d)`; time comes first in a
-    head, then rows, then columns. The angles are computed in float64 as published.
+    Pair i of an axis with d numbers rotates by `position * 10000^(-2i / d)`; time comes first in a
+    head, then rows, then columns. Angles are computed in float64 as published.
 
     Args:
       grid: tokens `T H W`.
-      head_dim: `K`, even.
+      head_dim: numbers `K` of a head, even.
     """
     parts = []
     for axis, (length, numbers) in enumerate(zip(grid, rope_axes(head_dim), strict=True)):
@@ -38,7 +38,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> Rope:
         parts.append((angle.reshape(shape), (*grid, frequency.size)))
 
     def table(function: np.ufunc) -> Float[Array, "L K2"]:
-        """Cosines or sines of all tokens."""
+        """Cosines or sines of all tokens' angles."""
         # Broadcast on the device: at full size the table is 8 MB, too much for a constant.
         axes = [jnp.broadcast_to(jnp.asarray(function(a), jnp.float32), s) for a, s in parts]
         return jnp.concatenate(axes, axis=-1).reshape(-1, head_dim // 2)
@@ -47,7 +47,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int) -> Rope:
 
 
 def rotate(x: Heads, rope: Rope) -> Heads:
-    """Turns neighbouring pairs of every head by the token's angles; float32 in and out."""
+    """Rotates neighbouring pairs of every head by the token's angles; float32 in and out."""
     cos, sin = (t[..., None, :] for t in rope)
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]

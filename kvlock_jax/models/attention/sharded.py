@@ -1,5 +1,7 @@
-"""Attention whose queries lie on several devices: `B` over `data`, `L` over `frames`, `N` over
-`model`, the axes of the ambient mesh (`kvlock_jax.sharding`). Outside of a mesh it is `attend`.
+"""Attention of queries on several devices.
+
+The ambient mesh (`kvlock_jax.parallel.sharding`) shards `B` over `data`, `L` over `frames` and `N`
+over `model`. Without a mesh the functions are `attend`.
 """
 
 from collections.abc import Callable
@@ -15,13 +17,13 @@ from kvlock_jax.parallel import sharding
 from kvlock_jax.shapes import Heads
 
 Attend = Callable[[Heads, KeyHeads, KeyHeads, Keys], Heads]
-"""Self-attention from queries, keys and values of all tokens, and how many tokens are real."""
+"""Self-attention of queries, keys and values of all tokens, and the number of real tokens."""
 
 
 def gathered(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
-    """`attend`, with every device of `frames` fetching the keys and values of all.
+    """`attend`, with every device of `frames` gathering all keys and values.
 
-    They are held whole during the call: `2 B S N K` numbers, less what other axes split.
+    A device holds all of them during the call: `2 B S N K` numbers, divided by the other axes.
 
     Raises:
       ConfigError: edits, tokens or heads do not divide over their mesh axis.
@@ -29,7 +31,7 @@ def gathered(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
     frames = sharding.shards("L")
 
     def local(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-        """What a device does."""
+        """The work of one device."""
         if frames > 1:
             k, v = (jax.lax.all_gather(x, "frames", axis=1, tiled=True) for x in (k, v))
         return attend(q, k, v, keys)
@@ -38,10 +40,10 @@ def gathered(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
 
 
 def ring(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
-    """`attend`, with keys and values passed round the devices of `frames`, a block at a time.
+    """`attend`, with the devices of `frames` passing blocks of keys and values round a ring.
 
-    Each device attends to its own block while the next one is on its way to it, and joins the
-    results by their logsumexp in float32 (`kernels.merge`). Two blocks are held at most.
+    Each device attends to one block while it receives the next, and merges the results by their
+    logsumexp in float32 (`kernels.merge`). It holds two blocks at most.
 
     Raises:
       ConfigError: edits, tokens or heads do not divide over their mesh axis.
@@ -51,21 +53,21 @@ def ring(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
         return gathered(q, k, v, keys)
 
     def local(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-        """What a device does."""
+        """The work of one device."""
         size, place = k.shape[1], jax.lax.axis_index("frames")
         onward = [(i, (i + 1) % frames) for i in range(frames)]
 
         def part(block: tuple[KeyHeads, KeyHeads], step: int | Int[Array, ""]):
-            """Attention to the block that is here at a step."""
+            """Attention to the block that this device holds at a step."""
             # After n steps a device holds the block of the device n places back.
             first = (place - step) % frames * size
             return attend_part(q, *block, keys if keys is None else jnp.clip(keys - first, 0, size))
 
         def turn(carry, step: Int[Array, ""]):
-            """Attends to a block while the next one comes."""
+            """Attends to a block while the next one arrives."""
             block, so_far = carry
-            coming = jax.lax.ppermute(block, "frames", onward)
-            return (coming, merge(so_far, part(block, step))), None
+            arriving = jax.lax.ppermute(block, "frames", onward)
+            return (arriving, merge(so_far, part(block, step))), None
 
         nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf))
         carry = ((k, v), nothing)
@@ -77,7 +79,7 @@ def ring(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
 
 
 def replicated_keys(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-    """`attend` to keys that every device of `frames` has, such as a text's.
+    """`attend` to keys that every device of `frames` holds, such as a text's.
 
     Raises:
       ConfigError: edits, tokens or heads do not divide over their mesh axis.
@@ -86,7 +88,7 @@ def replicated_keys(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
 
 
 def _on_mesh(local: Attend, letters: str, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-    """`local` on every device, of queries and of keys and values with the dimensions `letters`."""
+    """Runs `local` on every device; keys and values have the dimensions `letters`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return local(q, k, v)
@@ -96,7 +98,7 @@ def _on_mesh(local: Attend, letters: str, q: Heads, k: KeyHeads, v: KeyHeads) ->
             fitting = [n for n in range(1, size + 1) if size % n == 0]
             raise ConfigError(
                 f"{size} {name} do not divide over {shards} devices of mesh axis {axis!r}; "
-                f"these numbers would do: {', '.join(map(str, fitting))}"
+                f"these numbers divide: {', '.join(map(str, fitting))}"
             )
     queries, others = sharding.spec("BLNK"), sharding.spec(letters)
     return jax.shard_map(

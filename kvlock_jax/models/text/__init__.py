@@ -1,1 +1,1 @@
-"""Text: the tokenizer, the UMT5 encoder, and prompts to contexts."""
+"""The text encoder: tokenizer, UMT5, and the encoding of prompts into contexts."""

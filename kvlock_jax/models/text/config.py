@@ -10,7 +10,7 @@ from kvlock_jax.settings.fields import require, require_positive
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
-    """Sizes of a UMT5 encoder; names are those of the Transformers `config.json`."""
+    """Sizes of a UMT5 encoder, named as in Transformers' `config.json`."""
 
     vocab_size: int
     d_model: int
@@ -29,6 +29,8 @@ class UMT5Config:
         )
         buckets = self.relative_attention_num_buckets
         require(buckets % 4 == 0, self, "relative_attention_num_buckets", "a multiple of 4")
+        far, exact = self.relative_attention_max_distance, buckets // 4
+        require(far > exact, self, "relative_attention_max_distance", f"over {exact}")
 
 
 PARAMETERS = ParameterRules(
@@ -39,10 +41,10 @@ PARAMETERS = ParameterRules(
         r"DenseReluDense\.wi_[01]\.kernel": "layers D I",
         r"DenseReluDense\.wo\.kernel": "layers I D",
     },
-    # 5.7 billion parameters that serve once an edit lie on all devices together, always
+    # All devices share these 5.7 billion parameters, always: they serve once an edit.
     axes={"D": AXES},
     spread_axes={"D": AXES},
-    # the vocabulary is published in bfloat16
+    # The vocabulary is published in bfloat16.
     rounded=r".+\.kernel|shared\.embedding",
 )
 """The rules of the encoder's parameters."""

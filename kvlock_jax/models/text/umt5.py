@@ -1,8 +1,9 @@
-"""The encoder of UMT5, which turns token ids into the text context of Wan.
+"""The encoder of UMT5, which turns token ids into Wan's text context.
 
-T5's encoder with one change: every block has its own relative attention bias. Layout and arithmetic
-are those of `UMT5EncoderModel` in Transformers; attributes keep the names of its checkpoint, except
-that the blocks are one stacked module with a leading layer axis, which a `lax.scan` runs over.
+It is T5's encoder with one change: every block has its own relative attention bias. Layout and
+arithmetic are those of `UMT5EncoderModel` in Transformers; attributes keep its checkpoint's names,
+except that the blocks are one stacked module with a leading layer axis, over which a `lax.scan`
+runs.
 """
 
 import math
@@ -25,20 +26,21 @@ Mask = Bool[Array, "B S"]
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "L S"]:
     """The bucket of every (query, key) offset, for the relative attention bias.
 
-    Half of the buckets are for keys after the query. Of each half, one half holds one distance
-    each, the rest grow with the logarithm up to `max_distance`; beyond it the last one holds all.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets
+    hold one distance each, the others grow logarithmically up to `max_distance`, and the last holds
+    all larger distances.
 
     Args:
-      length: tokens; the table is `length x length`.
+      length: number of tokens; the table is `length x length`.
       buckets: number of buckets, a multiple of 4.
-      max_distance: tokens at and beyond which all distances share a bucket.
+      max_distance: distance in tokens from which on all share a bucket.
     """
     positions = np.arange(length)
     offset = positions[None, :] - positions[:, None]
     distance = np.abs(offset)
     half = buckets // 2
     exact = half // 2
-    # float32 as published: where a bucket begins at a power of two, rounding decides the bucket
+    # float32 as published: rounding decides the bucket of a distance that is a power of two
     octave = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     octave = octave / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + octave.astype(np.int32), half - 1)
@@ -71,7 +73,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: UMT5Config, *, dtype: Any, rngs: nnx.Rngs):
         wide, self.head_dim = config.d_model, config.d_kv
         inner, std = config.num_heads * config.d_kv, wide**-0.5
-        # T5 has no 1/sqrt(K) on its logits: the queries' initial deviation carries it
+        # T5 does not scale its logits by 1/sqrt(K): the queries' initial deviation does
         self.q = _linear(wide, inner, std * config.d_kv**-0.5, dtype, rngs)
         self.k = _linear(wide, inner, std, dtype, rngs)
         self.v = _linear(wide, inner, std, dtype, rngs)
@@ -167,7 +169,7 @@ class UMT5Encoder(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def stacked(rngs: nnx.Rngs) -> Block:
-            """One of them."""
+            """One block."""
             return Block(config, dtype=dtype, rngs=rngs)
 
         self.block = stacked(rngs)
@@ -178,8 +180,8 @@ class UMT5Encoder(nnx.Module):
 
         Args:
           ids: token ids, 0 to `config.vocab_size - 1`.
-          mask: 1 where a token is real; padding is not attended to, and what comes out at its
-            positions means nothing.
+          mask: 1 where a token is real; no token attends to padding, and hidden states at its
+            positions are meaningless.
         """
         config = self.config
         table = relative_buckets(

@@ -1,1 +1,4 @@
-"""Wan's causal video VAE."""
+"""Wan's causal video VAE.
+
+`autoencoder` is the network, `convolutions` and `filtering` are its layers, `chunks` bounds memory.
+"""

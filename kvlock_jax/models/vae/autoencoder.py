@@ -1,12 +1,13 @@
 """Wan 2.1's causal video VAE.
 
-Time is causal: a frame sees itself and earlier frames only, so a clip is encoded and decoded chunk
-by chunk, each convolution handing its last input frames on as a cache. Memory therefore does not
-grow with the clip's length. The first chunk is one frame and has no cache (`None`); every later
-chunk is a whole number of latent frames, and a `lax.scan` runs over them.
+Time is causal: a frame depends on itself and earlier frames only. So the VAE encodes and decodes a
+clip chunk by chunk, with each convolution passing its last input frames on as a cache, and memory
+does not grow with the clip's length. The first chunk is one frame and has no cache (`None`); every
+later chunk is a whole number of latent frames, and a `lax.scan` runs over them.
 
-Layout and arithmetic are those of the published checkpoint (Wan-Video/Wan2.1, `AutoencoderKLWan` in
-Diffusers); attributes keep its names.
+Layout and arithmetic are the published checkpoint's (Wan-Video/Wan2.1, `AutoencoderKLWan` in
+Diffusers); attributes keep its names. Products of float32 operands keep all bits on every backend
+(`models.precision`).
 """
 
 import math
@@ -36,8 +37,8 @@ from kvlock_jax.shapes import VAE_STRIDES, Latents
 Video = Float[Array, "B frames height width 3"]
 
 _CELLS = 1024
-"""Latent cells up to which frames are coded at once: convolutions of a few run slower, and weights
-are read for each chunk anew."""
+"""Most latent cells of a chunk. Convolutions of few cells run slower, and every chunk reads all
+weights."""
 
 
 class RMSNorm(nnx.Module):
@@ -50,7 +51,7 @@ class RMSNorm(nnx.Module):
         """`sqrt(C) x / max(|x|, 1e-12) * gamma`, with the norm over channels."""
         wide = x.astype(jnp.float32)
         square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
-        # max inside the root: the gradient of the root at 0 is infinite
+        # max inside the root, since the gradient of the root at 0 is infinite
         unit = wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
         return (unit * (x.shape[-1] ** 0.5) * self.gamma[...].astype(jnp.float32)).astype(x.dtype)
 
@@ -88,7 +89,7 @@ class AttentionBlock(nnx.Module):
         self.proj = nnx.Linear(channels, channels, rngs=rngs)
 
     def __call__(self, x: Feature) -> Feature:
-        """Adds every frame's attention to it."""
+        """Adds its self-attention to every frame."""
         batch, frames, height, width, channels = x.shape
         qkv = _linear(self.to_qkv, self.norm(x))
         q, k, v = jnp.split(qkv.reshape(batch * frames, height * width, 1, 3 * channels), 3, -1)
@@ -112,7 +113,7 @@ class MidBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves rows and columns; where `temporal`, frames too, but the first frame stands alone."""
+    """Halves rows and columns; if `temporal`, also all frames but the first."""
 
     def __init__(self, channels: int, temporal: bool, *, rngs):
         self.resample = HalvingConv2d(channels, channels, rngs=rngs)
@@ -120,7 +121,7 @@ class Downsample(nnx.Module):
         self.time_conv = make
 
     def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
-        """Returns the smaller chunk and, as cache, its last frame before time is halved."""
+        """Returns the smaller chunk and, as cache, its last frame before halving time."""
         x = self.resample(x)
         if self.time_conv is None:
             return x, ()
@@ -130,7 +131,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles rows and columns, halves channels; where `temporal`, doubles frames but the first."""
+    """Doubles rows and columns, halves channels; if `temporal`, doubles frames but the first."""
 
     def __init__(self, channels: int, temporal: bool, *, rngs):
         self.resample = DoublingConv2d(channels, channels // 2, rngs=rngs)
@@ -178,16 +179,16 @@ class Encoder(nnx.Module):
         return _chain((self.wide, self.narrow), x, cache)
 
     def wide(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
-        """All before the lowest resolution: of its convolutions none sees a frame as a whole."""
+        """The layers above the lowest resolution, which see a bounded part of a frame."""
         return _chain((self.conv_in, *self.down_blocks), x, cache)
 
     def narrow(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
-        """The rest."""
+        """The layers at the lowest resolution, which see whole frames."""
         return _run((self.mid_block,), self, x, cache)
 
 
 class UpBlock(nnx.Module):
-    """The residual blocks of one level of the decoder, and its up-sampling if it has one."""
+    """The residual blocks of one level of the decoder, and its upsampling if it has one."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, temporal: bool | None, *, rngs):
         widths = [c_in] + [c_out] * blocks
@@ -224,25 +225,25 @@ class Decoder(nnx.Module):
         return _chain((self.narrow, self.wide), x, cache)
 
     def narrow(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
-        """What is at the lowest resolution."""
+        """The layers at the lowest resolution, which see whole frames."""
         return _chain((self.conv_in, self.mid_block), x, cache)
 
     def wide(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
-        """The rest: of its convolutions none sees a frame as a whole."""
+        """The layers above the lowest resolution, which see a bounded part of a frame."""
         return _run(tuple(self.up_blocks), self, x, cache)
 
 
 def _chain(modules: tuple[Coder, ...], x: Feature, cache: Cache) -> tuple[Feature, Cache]:
     """Runs modules in turn, each with its own cache."""
     caches = []
-    for module, own in zip(modules, cache or [None] * len(modules), strict=True):
-        x, own = module(x, own)
-        caches.append(own)
+    for module, before in zip(modules, cache or [None] * len(modules), strict=True):
+        x, after = module(x, before)
+        caches.append(after)
     return x, tuple(caches)
 
 
 def _run(body: tuple, owner: Any, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
-    """Runs a body and its owner's output layers."""
+    """Runs a body, then its owner's output layers."""
     inner, last = (None, None) if cache is None else cache
     x, inner = _chain(body, x, inner)
     x, last = owner.conv_out(jax.nn.silu(owner.norm_out(x)), last)
@@ -250,7 +251,7 @@ def _run(body: tuple, owner: Any, x: Feature, cache: Cache) -> tuple[Feature, Ca
 
 
 class WanVAE(nnx.Module):
-    """The VAE; latents that leave and enter it are normalised to unit variance per channel.
+    """The VAE; latents outside of it are normalised to unit variance per channel.
 
     Args:
       config: sizes and latent statistics.
@@ -258,9 +259,9 @@ class WanVAE(nnx.Module):
       rngs: source of the initial parameters.
 
     Attributes:
-      tiles: of columns that a frame is encoded and decoded in, for the memory of one of them. The
-        result is the same: a tile is made with the 10 to 13 latent columns on either side that it
-        depends on, and what attends within a frame, at the lowest resolution, sees all of it.
+      tiles: number of column tiles of a frame that are processed one by one, to save memory. The
+        result is the same: each tile includes the 10 to 13 latent columns on either side that it
+        depends on, and the layers at the lowest resolution, with attention, see whole frames.
     """
 
     def __init__(self, config: VAEConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -279,7 +280,7 @@ class WanVAE(nnx.Module):
           chunk: latent frames to encode at once after the first; must divide n.
 
         Raises:
-          InputError: if the video's size does not fit the VAE's strides, or the chunk its length.
+          InputError: the video's size does not fit the VAE's strides, or the chunk its length.
         """
         frames, *sides = video.shape[1:4]
         time, *space = VAE_STRIDES
@@ -292,8 +293,8 @@ class WanVAE(nnx.Module):
         if self.tiles == 1:
             mean_logvar = over_chunks(self.encoder, x, time * chunk)
         else:
-            laid = {"tiles": self.tiles, "unit": self.encoder.unit, "reach": self.encoder.reach}
-            x = in_tiles(lambda tile: over_chunks(wide, tile, time * chunk), x, **laid)
+            sizes = {"tiles": self.tiles, "unit": self.encoder.unit, "reach": self.encoder.reach}
+            x = in_tiles(lambda tile: over_chunks(wide, tile, time * chunk), x, **sizes)
             mean_logvar = over_chunks(self.encoder.narrow, x, chunk)
         mean_logvar = _linear(self.quant_conv, mean_logvar).astype(jnp.float32)
         mean, logvar = jnp.split(mean_logvar, 2, axis=-1)
@@ -305,14 +306,14 @@ class WanVAE(nnx.Module):
         return (mean - jnp.array(self.config.latents_mean)) / jnp.array(self.config.latents_std)
 
     def decode(self, latents: Feature, chunk: int = 1) -> Video:
-        """Pixels of normalised latents, float32, about [-1, 1] but not clamped."""
+        """Pixels of normalised latents, float32, about [-1, 1] and not clamped."""
         z = latents * jnp.array(self.config.latents_std) + jnp.array(self.config.latents_mean)
         z = _linear(self.post_quant_conv, z.astype(self.dtype))
         if self.tiles == 1:
             return over_chunks(self.decoder, z, chunk).astype(jnp.float32)
-        laid = {"tiles": self.tiles, "unit": 1, "reach": self.decoder.reach}
+        sizes = {"tiles": self.tiles, "unit": 1, "reach": self.decoder.reach}
         x, wide = over_chunks(self.decoder.narrow, z, chunk), self.decoder.wide
-        x = in_tiles(lambda tile: over_chunks(wide, tile, chunk), x, **laid)
+        x = in_tiles(lambda tile: over_chunks(wide, tile, chunk), x, **sizes)
         return x.astype(jnp.float32)
 
 
@@ -322,9 +323,9 @@ def encode(
     video: UInt8[Array, "B frames height width 3"] | Video,
     shown: Bool[Array, "B frames height width"] | None = None,
 ) -> Latents:
-    """Normalised latents of a video in levels of 255, or in [-1, 1] where they are floats.
+    """Normalised latents of a video of uint8 levels, or of floats in [-1, 1].
 
-    Pixels that are not `shown` are 0, which is grey.
+    Pixels that are not `shown` become 0, which is grey.
     """
     if jnp.issubdtype(video.dtype, jnp.integer):
         video = video.astype(jnp.float32) / 127.5 - 1.0
@@ -340,7 +341,7 @@ def encode(
 def decode(
     vae: WanVAE, latents: Latents
 ) -> tuple[UInt8[Array, "B frames height width 3"], Bool[Array, "B"]]:
-    """Videos in levels of 255, and whether all was finite before: integers have no NaN."""
+    """Videos of uint8 levels, and whether their pixels were finite before rounding."""
     rest, cells = latents.shape[1] - 1, math.prod(latents.shape[2:4])
     pixels = vae.decode(latents, _chunk(rest, cells))
     levels = jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
@@ -349,6 +350,6 @@ def decode(
 
 
 def _chunk(frames: int, cells: int) -> int:
-    """How many of the latent frames after the first to code at once: a divisor of them."""
+    """Latent frames of a chunk after the first: a divisor of all of them."""
     most = min(frames, _CELLS // max(cells, 1))
     return next((size for size in range(most, 1, -1) if frames % size == 0), 1)

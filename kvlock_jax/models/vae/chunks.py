@@ -1,4 +1,4 @@
-"""Long and large videos piece by piece, for the memory of a piece."""
+"""Processes long and large videos piece by piece, which bounds memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,39 +11,39 @@ from kvlock_jax.errors import InputError
 
 Feature = Float[Array, "B _T _H _W _C"]
 Coder = Callable[[Feature, Any], tuple[Feature, Any]]
-"""From features and a cache of the chunk before to the like; the cache is `None` at the start."""
+"""Maps features and the cache of the chunk before, at first `None`, to features and a cache."""
 
 
 def in_tiles(
     run: Callable[[Feature], Feature], x: Feature, *, tiles: int, unit: int, reach: int
 ) -> Feature:
-    """`run(x)` of tiles of columns, one after another.
+    """Applies `run` to tiles of columns, one after another; the result is `run(x)`.
 
-    Each tile takes in `reach` units on either side, and what `run` makes of these is dropped: there
-    are no seams, and nothing to blend.
+    Each tile includes `reach` units on either side, whose results are dropped. So tiles have no
+    seams and need no blending.
 
     Args:
       run: convolutions.
-      x: its columns are whole units.
-      tiles: how many, at most.
-      unit: columns of `x` that become a fixed number of columns, whatever lies beside them.
-      reach: units to either side that a unit of the output depends on.
+      x: features, of a whole number of units in columns.
+      tiles: number of tiles, at most.
+      unit: columns of `x` that become a fixed number of columns.
+      reach: units to either side on which a unit of the output depends.
     """
     if tiles == 1:
         return run(x)
     units = x.shape[3] // unit
-    own = -(-units // tiles)
-    size = min(units, own + 2 * reach)
-    firsts = range(0, units, own)
+    kept = -(-units // tiles)
+    size = min(units, kept + 2 * reach)
+    firsts = range(0, units, kept)
     starts = [min(max(first - reach, 0), units - size) for first in firsts]
-    made = jax.lax.map(
+    results = jax.lax.map(
         lambda start: run(jax.lax.dynamic_slice_in_dim(x, start * unit, size * unit, axis=3)),
         jnp.array(starts),
     )
-    wide = made.shape[4] // size
+    wide = results.shape[4] // size
     parts = []
-    for tile, first, start in zip(made, firsts, starts, strict=True):
-        last = min(first + own, units)
+    for tile, first, start in zip(results, firsts, starts, strict=True):
+        last = min(first + kept, units)
         parts.append(tile[:, :, :, (first - start) * wide : (last - start) * wide])
     return jnp.concatenate(parts, axis=3)
 
@@ -59,7 +59,7 @@ def over_chunks(coder: Coder, x: Feature, size: int) -> Feature:
     first, cache = coder(x[:, :1], None)
     if count == 0:
         return first
-    if count == 1:  # XLA on CPU compiles gradients of a loop's body far worse
+    if count == 1:  # XLA on CPU compiles gradients of a loop's body badly
         return jnp.concatenate([first, coder(rest, cache)[0]], axis=1)
     chunks = jnp.moveaxis(rest.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
     _, out = jax.lax.scan(lambda c, chunk: coder(chunk, c)[::-1], cache, chunks)

@@ -1,4 +1,4 @@
-"""Sizes of Wan's VAE."""
+"""Sizes of Wan's VAE, and the statistics of its latents."""
 
 import dataclasses
 import math

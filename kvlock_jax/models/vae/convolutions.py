@@ -15,17 +15,17 @@ from kvlock_jax.parallel import sharding
 Feature = Float[Array, "B _T _H _W _C"]
 """Frames of channels; what makes them of others may change all sizes but the batch."""
 Cache = Any
-"""A pytree of the frames that a module needs of the chunk before; `None` before the first chunk."""
+"""A pytree of frames of the previous chunk that a module needs; `None` before the first chunk."""
 
 _WIDE, _LARGE = 96, 512
-"""Channels and cells of a frame from which filtered rows and columns are faster on CPU than XLA's
-convolution: of fewer cells, bringing the kernel to its filtered form takes too much of the time."""
+"""Fewest channels and cells of a frame for which filtered rows and columns beat XLA's convolution
+on CPU. With fewer cells, transforming the kernel takes too much of the time."""
 
 _NARROW = 32
-"""Channels up to which XLA's convolution on CPU is faster over three frames' than three times."""
+"""Most channels for which XLA on CPU convolves three frames at once faster than in turn."""
 
 _THIN = 64
-"""Channels in times channels out up to which sums and not products take the time: unfiltered."""
+"""Most channels in times channels out for which sums dominate, so that filtering does not pay."""
 
 _KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -50,12 +50,12 @@ def _same(x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
 
 
 def _padded(x: Feature) -> Feature:
-    """With a row or column of zeros on every side."""
+    """Pads a row or column of zeros on every side."""
     return jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
 
 
 def _planes(x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
-    """What `_same` does, as is fastest on CPU."""
+    """`_same` in the form that is fastest on CPU."""
     if kernel.shape[0] == 1:
         return _matmul(x, kernel[0, 0])
     if not _filtered(x, kernel):
@@ -71,12 +71,12 @@ def _filtered(x: Feature, kernel: Float[Array, "*t h w I O"]) -> bool:
 
 
 def _wide(x: Feature, kernel: Float[Array, "*t h w I O"]) -> bool:
-    """Whether products of channels take most of a convolution's time, in a dtype that can sum."""
+    """Whether channel products dominate a convolution, in a dtype precise enough to filter."""
     return min(kernel.shape[-2:]) >= _WIDE and x.dtype == jnp.float32
 
 
 def _each(x: Feature, kernel: Float[Array, "*t h w I O"]) -> filtering.Each:
-    """How products of planes are made: in a loop where each is a filter of many more."""
+    """The form of the products of planes: a loop where each is itself a filter of many."""
     return filtering.looped if _filtered(x, kernel) else filtering.unrolled
 
 
@@ -90,7 +90,7 @@ def _product_of_rows(x: Feature, taps: Float[Array, "h I O"], form: filtering.Fi
 
 
 def _doubled(x: Feature) -> Feature:
-    """Every cell four times; a broadcast, since the gradient of `jnp.repeat` is a slow scatter."""
+    """Repeats every cell four times; a broadcast, since `jnp.repeat` has a slow gradient."""
     batch, frames, height, width, channels = x.shape
     wide = jnp.broadcast_to(
         x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, channels)
@@ -106,7 +106,7 @@ class _Conv2d(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
 
     def __call__(self, x: Feature) -> Feature:
-        """Convolves; float32 parameters are brought to the dtype of `x`."""
+        """Convolves, with parameters cast to the dtype of `x`."""
         kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
         return self._convolve(x, kernel) + bias
 
@@ -119,9 +119,9 @@ class HalvingConv2d(_Conv2d):
 
 
 class DoublingConv2d(_Conv2d):
-    """A 3x3 convolution of every frame whose rows and columns were doubled before.
+    """A 3x3 convolution of every frame after doubling its rows and columns.
 
-    On CPU one of wide channels is never made: most of its products would be the same.
+    On CPU, wide channels are not doubled: most products would be computed twice or four times.
     """
 
     def _convolve(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
@@ -140,11 +140,12 @@ class DoublingConv2d(_Conv2d):
 
 
 class CausalConv3d(nnx.Module):
-    """A 3-D convolution that sees no later frame.
+    """A 3-D convolution that depends on no later frame.
 
-    On CPU its steps in time are filtered, so that products are 2-D convolutions of frames. A single
-    frame is the sum of three such, or of few channels one of three frames' at once. Elsewhere it is
-    one convolution: several would each fetch the edges of neighbouring chips for themselves.
+    On CPU its taps in time are filtered, so that products are 2-D convolutions of frames. A single
+    frame is the sum of three of them, or with few channels one convolution of three frames'
+    channels. Other backends run one convolution: several would each exchange the edges of frames
+    between chips.
     """
 
     def __init__(self, c_in: int, c_out: int, size: int = 3, time_stride: int = 1, *, rngs):
@@ -154,24 +155,24 @@ class CausalConv3d(nnx.Module):
         self.time_stride = time_stride
 
     def valid(self, x: Feature) -> Feature:
-        """Convolves without padding in time: two frames fewer come out than go in."""
+        """Convolves without padding in time, which drops two frames."""
         kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
         forms = {"cpu": self._by_frames, "default": self._whole}
         return jax.lax.platform_dependent(x, kernel, **forms) + bias
 
     def _by_frames(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
-        # else XLA would filter the kernels of all layers before a scan over chunks, and hold them
+        # Without the barrier XLA filters the kernels of all layers before a scan, and holds them.
         x, kernel = jax.lax.optimization_barrier((x, kernel))
-        made, (c_in, c_out) = range(0, x.shape[1] - 2, self.time_stride), kernel.shape[3:]
-        plain = len(made) == 1 or self.time_stride > 1 or c_in * c_out <= _THIN
+        starts, (c_in, c_out) = range(0, x.shape[1] - 2, self.time_stride), kernel.shape[3:]
+        plain = len(starts) == 1 or self.time_stride > 1 or c_in * c_out <= _THIN
         if not plain and x.dtype == jnp.float32:
-            form = filtering.TWO if len(made) == 2 else filtering.FOUR
+            form = filtering.TWO if len(starts) == 2 else filtering.FOUR
             return filtering.convolve(x, kernel, _planes, form, axis=1, each=_each(x, kernel))
         frames, taps = jnp.split(x, x.shape[1], axis=1), list(kernel)
         if c_in <= _NARROW:
             taps = [jnp.concatenate(taps, axis=-2)]
         y = []
-        for first in made:
+        for first in starts:
             seen = frames[first : first + 3]
             seen = [jnp.concatenate(seen, axis=-1)] if len(taps) == 1 else seen
             y.append(sum(_planes(s, t) for s, t in zip(seen, taps, strict=True)))
@@ -191,7 +192,7 @@ class CausalConv3d(nnx.Module):
     def __call__(self, x: Feature, cache: Cache) -> tuple[Feature, Cache]:
         """Convolves a chunk after the two frames in `cache`, zeros before the first chunk."""
         whole = jnp.concatenate([past(x) if cache is None else cache, x], axis=1)
-        if cache is None and x.shape[1] == 1:  # of the three steps in time two see zeros
+        if cache is None and x.shape[1] == 1:  # two of the three taps in time see zeros
             kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
             forms = {"cpu": _planes, "default": _same}
             y = jax.lax.platform_dependent(x, kernel[2], **forms) + bias
@@ -201,5 +202,5 @@ class CausalConv3d(nnx.Module):
 
 
 def past(x: Feature) -> Feature:
-    """The two frames of zeros that stand before a clip."""
+    """Two frames of zeros, which precede a clip."""
     return jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)

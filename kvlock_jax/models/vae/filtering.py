@@ -1,11 +1,11 @@
 """Convolutions of three taps with fewer products: Winograd's minimal filtering.
 
-Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308): some
-outputs of three taps `g` come from a window of inputs `d` by a few products,
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308): a few
+products turn a window of inputs `d` and three taps `g` into several outputs,
 
     y = A^T [(G g) (B^T d)]
 
-Axes nest: where the product is a convolution along another axis, that one is filtered as well.
+Axes nest: a product may itself be a filtered convolution along another axis.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from jaxtyping import Array, Float64, Int
 from kvlock_jax.models.precision import precision_for
 
 Product = Callable[[Array, Array], Array]
-"""Bilinear, of an input and a tap; it keeps the axes of the input but for the last."""
+"""A bilinear function of an input and a tap that keeps all axes of the input but the last."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Filter:
-    """How outputs are made of a window of inputs.
+    """The matrices that turn a window of inputs into outputs.
 
     Attributes:
-      of_products: `A^T`.
-      of_taps: `G`.
-      of_inputs: `B^T`.
+      of_products: matrix `A^T`.
+      of_taps: matrix `G`.
+      of_inputs: matrix `B^T`.
       stride: inputs from one window to the next.
     """
 
@@ -42,10 +42,10 @@ class Filter:
 
 
 def _toom_cook(*points: float) -> Filter:
-    """`F(n, 3)`: n outputs of n + 2 inputs and products, by polynomials' values at n + 1 points."""
+    """`F(n, 3)`: n outputs of n + 2 inputs and products, by polynomials at n + 1 points."""
     outputs, at = len(points) - 1, np.array(points)
     others = [np.delete(at, i) for i in range(len(at))]
-    last = np.arange(outputs) == outputs - 1  # what the point at infinity tells
+    last = np.arange(outputs) == outputs - 1  # from the point at infinity
     of_products = np.concatenate([at ** np.arange(outputs)[:, None], last[:, None]], axis=1)
     scale = np.array([np.prod(p - rest) for p, rest in zip(at, others, strict=True)])
     of_taps = np.concatenate([at[:, None] ** np.arange(3) / scale[:, None], [[0.0, 0.0, 1.0]]])
@@ -57,8 +57,8 @@ TWO = _toom_cook(0.0, 1.0, -1.0)
 """Two outputs of four inputs by four products instead of six."""
 
 FOUR = _toom_cook(0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
-"""Four outputs of six inputs by six products instead of twelve. The usual points, 0, 1, -1, 2 and
--2, round more than a third more than these (`tests/test_filtering.py`)."""
+"""Four outputs of six inputs by six products instead of twelve. With the usual points, 0, 1, -1, 2
+and -2, rounding errors are over a third larger (`tests/test_filtering.py`)."""
 
 DOUBLED = Filter(
     of_products=np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]),
@@ -66,45 +66,45 @@ DOUBLED = Filter(
     of_inputs=np.array([[1.0, -1.0, 0.0], [0.0, 1.0, 0.0], [0.0, -1.0, 1.0]]),
     stride=1,
 )
-"""Two outputs of three inputs, each standing for two alike, by three products instead of six: `TWO`
-of `a b b c`, of whose products one is 0."""
+"""Two outputs of three inputs, each of which stands for two equal ones, by three products instead
+of six: `TWO` of `a b b c`, one of whose products is 0."""
 
 Inputs = Callable[[int], Array]
-"""The inputs of all windows at a place in the window. They are taken where they are summed: cut
-before a loop, each would be a copy that it holds."""
+"""Returns the inputs of all windows at a place in the window. It is called where they are summed:
+slices taken before a loop would be copies that the loop holds."""
 
 Each = Callable[[Product, Filter, Inputs, Array], Sequence[Array]]
-"""All products of a filter, `(G g) (B^T d)`, of inputs and taps."""
+"""Computes all products of a filter, `(G g) (B^T d)`, of inputs and taps."""
 
 
 def unrolled(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
-    """The products one by one."""
+    """Computes the products one by one."""
     taps = _tensordot(jnp.asarray(form.of_taps, taps.dtype), taps)
     windows = _windows(form, inputs)
     return [product(_sum(b, windows), g) for b, g in zip(form.of_inputs, taps, strict=True)]
 
 
 def stacked(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
-    """The products in one batch: small ones compile sooner, and run as fast."""
+    """Computes the products in one batch: small ones compile sooner and run as fast."""
     windows = _windows(form, inputs)
     sums = jnp.stack([_sum(row, windows) for row in form.of_inputs])
     return jax.vmap(product)(sums, jnp.stack([_sum(row, taps) for row in form.of_taps]))
 
 
 def looped(product: Product, form: Filter, inputs: Inputs, taps: Array) -> Sequence[Array]:
-    """The products in a loop, for the memory and the time to compile of one."""
+    """Computes the products in a loop, with the memory and compile time of one."""
     of_inputs, of_taps = (jnp.asarray(m, taps.dtype) for m in (form.of_inputs, form.of_taps))
 
     def of_row(row: int | Int[Array, ""]) -> Array:
-        """A product; factors of 0 are no special ones here."""
+        """One product, with factors of 0 multiplied like others."""
         windows = enumerate(_windows(form, inputs))
         x = sum(of_inputs[row, place] * each for place, each in windows)
         return product(x, _tensordot(of_taps[row], taps))
 
     one, rows = jax.eval_shape(of_row, 0), len(form.of_inputs)
-    # Not the zeros that `lax.map` starts with: XLA would make those once for all loops of a program
-    # and copy them for each before any runs. A number of the inputs ties them to their own loop; it
-    # is of the middle, since edges may be padding.
+    # `lax.map` starts with zeros, which XLA would allocate once for all loops of a program and copy
+    # for each before any runs. A number of the inputs ties the buffer to its own loop; it comes
+    # from the middle, since edges may be padding.
     middle = inputs(form.of_inputs.shape[1] // 2)
     number = middle[tuple(n // 2 for n in middle.shape)]
     start = jnp.broadcast_to(number, (rows, *one.shape))
@@ -123,15 +123,16 @@ def convolve(
 ) -> Array:
     """`y_i = sum_t product(x_{i + t}, taps_t)` along an axis: two shorter than `x`.
 
-    By `DOUBLED` each input but the first and last stands for two alike, and `y` is twice as long.
+    With `DOUBLED` each input but the first and last stands for two equal ones, and `y` is twice as
+    long.
 
     Args:
-      x: inputs, float32: in fewer bits the sums would lose too many.
-      taps: three, along the first axis.
-      product: of the inputs of one place along the axis, and a tap.
-      form: the filter.
-      axis: of `x`.
-      each: how products are made: `unrolled`, `looped` or `stacked`.
+      x: inputs, float32, since sums in fewer bits would lose too many.
+      taps: three taps along the first axis.
+      product: product of the inputs at one place along the axis, and a tap.
+      form: filter.
+      axis: axis of `x`.
+      each: form of the products: `unrolled`, `looped` or `stacked`.
     """
     outputs = len(form.of_products)
     count = x.shape[axis] - 2
@@ -142,11 +143,11 @@ def convolve(
     last = form.stride * (tiles - 1) + 1
 
     def inputs(place: int) -> Array:
-        """Those of all windows."""
+        """The inputs of all windows at a place."""
         return jax.lax.slice_in_dim(x, place, place + last, stride=form.stride, axis=axis)
 
-    made = each(product, form, inputs, taps)
-    y = jnp.stack([_sum(row, made) for row in form.of_products], axis=axis + 1)
+    products = each(product, form, inputs, taps)
+    y = jnp.stack([_sum(row, products) for row in form.of_products], axis=axis + 1)
     y = y.reshape(*y.shape[:axis], tiles * outputs, *y.shape[axis + 2 :])
     return jax.lax.slice_in_dim(y, 0, count * outputs // form.stride, axis=axis)
 
@@ -157,11 +158,11 @@ def _tensordot(factors: Array, taps: Array) -> Array:
 
 
 def _windows(form: Filter, inputs: Inputs) -> list[Array]:
-    """Inputs at all places."""
+    """The inputs at every place of the window."""
     return [inputs(place) for place in range(form.of_inputs.shape[1])]
 
 
 def _sum(factors: np.ndarray, terms: Sequence[Array]) -> Array:
-    """A weighted sum, without terms whose factor is 0."""
+    """A weighted sum that skips terms whose factor is 0."""
     kept = [(f, x) for f, x in zip(factors, terms, strict=True) if f]
     return functools.reduce(operator.add, (x if f == 1 else x * x.dtype.type(f) for f, x in kept))

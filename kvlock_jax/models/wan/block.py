@@ -1,4 +1,4 @@
-"""A block of Wan 2.1's transformer, and a stack of them as one module."""
+"""A block of Wan 2.1's transformer, and a stack of blocks as one module."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from kvlock_jax.models.wan.parameters import PARAMETERS
 from kvlock_jax.parallel import sharding
 
 FEED_FORWARD_TOKENS = 4096
-"""That a device's feed-forward layer takes at a time, for the memory of so many."""
+"""Tokens that a device's feed-forward layer processes at once, which bounds its memory."""
 
 
 def over_tokens(
@@ -27,22 +27,22 @@ def over_tokens(
     x: Float[Array, "B L D"],
     most: int,
 ) -> Float[Array, "B L D"]:
-    """`run(x)` of at most so many tokens of a device at a time; it takes each token by itself."""
+    """Applies `run`, which treats tokens independently, to `most` of a device's at a time."""
     rows, length, width = x.shape
     ways = sharding.shards("L")
-    own, each = length // ways, max(1, most // (rows // sharding.shards("B")))
-    if own <= each:
+    local, limit = length // ways, max(1, most // (rows // sharding.shards("B")))
+    if local <= limit:
         return run(x)
-    parts = -(-own // each)
-    size = -(-own // parts)
-    x = x.reshape(rows, ways, own, width)
+    parts = -(-local // limit)
+    size = -(-local // parts)
+    x = x.reshape(rows, ways, local, width)
 
-    def part(number: int, made: Float[Array, "B ways own D"]) -> Float[Array, "B ways own D"]:
-        """Adds what is made of some tokens."""
-        start = number * size  # clamped where too few are left: some are made again
+    def part(number: int, out: Float[Array, "B ways n D"]) -> Float[Array, "B ways n D"]:
+        """Writes the results of some tokens."""
+        start = number * size  # XLA clamps the last start, so that some tokens run twice
         some = jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
         done = run(some.reshape(rows, ways * size, width)).reshape(some.shape)
-        return jax.lax.dynamic_update_slice_in_dim(made, done, start, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(out, done, start, axis=2)
 
     start = sharding.constrain(jnp.zeros_like(x), "B L own D")
     return jax.lax.fori_loop(0, parts, part, start).reshape(rows, length, width)
@@ -55,12 +55,12 @@ Modulation = Float[Array, "B six D"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """Where tokens are, and how they attend to each other.
+    """Rotary positions of tokens, and their self-attention.
 
     Attributes:
-      rope: of every token, padding included.
-      keys: how many of the tokens are real; `None` if all.
-      attend: self-attention from `B L N K` queries, keys and values, and `keys`.
+      rope: cosines and sines of every token, padding included.
+      keys: number of real tokens; `None` for all.
+      attend: self-attention of `B L N K` queries, keys and values, and `keys`.
     """
 
     rope: Rope
@@ -69,7 +69,7 @@ class Positions:
 
 
 def layer_norm(config: WanConfig, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer norm over channels, float32; with a scale and a shift of its own where `affine`."""
+    """A float32 layer norm over channels; with learned scale and shift if `affine`."""
     return nnx.LayerNorm(
         config.dim,
         epsilon=config.eps,
@@ -82,7 +82,7 @@ def layer_norm(config: WanConfig, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm
 
 
 class Attention(nnx.Module):
-    """Projections of an attention; its norms of queries and keys span all heads at once."""
+    """Projections and norms of an attention; the norms of queries and keys span all heads."""
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.heads, self.dtype = config.num_attention_heads, dtype
@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         return self._split(self.norm_q(self.to_q(x)))
 
     def queries_keys_values(self, x: Tokens) -> tuple[Array, Array, Array]:
-        """What `queries` and `keys_values` make of the same tokens."""
+        """`queries` and `keys_values` of the same tokens."""
         q, k, v = together((self.to_q, self.to_k, self.to_v), x)
         return self._split(self.norm_q(q)), self._split(self.norm_k(k)), self._split(v)
 
@@ -130,7 +130,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated."""
+    """Self-attention, cross-attention to the text, and feed-forward; modulates first and last."""
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.norm1 = layer_norm(config, False, rngs)
@@ -152,8 +152,8 @@ class Block(nnx.Module):
     ) -> tuple[Tokens, KVCache]:
         """Runs the block on the float32 residual stream.
 
-        Returns its output and the keys (after norm and RoPE) and values that its self-attention
-        attended to: fused ones where there is a lock.
+        Returns its output, and the keys (after norm and RoPE) and values that its self-attention
+        attended to, which a lock has fused with the source's.
         """
         table = modulation + self.scale_shift_table[...].astype(jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = (
@@ -165,7 +165,7 @@ class Block(nnx.Module):
         q, k = rotate(q, positions.rope), rotate(k, positions.rope)
         k, v = k.astype(self.attn1.dtype), v.astype(self.attn1.dtype)
         if lock is not None:
-            if lock.computed is not None:  # they lie anywhere in the video
+            if lock.computed is not None:  # these tokens lie anywhere in the video
                 k, v = sharding.constrain((k, v), "BSNK")
             k, v = lock.lead(k, lock.cache.k), lock.lead(v, lock.cache.v)
             k, v = sharding.constrain((k, v), "BLNK")
@@ -175,7 +175,7 @@ class Block(nnx.Module):
         x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
 
         def fed_forward(x: Tokens) -> Tokens:
-            """Tokens after the feed-forward layer, each by itself."""
+            """Applies the feed-forward layer to each token independently."""
             y = self.norm3(x) * (1 + scale2) + shift2
             return x + self.ffn(y) * gate2
 
@@ -186,12 +186,12 @@ class Block(nnx.Module):
 def stacked(
     kind: type[Block], layers: int, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs
 ) -> Block:
-    """Blocks as one module; each of its parameters has a leading axis of `layers`."""
+    """Blocks as one module, each of whose parameters has a leading axis of `layers`."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap
     def build(rngs: nnx.Rngs) -> Block:
-        """One of them."""
+        """One block."""
         return kind(config, dtype=dtype, rngs=rngs)
 
     return build(rngs)

@@ -1,7 +1,7 @@
-"""What a VACE model is shown beside noise and text (METHOD.md section 11).
+"""The conditioning of VACE beside noise and text (METHOD.md section 11).
 
-Per latent cell 96 channels: the video outside the mask (*inactive*) and inside it (*reactive*),
-each through the VAE, and the mask itself. Origin: `prepare_video_latents` and `prepare_masks` of
+Each latent cell has 96 channels: the VAE's latents of the video outside the mask (*inactive*) and
+inside it (*reactive*), and the mask itself. Origin: `prepare_video_latents` and `prepare_masks` of
 Diffusers' `WanVACEPipeline`, after the publisher's VACE code.
 """
 
@@ -75,40 +75,40 @@ def control(
     mask: Bool[Array | np.ndarray, "B frames height width"],
     references: Sequence[Float[Array, "B 1 H W C"]] = (),
 ) -> Float[Array, "B all_frames H W channels"]:
-    """The channels of a video of which the masked part is to be generated.
+    """The conditioning channels of a video whose masked part is to be generated.
 
     With `x` the video in [-1, 1] and `m` the mask, METHOD.md section 11:
 
         inactive = VAE(x (1 - m)),    reactive = VAE(x m)
 
-    An empty mask shows the model the whole video, a full one nothing of it.
+    An empty mask shows the model the whole video, a full one none of it.
 
     Args:
-      inactive: latents of what is kept.
-      reactive: latents of what is under the mask.
-      mask: true is generated; `frames = 4 n + 1`, height and width multiples of 8.
-      references: latents of pictures to keep to. Each becomes a latent frame of its own before the
-        video; the last one given comes first, as published.
+      inactive: latents of the video outside the mask.
+      reactive: latents of the video under the mask.
+      mask: true where the video is generated; `frames = 4 n + 1`, height and width multiples of 8.
+      references: latents of reference pictures. Each becomes a latent frame before the video; the
+        last picture comes first, as published.
 
     Returns:
       `T = len(references) + n + 1` frames of channels.
     """
     frames = [jnp.concatenate([inactive, reactive, fold_mask(mask)], axis=-1)]
     for latents in references:
-        nothing = jnp.zeros((*latents.shape[:-1], frames[0].shape[-1] - latents.shape[-1]))
-        frames.insert(0, jnp.concatenate([latents, nothing], axis=-1))
+        zeros = jnp.zeros((*latents.shape[:-1], frames[0].shape[-1] - latents.shape[-1]))
+        frames.insert(0, jnp.concatenate([latents, zeros], axis=-1))
     return jnp.concatenate(frames, axis=1)
 
 
 def fold_mask(
     mask: Bool[Array | np.ndarray, "B frames height width"],
 ) -> Float[Array | np.ndarray, "B T H W 64"]:
-    """A pixel mask as channels of latent cells: 1.0 is generated.
+    """Folds a pixel mask into channels of latent cells; 1.0 is generated.
 
     Channel `8 i + j` holds row i and column j of each cell's 8x8 pixels; of the `F` frames, latent
-    frame t takes frame `floor((t + 1/2) F / T)`, `T = (F + 3) // 4` ("nearest-exact"). That frame
-    need not be among those that latent frame t decodes to: a mask of one frame can vanish here,
-    while `lock.to_latent_mask` keeps it.
+    frame t takes frame `floor((t + 1/2) F / T)`, `T = (F + 3) // 4` ("nearest-exact"). Latent frame
+    t may decode to other frames: a mask of a single frame can vanish here, while
+    `lock.to_latent_mask` keeps it.
     """
     batch, frames, height, width = mask.shape
     time, rows, columns = VAE_STRIDES
@@ -122,10 +122,10 @@ def fold_mask(
 def on_canvas(
     picture: UInt8[np.ndarray, "rows columns 3"], height: int, width: int
 ) -> Float[Array, "height width 3"]:
-    """A reference picture at a video's size, in [-1, 1]: as large as fits, centred on white.
+    """Scales a reference picture to fit a video's size and centres it on white, in [-1, 1].
 
-    Bilinear without antialiasing, as published. (Diffusers first resamples pictures whose sides are
-    not multiples of 8 to such; for those the two differ.)
+    Bilinear without antialiasing, as published. (Diffusers first resamples a picture whose sides
+    are not multiples of 8, so results differ for such pictures.)
     """
     rows, columns = picture.shape[:2]
     scale = min(height / rows, width / columns)

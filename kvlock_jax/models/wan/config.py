@@ -9,10 +9,10 @@ from kvlock_jax.settings.fields import require, require_positive
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
-    """Sizes of a Wan 2.1 transformer; names are those of the Diffusers `config.json`.
+    """Sizes of a Wan 2.1 transformer, named as in Diffusers' `config.json`.
 
-    `vace_layers` are the blocks after which VACE adds a hint (METHOD.md section 11), increasing and
-    from 0; none is the text-to-video model, to which `vace_in_channels` says nothing.
+    `vace_layers` are the blocks after which VACE adds a hint (METHOD.md section 11), increasing
+    from 0. The text-to-video model has none, and ignores `vace_in_channels`.
     """
 
     num_attention_heads: int
@@ -33,6 +33,7 @@ class WanConfig:
     def __post_init__(self) -> None:
         require_positive(self)
         require(0 < self.eps < math.inf, self, "eps", "over 0, and finite")
+        require(min(self.patch_size) > 0, self, "patch_size", "positive")
         require(self.attention_head_dim % 2 == 0, self, "attention_head_dim", "even")
         layers = self.vace_layers
         expected = f"empty, or increasing from 0 and under num_layers, {self.num_layers}"

@@ -1,10 +1,10 @@
 """Wan 2.1's text-to-video transformer.
 
-One pass turns noisy latents, a timestep and a text into a velocity. It can hand out every block's
-self-attention keys and values (METHOD.md section 3) and take such a cache to fuse its own with
-(section 4). Layout and arithmetic are those of the published checkpoint (Wan-Video/Wan2.1,
+One pass turns noisy latents, a timestep and a text into a velocity. It can return every block's
+self-attention keys and values (METHOD.md section 3), and fuse its own with those of such a cache
+(section 4). Layout and arithmetic are the published checkpoint's (Wan-Video/Wan2.1,
 `WanTransformer3DModel` in Diffusers); attributes keep its names, except that the blocks are one
-stacked module with a leading layer axis, which a `lax.scan` runs over.
+stacked module with a leading layer axis, over which a `lax.scan` runs.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ Velocity = Float[Array, "B computed cells out_channels"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """What a pass needs beside latents and timestep; computed once, before the sampling loop."""
+    """Inputs of a pass beside latents and timestep, computed once before the sampling loop."""
 
     text: KVCache  # cross-attention's, layers B S N K
     positions: Positions
@@ -54,14 +54,14 @@ class Conditioning:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """What a pass needs of the timestep of each row."""
+    """Embedding and modulation of each row's timestep."""
 
     embedding: Float[Array, "*rows D"]
     modulation: Float[Array, "*rows six D"]  # of a block
 
 
 class Projection(nnx.Module):
-    """Two linear layers with a nonlinearity between."""
+    """Two linear layers; callers apply the nonlinearity between them."""
 
     def __init__(self, c_in: int, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.linear_1 = Linear(c_in, config.dim, dtype=dtype, rngs=rngs)
@@ -69,17 +69,17 @@ class Projection(nnx.Module):
 
 
 class ConditionEmbedder(nnx.Module):
-    """Timestep to modulation, text embeddings to the width of the model."""
+    """Turns timesteps into modulations, and brings text embeddings to the model's width."""
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.freq_dim = config.freq_dim
-        # Modulation multiplies every activation, so its small products stay float32.
+        # Modulation multiplies every activation, so its small products stay in float32.
         self.time_embedder = Projection(config.freq_dim, config, dtype=jnp.float32, rngs=rngs)
         self.time_proj = Linear(config.dim, 6 * config.dim, dtype=jnp.float32, rngs=rngs)
         self.text_embedder = Projection(config.text_dim, config, dtype=dtype, rngs=rngs)
 
     def time(self, timestep: Float[Array, "rows"]) -> Time:
-        """The embedding of timesteps (0-1000), and six modulations of a block from each."""
+        """Embeddings of timesteps (0-1000), and from each the six modulations of a block."""
         half = self.freq_dim // 2
         frequency = jnp.exp(-jnp.log(10_000.0) / half * jnp.arange(half, dtype=jnp.float32))
         angle = timestep.astype(jnp.float32)[:, None] * frequency
@@ -95,13 +95,13 @@ class ConditionEmbedder(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What runs beside the blocks; after each it may change the residual stream.
+    """A computation beside the blocks, which may change the residual stream after each of them.
 
     Attributes:
-      state: what it starts from, a tree of arrays.
-      layers: its inputs, a tree of arrays with a leading axis of layers.
-      after: from the stream after a block, the state, and the block's part of `layers` to the
-        stream that the next block takes, and the next state.
+      state: initial state, a tree of arrays.
+      layers: inputs, a tree of arrays with a leading axis of layers.
+      after: function of the stream after a block, the state, and the block's part of `layers`;
+        returns the stream for the next block, and the next state.
     """
 
     state: Any = None
@@ -111,14 +111,14 @@ class Side:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stream:
-    """Rows of tokens on their way through the blocks.
+    """Rows of tokens and all that the blocks need to process them.
 
     Attributes:
-      start: tokens, and the state of what runs beside.
-      layers: the text's keys and values, and the inputs of what runs beside, of all layers.
-      modulation: of the timestep.
-      positions: of the tokens.
-      after: of `Side`.
+      start: tokens, and the state of `Side`.
+      layers: the text's keys and values, and the inputs of `Side`, with an axis of layers.
+      modulation: modulations of the timestep.
+      positions: positions of the tokens.
+      after: function of `Side`.
     """
 
     start: tuple[Tokens, Any]
@@ -130,7 +130,7 @@ class _Stream:
     def block(
         self, run: Block, carry: tuple[Tokens, Any], layer: tuple[KVCache, Any], lock: Lock | None
     ) -> tuple[tuple[Tokens, Any], KVCache]:
-        """One block and what runs beside it; gives the next carry, and keys and values."""
+        """Runs one block and its `Side`; returns the next carry, and keys and values."""
         (x, state), (text, side_layer) = carry, layer
         x, kv = run(x, self.modulation, text, self.positions, lock)
         return self.after(x, state, side_layer), kv
@@ -143,9 +143,9 @@ class WanTransformer(nnx.Module):
       config: sizes.
       dtype: compute dtype of matrix products and of the K/V cache; norms, modulation, RoPE,
         softmax and the residual stream are float32.
-      unroll: blocks that one turn of the scan runs. More compile longer; XLA on CPU compiles
+      unroll: blocks in one turn of the scan. More take longer to compile; XLA on CPU compiles
         gradients of a loop's body badly, so a small model trains faster with all in one turn.
-      attend: self-attention among tokens that devices share: `gathered` or `ring`.
+      attend: self-attention between tokens on several devices: `gathered` or `ring`.
       rngs: source of the initial parameters.
     """
 
@@ -171,12 +171,12 @@ class WanTransformer(nnx.Module):
         self.proj_out = Linear(config.dim, cells * config.out_channels, dtype=dtype, rngs=rngs)
 
     def condition(self, context: Context, grid: Grid) -> Conditioning:
-        """Cross-attention's keys and values of a text, and the positions of a token grid.
+        """Computes cross-attention's keys and values of a text, and the positions of a token grid.
 
         Args:
-          context: text embeddings, zeros after the last token; all `S` positions are attended to,
+          context: text embeddings, zeros after the last token; queries attend to all `S` positions,
             as published.
-          grid: of the latents.
+          grid: grid of the latents.
         """
         text = text_cache(self.blocks, self.condition_embedder.text(context))
         padding = [(0, grid.length - grid.tokens), (0, 0)]
@@ -186,7 +186,7 @@ class WanTransformer(nnx.Module):
         return Conditioning(text, Positions((cos, sin), keys, self.attend))
 
     def times(self, timestep: Float[Array, "rows"]) -> Time:
-        """What passes need of timesteps `1000 sigma`, such as those of all steps."""
+        """Embeddings and modulations of timesteps `1000 sigma`, such as those of all steps."""
         return self.condition_embedder.time(timestep)
 
     def __call__(
@@ -199,16 +199,16 @@ class WanTransformer(nnx.Module):
         """The velocity `v = eps - x` of noisy latents (METHOD.md section 1), float32.
 
         Args:
-          latents: normalised, at noise level sigma.
-          time: of each row, of `times`, or the timestep `1000 sigma` itself.
-          conditioning: of `condition`.
-          lock: cache of all layers, or the pass that makes it, and what to fuse where; rows as
-            `kvlock_jax.lock.fuse` takes them. `None` runs the plain model.
+          latents: normalised latents at noise level sigma.
+          time: result of `times` for each row, or the timesteps `1000 sigma` themselves.
+          conditioning: result of `condition`.
+          lock: cache of all layers, or the source pass that makes it, and the fusion of each token;
+            rows as in `kvlock_jax.lock.fuse`. `None` runs the plain model.
         """
         return self._run(latents, time, conditioning, lock, None)[0]
 
     def empty_cache(self, latents: Patches) -> KVCache:
-        """Zeros for `keys_values` of such latents to write into, `layers B L N K`."""
+        """A cache of zeros for `keys_values` of such latents, `layers B L N K`."""
         config = self.config
         heads = (config.num_attention_heads, config.attention_head_dim)
         shape = (config.num_layers, *latents.shape[:2], *heads)
@@ -224,8 +224,8 @@ class WanTransformer(nnx.Module):
     ) -> tuple[Velocity, KVCache]:
         """The velocity, and all blocks' self-attention keys and values, `layers B L N K`.
 
-        They are written `into` a cache, in place where a compiled loop carries it: the loop then
-        never holds two.
+        It writes them `into` a cache, in place where a compiled loop carries the cache, so that the
+        loop never holds two.
         """
         into = self.empty_cache(latents) if into is None else into
         return self._run(latents, time, conditioning, lock, into)
@@ -233,28 +233,28 @@ class WanTransformer(nnx.Module):
     def _run(self, latents, time, conditioning, lock, kept):
         graph, params = nnx.split(self.blocks)
         time = time if isinstance(time, Time) else self.times(time)
-        own = self._stream(latents, time, conditioning, lock)
+        edit = self._stream(latents, time, conditioning, lock)
         cache, beside = lock and lock.cache, None
         if isinstance(cache, SourcePass):
-            given = cache.latents, cache.time, cache.conditioning
-            beside, cache = self._stream(*given, None), None
+            inputs = cache.latents, cache.time, cache.conditioning
+            beside, cache = self._stream(*inputs, None), None
 
         def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
             """A turn of the scan: the source's rows, then the edit's."""
-            (stream, source, kept), (index, weights, own_layer, source_layer, cache) = carry, layer
+            (stream, source, kept), (index, weights, edit_layer, source_layer, cache) = carry, layer
             run = nnx.merge(graph, gathered_layer(weights, PARAMETERS))
             if beside is not None:
                 source, cache = beside.block(run, source, source_layer, None)
             held = lock and dataclasses.replace(lock, cache=cache)
-            stream, kv = own.block(run, stream, own_layer, held)
+            stream, kv = edit.block(run, stream, edit_layer, held)
             if kept is not None:
                 write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
                 kept = jax.tree.map(write, kept, kv)
             return (stream, source, kept), None
 
         index = jnp.arange(self.config.num_layers)
-        carry = (own.start, beside and beside.start, kept)
-        layers = (index, params, own.layers, beside and beside.layers, cache)
+        carry = (edit.start, beside and beside.start, kept)
+        layers = (index, params, edit.layers, beside and beside.layers, cache)
         ((x, _), _, kept), _ = jax.lax.scan(block, carry, layers, unroll=self.unroll)
 
         table = self.scale_shift_table[...].astype(jnp.float32) + time.embedding[:, None]
@@ -266,7 +266,7 @@ class WanTransformer(nnx.Module):
     def _stream(
         self, latents: Patches, time: Time, conditioning: Conditioning, lock: Lock | None
     ) -> "_Stream":
-        """What goes through the blocks."""
+        """Patch-embeds latents into the tokens that go through the blocks."""
         x = self.patch_embedding(latents.reshape(*latents.shape[:2], -1))
         x = sharding.constrain(x, "BLD")
         positions, index = conditioning.positions, lock and lock.computed and lock.tokens
@@ -275,7 +275,7 @@ class WanTransformer(nnx.Module):
             positions = dataclasses.replace(positions, rope=tuple(take(t, index) for t in rope))
 
         def some(tokens: Tokens) -> Float[Array, "B computed D"]:
-            """The tokens that are computed."""
+            """Selects the tokens that the pass computes."""
             return tokens if index is None else sharding.constrain(take(tokens, index), "BLD")
 
         side = self._side(x, time.modulation, conditioning, some)
@@ -289,8 +289,8 @@ class WanTransformer(nnx.Module):
         conditioning: Conditioning,
         some: Callable[[Tokens], Tokens],
     ) -> Side:
-        """What runs beside the blocks of a pass over the patch-embedded latents `x`.
+        """The computation beside the blocks, of patch-embedded latents `x`; none here.
 
-        The blocks have `some` of the tokens.
+        The blocks process the tokens that `some` selects.
         """
         return Side()

@@ -1,10 +1,10 @@
-"""Wan 2.1 VACE: the transformer, told by context blocks what to keep and what to make.
+"""Wan 2.1 VACE: the transformer, guided by context blocks that see the video and its mask.
 
 The context blocks run beside the main ones on control tokens of their own: the 96-channel
 conditioning of METHOD.md section 11 and the noisy latents. Some main blocks are followed by one of
 them, whose projected state, the hint, is added to the residual stream. Layout and arithmetic are
 the published checkpoint's (`WanVACETransformer3DModel` in Diffusers), except that the input
-projection, which only the first context block has, lies beside the stacked blocks.
+projection, which only the first context block has, is a module beside the stacked blocks.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ Control = Float[Array, "B all D"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VACEContext:
-    """What an edit tells the transformer beside its latents (METHOD.md section 11).
+    """An edit's conditioning beside its latents (METHOD.md section 11).
 
     Attributes:
-      text: of every row.
-      control: patches of `vace_in_channels`, on the grid of the latents. Of a part of the rows: one
-        serves as many rows, one after another, as there are more rows than of it.
-      scale: of the hints, as many as of `control`; 1 as trained, 0 is text-to-video.
+      text: text embeddings of every row.
+      control: patches of `vace_in_channels` on the grid of the latents. With fewer of them than
+        rows, each serves an equal number of consecutive rows.
+      scale: scale of the hints, one for each of `control`; 1 as trained, 0 is text-to-video.
     """
 
     text: Float[Array | np.ndarray, "rows S text_dim"]
@@ -53,7 +53,7 @@ class VACEContext:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VACEConditioning(Conditioning):
-    """`Conditioning` of the main blocks, and what the context blocks need."""
+    """`Conditioning` of the main blocks and of the context blocks."""
 
     vace_text: KVCache  # context blocks' cross-attention's, vace_layers B S N K
     control: Tokens  # after the input projection, float32
@@ -61,7 +61,7 @@ class VACEConditioning(Conditioning):
 
 
 class VACEBlock(Block):
-    """A context block: a block of the transformer, and the projection that makes its hint."""
+    """A context block: a block of the transformer, and the projection to its hint."""
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, rngs=rngs)
@@ -70,7 +70,7 @@ class VACEBlock(Block):
     def hint(
         self, control: Tokens, modulation: Modulation, text: KVCache, positions: Positions
     ) -> tuple[Tokens, Tokens]:
-        """What to add to the main stream, unscaled, and the control tokens after this block."""
+        """The unscaled hint for the main stream, and the control tokens after this block."""
         control, _ = self(control, modulation, text, positions, None)
         return self.proj_out(control), control
 
@@ -85,7 +85,8 @@ class WanVACETransformer(WanTransformer):
         x_{l+1} = block_l(x_l) + scale proj_out_i(c_{i+1})
 
     A lock acts on the main blocks only: `keys_values` returns theirs, and context blocks attend to
-    their own tokens alone. Freshly made, hints are zero, as the publisher started training.
+    their own tokens alone. Hints of initial parameters are zero, as when the publisher began
+    training.
     """
 
     def __init__(
@@ -105,11 +106,11 @@ class WanVACETransformer(WanTransformer):
         self.vace_blocks = stacked(VACEBlock, layers, config, dtype=dtype, rngs=rngs)
 
     def condition(self, context: VACEContext, grid: Grid) -> VACEConditioning:
-        """All that passes over one grid share; nothing of it depends on latents or timestep.
+        """Computes the conditioning that all passes over one grid share.
 
         Args:
-          context: text as `WanTransformer.condition` takes it, control and scale.
-          grid: of the latents.
+          context: text as for `WanTransformer.condition`, control and scale.
+          grid: grid of the latents.
         """
         main = super().condition(context.text, grid)
         control = context.control.reshape(*context.control.shape[:2], -1)
@@ -132,10 +133,10 @@ class WanVACETransformer(WanTransformer):
         graph, params = nnx.split(self.vace_blocks)
         rows = len(x) // len(conditioning.scale)
         scale = jnp.repeat(conditioning.scale.astype(jnp.float32), rows)[:, None, None]
-        given = x.reshape(-1, rows, *x.shape[1:]) + conditioning.control[:, None]
+        control = x.reshape(-1, rows, *x.shape[1:]) + conditioning.control[:, None]
 
         def hinted(x: Tokens, control: Control, index: Array) -> tuple[Tokens, Control]:
-            """After a layer with a hint."""
+            """Adds a hint after a layer."""
             # Indexed inside the branch, so that a layer without a hint moves no weights.
             weights, text = jax.tree.map(lambda p: p[index], (params, conditioning.vace_text))
             block = nnx.merge(graph, gathered_layer(weights, PARAMETERS))
@@ -143,19 +144,19 @@ class WanVACETransformer(WanTransformer):
             return x + scale * some(hint), control
 
         def plain(x: Tokens, control: Control, index: Array) -> tuple[Tokens, Control]:
-            """After one without."""
+            """Leaves the stream as it is."""
             return x, control
 
         def after(x: Tokens, control: Control, layer: Any) -> tuple[Tokens, Control]:
-            """After any layer."""
+            """Adds a hint if the layer has one."""
             has_hint, index = layer
             return jax.lax.cond(has_hint, hinted, plain, x, control, index)
 
-        # A hint is made where it is added: all 8 of 14B would be 5.4 GB a row, at 81 frames of
-        # 480x832.
+        # Each hint is computed where it is added: all 8 of 14B would take 5.4 GB a row, at 81
+        # frames of 480x832.
         has_hint = np.isin(np.arange(self.config.num_layers), self.config.vace_layers)
         index = np.maximum(np.cumsum(has_hint, dtype=np.int32) - 1, 0)
-        control = sharding.constrain(given.reshape(x.shape), "BLD")
+        control = sharding.constrain(control.reshape(x.shape), "BLD")
         return Side(control, (has_hint, index), after)
 
 
