@@ -168,7 +168,7 @@ def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
     flags = (
         "--preset=cfg --shift=2.5 --solver=dpm++ --base_seed=3 --src_prompt=one --dilate=1 "
         "--negative_prompt=two --size=64*32 --frame_num=4 --invert_mask --no-composite "
-        "--context_scale=0.5 --show_masked"
+        "--context_scale=0.5 --show_masked --fit=pad --fps=8 --no_audio"
     )
     got = chosen(kvlock, monkeypatch, *flags.split(), "--config.edit.composite")
     assert dataclasses.asdict(got.edit) == {
@@ -178,7 +178,10 @@ def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
         "dilate": 1,
         "composite": False,
         "size": "64*32",
+        "fit": "pad",
         "frame_num": 4,
+        "fps": 8.0,
+        "no_audio": True,
         "context_scale": 0.5,
         "show_masked": True,
     }

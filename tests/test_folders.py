@@ -56,6 +56,12 @@ def test_what_is_passed_over_is_named_once(tmp_path):
     assert text.endswith("and 3 more")
 
 
+def test_previews_beside_frames_are_named(tmp_path):
+    images = fill(tmp_path, ["1.bmp", "1.png", "2.png"])
+    with pytest.warns(UserWarning, match=r"differ in their endings alone .*: 1\.bmp, 1\.png$"):
+        np.testing.assert_array_equal(decode.read_video(tmp_path).frames, images)
+
+
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
     (tmp_path / "clip.mp4").write_text("")
     (tmp_path / "._0001.png").write_text("")

@@ -187,6 +187,13 @@ def test_the_tail_of_a_long_prompt_is_named(umt5, tail):
     (line,) = prompt_warnings(tokenizer, whole)
     assert "over 512 tokens" in line and line.endswith(repr(" ".join(tail.split())))
     assert len(line) < 250 and "\n" not in line
+    assert prompt_warnings(tokenizer, "star", whole, "star") == [line]  # a negative prompt
+
+
+def test_a_negative_prompt_in_another_vocabulary_is_passed_over(folder):
+    long = "left " * 20
+    assert len(prompt_warnings(Tokenizer(folder), "a red star", long)) == 1
+    assert prompt_warnings(Tokenizer(folder), "a red star", "zebra " + long) == []
 
 
 def test_pieces_alone_are_refused(pieces, tmp_path):

@@ -1,5 +1,6 @@
 """Folders of images: which of their files are frames, and in what order."""
 
+import collections
 import re
 import warnings
 from collections.abc import Iterable
@@ -28,7 +29,8 @@ def is_frame(name: str) -> bool:
 def list_frames(folder: epath.Path) -> list[epath.Path]:
     """The images of a folder in natural order (`2.png` before `10.png`), whatever their formats.
 
-    A warning names the entries that are passed over; dot files are passed over silently.
+    A warning names the entries that are passed over, and another images that differ in their
+    endings alone, such as previews beside frames. Dot files are passed over silently.
 
     Raises:
       InputError: the folder cannot be listed or holds no image.
@@ -47,6 +49,10 @@ def list_frames(folder: epath.Path) -> list[epath.Path]:
     if others:
         text = f"{folder}: {len(frames)} images are read, passed over: {_names(others)}"
         warnings.warn(text, stacklevel=4)
+    stems = collections.Counter(entry.stem for entry in frames)
+    if twins := [entry.name for entry in frames if stems[entry.stem] > 1]:
+        text = f"{folder}: images that differ in their endings alone are all frames"
+        warnings.warn(f"{text}: {_names(twins)}", stacklevel=4)
     return frames
 
 

@@ -164,7 +164,7 @@ def _mask_of(name: str, colours: np.ndarray, alpha: np.ndarray | None, white: in
     return region
 
 
-def parse_box(box: str | Sequence[int]) -> Box:
+def parse_box(box: str | Sequence[int] | np.ndarray) -> Box:
     """The box of `x0,y0,x1,y1` as text, blanks allowed, or of four whole numbers.
 
     Raises:
@@ -180,7 +180,7 @@ def parse_box(box: str | Sequence[int]) -> Box:
     return x0, y0, x1, y1
 
 
-def bbox_mask(box: str | Sequence[int], frames: int, height: int, width: int) -> Mask:
+def bbox_mask(box: str | Sequence[int] | np.ndarray, frames: int, height: int, width: int) -> Mask:
     """The mask of a box `x0,y0,x1,y1` in pixels, x1 and y1 exclusive, the same in every frame.
 
     Raises:

@@ -172,13 +172,9 @@ def _run_batch(
     references = len(inputs[0].references)
     if references and not networks.configs.transformer.vace_layers:
         raise InputError("reference pictures need a VACE model, this one is text-to-video")
-    prompts = [
-        prompt
-        for one, own in zip(inputs, settings, strict=True)
-        for prompt in (one.prompt, own.edit.negative_prompt, own.edit.source_prompt)
-    ]
-    for prompt in dict.fromkeys(prompts):
-        for line in prompt_warnings(model.tokenizer, prompt):
+    for one, own in zip(inputs, settings, strict=True):
+        texts = one.prompt, own.edit.negative_prompt, own.edit.source_prompt
+        for line in prompt_warnings(model.tokenizer, *texts):
             warnings.warn(line, stacklevel=2)
     clock, sources = Clock(), len(noise)
     compiler = background.compiler if background is not None else Compiler()

@@ -91,8 +91,7 @@ def read_config_file(path: str) -> ConfigDict:
     file = Path(path).expanduser()
     if file.suffix != ".py" or not file.is_file():
         raise ConfigError(f"--config {path}: no such file; it must be a .py with get_config()")
-    # `config_flags` loads Python by a deprecated way; an import would leave a __pycache__ beside the
-    # file.
+    # `config_flags` loads Python by a deprecated way; an import would leave a __pycache__ there.
     run = runpy.run_path(os.fspath(file)).get("get_config", lambda: None)()
     if not isinstance(run, ConfigDict):
         raise ConfigError(f"--config {path}: must define get_config() that returns a ConfigDict")

@@ -40,18 +40,26 @@ def encode_prompts(
     return run(encode_ids, encoder, *tokenizer(prompts))
 
 
-def prompt_warnings(tokenizer: Tokenizer, prompt: str) -> list[str]:
-    """One line for each way in which a prompt reaches the model incomplete.
+def prompt_warnings(tokenizer: Tokenizer, prompt: str, *others: str) -> list[str]:
+    """One line for each way in which the texts of an edit reach the model incomplete.
 
-    Either the vocabulary lacks some of its words, or it has more tokens than the model takes and
-    loses its tail. Empty for a prompt that arrives whole.
+    A text with more tokens than the model takes loses its tail; words outside the vocabulary are
+    lost. Empty where all texts arrive whole.
+
+    Args:
+      tokenizer: tokenizer of the model.
+      prompt: prompt of the edit.
+      others: negative and source prompts. Those with unknown words are passed over: a config
+        brings its negative prompt to models of any vocabulary.
     """
-    lines = []
+    lines, limit = [], f"{tokenizer.text_len} tokens"
     if words := ", ".join(tokenizer.unknown(prompt)):
         lines.append(f"{_short(prompt)} has words that the text encoder does not know: {words}")
-    if tail := tokenizer.cut_off(prompt):
-        limit = f"{tokenizer.text_len} tokens"
-        lines.append(f"{_short(prompt)} is over {limit} long, the model never sees {_short(tail)}")
+    whole = [text for text in dict.fromkeys(others) if not tokenizer.unknown(text)]
+    for text in dict.fromkeys((prompt, *whole)):
+        if tail := tokenizer.cut_off(text):
+            fault = f"is over {limit} long, the model never sees"
+            lines.append(f"{_short(text)} {fault} {_short(tail)}")
     return lines
 
 
