@@ -9,10 +9,13 @@ import sys
 import types
 from pathlib import Path
 
+import batches
+import faulty
 import jax
 import numpy as np
 import pytest
 import tiny
+from manifests import all_frames, failures
 
 from kvlock_jax.cli import loading
 from kvlock_jax.cli.flags import add_devices
@@ -209,3 +212,43 @@ def test_two_processes_do_one_manifest(tiny_vace_checkpoint, folder):
             for n in ("one", "two")
         ]
         np.testing.assert_allclose(*psnr, rtol=1e-3)
+
+
+def test_errors_of_one_host_neither_mix_edits_nor_hang(tmp_path):
+    """At each stage of a batch in turn, on one of two real hosts; their program is a sum."""
+    batches.write_inputs(tmp_path)
+    row = {"bbox": "0,0,8,8", "prompt": "a star", "lossless": True}
+    rows = [
+        row | {"id": name, "src_video": f"{n}.mkv", "save_file": f"{name}.mkv"}
+        for n, name in enumerate("ab")
+    ]
+    manifest = tmp_path / "edits.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, rows)))
+    batches.do(manifest, tmp_path / "whole", batch_size=2)
+    want = all_frames(tmp_path / "whole")
+
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    command = [sys.executable, faulty.__file__, str(free_port())]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    hosts = [
+        subprocess.Popen([*command, str(n), str(manifest), str(tmp_path)], **pipe) for n in range(2)
+    ]
+    said = [host.communicate(timeout=240) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    ended = [
+        [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        for output, _ in said
+    ]
+    assert [end["stage"] for end in ended[0]] == faulty.STAGES, said
+    for stage, *ends in zip(faulty.STAGES, *ended, strict=True):
+        assert max(end["seconds"] for end in ends) < 60
+        if stage == "loop":
+            assert all("RuntimeError: injected at loop" in end["error"] for end in ends)
+        else:
+            assert [end["failed"] for end in ends] == [0 if stage == "none" else 2] * 2
+        found = all_frames(tmp_path / stage)
+        assert found == (want if stage == "none" else {})
+        reasons = [row["reason"] for row in failures(tmp_path / stage)] if stage != "none" else []
+        assert all(f"RuntimeError: injected at {stage}" in reason for reason in reasons)
+        assert len(reasons) == (0 if stage == "none" else 2)

@@ -1,4 +1,4 @@
 """Many edits from one manifest: reading it, grouping edits, running them, publishing results.
 
-A run that was interrupted is started again and does what is missing.
+A run that was interrupted is started again and does the missing edits.
 """

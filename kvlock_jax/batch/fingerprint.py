@@ -1,4 +1,4 @@
-"""What tells one checkpoint, input file or edit from another: hashes of their content."""
+"""Hashes that identify checkpoints, input files and edits by their content."""
 
 import dataclasses
 import hashlib
@@ -15,22 +15,23 @@ from kvlock_jax.checkpoints import format
 from kvlock_jax.media import storage
 from kvlock_jax.media.folders import IMAGE_SUFFIXES
 
-_ENDS = 1 << 16  # bytes of a weight file's head and tail that tell it from another
+_ENDS = 1 << 16  # bytes of a weight file's head and tail that identify it
 
 
 def checkpoint_identity(source: str) -> dict[str, str]:
-    """What tells a checkpoint of `edit.load` from another, without reading its weights.
+    """Name and identity of a checkpoint, without reading its weights.
 
-    Its name and a digest: of a converted one, of the checksums of what it was made of (its own are
-    others each time) and of its dtypes; of a published one, of its files' names, sizes and ends.
+    The identity of a converted checkpoint is a digest of its sources' checksums (its own files
+    differ after each conversion) and of its dtypes; that of a published one, of its files' names,
+    sizes and ends.
     """
     folder = Path(demo.__file__).parent / "weights" if source == "demo" else source
     folder = epath.Path(folder).expanduser()
     digest = hashlib.sha256()
     if format.is_checkpoint(folder):
-        told = format.read_metadata(folder)
-        dtypes = {name: model.dtypes for name, model in told.models.items()}
-        made_of = [dict(told.source.get("files") or told.files), dtypes]
+        metadata = format.read_metadata(folder)
+        dtypes = {name: model.dtypes for name, model in metadata.models.items()}
+        made_of = [dict(metadata.source.get("files") or metadata.files), dtypes]
         digest.update(json.dumps(made_of, sort_keys=True).encode())
     else:
         for file in sorted(_weight_files(folder, depth=2)):
@@ -58,20 +59,20 @@ def _weight_files(folder: epath.Path, depth: int) -> Iterator[epath.Path]:
 
 
 def content_identity(path: str) -> str:
-    """What tells a file, or a folder of images, from another."""
+    """Identity of a file, or of a folder of images by their names and content."""
     files = storage.files(path, IMAGE_SUFFIXES)
     if files == [path]:
         return storage.identity(path)
-    told = [(os.path.basename(file), storage.identity(file)) for file in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    named = [(os.path.basename(file), storage.identity(file)) for file in files]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def request_hash(request: Request, contents: Sequence[str], checkpoint: Mapping[str, str]) -> str:
-    """The hash of all that an edit is made of.
+    """The hash of everything that an edit is made from.
 
     Args:
       request: the line of the manifest.
-      contents: hashes of `request.files`, in their order.
+      contents: identities of `request.files`, in their order.
       checkpoint: of `checkpoint_identity`, and the compute dtype.
     """
     made_of = {

@@ -1,4 +1,4 @@
-"""Which edits of a manifest a machine does, and which of them run together, as pure functions."""
+"""Divides the edits of a manifest over machines, and into groups that run together."""
 
 import collections
 import dataclasses
@@ -13,10 +13,10 @@ _T = TypeVar("_T")
 
 
 def shard(manifest: Manifest, index: int, count: int) -> Manifest:
-    """The part of one of several machines; edits of one source are all of one part.
+    """The part of one of several machines; all edits of one source are in one part.
 
-    Sources go, in their order, to the part that has the fewest edits so far, so the parts depend on
-    the manifest alone. Lines that are no edits are dealt out by their number.
+    Each source in turn goes to the part with the fewest edits so far, so the parts depend on the
+    manifest alone. Lines that are no edits are divided by their number.
     """
     edits = collections.Counter(request.source for request in manifest.requests)
     loads, owner = [0] * count, {}
@@ -34,14 +34,13 @@ def group(
 ) -> list[list[Request]]:
     """Groups of up to `batch_size` edits that may run as one batch.
 
-    They have one shape, as many references, and all settings in common but for texts, masks and
-    seeds; edits of one source stand side by side, and among them those of one noise. It depends on
-    its arguments alone, never on what is finished, so that a run which was cut short goes on with
-    the very same batches.
+    They have one shape, the same number of references, and all settings in common but for texts,
+    masks and seeds. Edits of one source are neighbours, and among them those of one noise. Groups
+    do not depend on which edits are finished, so a run that resumes has the same batches.
 
     Args:
       requests: in the manifest's order.
-      shape: of the video that the model works on.
+      shape: returns the shape of the video that the model works on.
       batch_size: 1 or more.
     """
     alike = _grouped(requests, lambda r: (shape(r), len(r.references), shared_settings(r.settings)))
@@ -55,7 +54,7 @@ def group(
 
 
 def shared_settings(settings: Settings) -> Settings:
-    """The settings without those in which edits of one batch may differ."""
+    """The settings, with defaults for those that may differ within a batch."""
     edit = dataclasses.replace(
         settings.edit,
         negative_prompt="",

@@ -1,12 +1,12 @@
 """Leases: each run says in the folder of results which files it will write, while it lives.
 
-A lease is a small file of JSON in the folder, `.kvlock-batch-RUN.lease`, and beside it lies the run's
-staging folder, `.kvlock-batch-RUN`. Runs that write different files go on side by side; a run that
-would write a file that another one has leased does not start.
+A lease is a small file of JSON in the folder, `.kvlock-batch-RUN.lease`, and beside it lies the
+run's staging folder, `.kvlock-batch-RUN`. Runs that write different files go on side by side; a run
+that would write a file that another one has leased does not start.
 
-The lease of a dead run is stale, and is removed with its staging folder by the next run. On the
-machine that made it the process tells; from elsewhere, its heartbeat in the staging folder, which
-is `STALE` seconds old by then. Machines that share a folder need clocks that agree to a minute.
+The next run removes the lease of a dead one, with its staging folder. A run on the same machine is
+dead when its process is; a run elsewhere, when the heartbeat in its staging folder is `STALE`
+seconds old. Machines that share a folder need clocks that agree to a minute.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from kvlock_jax.errors import InputError
 from kvlock_jax.media import storage
 
 BEAT, STALE = 15.0, 120.0
-"""Seconds between two heartbeats of a run, and the age of one that says that the run is dead."""
+"""Seconds between two heartbeats of a run, and the age of the last one of a dead run."""
 
 _PREFIX = ".kvlock-batch"
 _YOUNG = 10.0  # seconds in which two runs may have started at once, and seen each other
@@ -41,7 +41,7 @@ class Owner:
     Attributes:
       run: a random name.
       host: the machine's name, for messages.
-      machine: tells a running system from others, and from itself before it was started again.
+      machine: identity of the running system, until it starts again.
       pid: the process.
       started: when the process started, by the system's own clock.
       created: when the run began, in seconds since 1970.
@@ -85,7 +85,7 @@ class Lease:
             )
 
     def start(self) -> None:
-        """Begins with the heartbeats."""
+        """Starts the heartbeats."""
         self._write()
         self._thread.start()
 

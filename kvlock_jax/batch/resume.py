@@ -6,7 +6,7 @@ JSON states. The hash covers everything that the video was made from:
 - the line's id, noise_id, prompt, box, name and `lossless`;
 - all settings, those of the command included;
 - the content of the input files, by checksum (`storage.identity`). Neither their names nor their
-  times of change count, so a data set can be moved, or fetched again, without any edit being redone;
+  times of change count, so a data set can be moved, or fetched again, and no edit is redone;
 - the checkpoint's name, its content as far as `checkpoint_identity` covers it, the compute dtype.
 
 Versions of programs are recorded, and do not count.

@@ -23,10 +23,11 @@ def add(commands: Any) -> None:
     """Adds the command to the program's parser."""
     about = "Edit many videos: one JSON object to a line of a manifest, keys named as the flags."
     tail = (
-        "Flags of an edit hold for every line that does not say otherwise; paths in lines are "
-        "relative to the manifest. A line may have an id and a save_file of its own. Paths may be "
-        "gs:// or of any scheme that fsspec knows. Run again, it does what is missing or changed. "
-        "Exit status: 0, 1 if edits failed (DIR/failed.jsonl says which), 2 if none could start."
+        "Flags of an edit are the defaults of every line; paths in lines are relative to the "
+        "manifest. A line may have an id and a save_file of its own. Paths may be gs:// or of any "
+        "scheme that fsspec knows. Run again, it does the edits that are missing or changed. "
+        "Several runs may write to one folder, each to its own files. Exit status: 0, 1 if edits "
+        "failed (DIR/failed.jsonl says which and why), 2 if the batch could not start or go on."
     )
     parser = commands.add_parser("batch", description=about, epilog=tail, allow_abbrev=False)
     parser.set_defaults(command=_command)
@@ -49,13 +50,13 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
     if size is None:
         size = placed.mesh.shape["data"] if placed.mesh else 1
     settings = gather_settings(args, others, default_config_name(args.ckpt_dir, contents.configs))
-    resolve_settings(settings)  # what is wrong with the flags is wrong with every line
+    resolve_settings(settings)  # an error in the flags is one of every line
     names = [*(names.split()[0] for names in EDIT_INPUTS), "lossless"]
-    given = {name: value for name in names if (value := getattr(args, name))}
+    defaults = {name: value for name in names if (value := getattr(args, name))}
     job = Job(
         manifest=storage.resolve(args.manifest),
         save_dir=storage.resolve(args.save_dir),
-        common=Common(settings, manifest.resolved(given, ".")),
+        common=Common(settings, manifest.resolved(defaults, ".")),
         checkpoint=checkpoint_identity(args.ckpt_dir) | {"dtype": args.dtype},
         batch_size=size,
         shard=(args.shard_index, args.num_shards),
@@ -69,18 +70,18 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
     say("to do", f"{total} in {groups} groups of up to {size}")
 
     def loaded() -> Model:
-        """The model, read when the first group needs it."""
+        """Loads the model when the first group needs it."""
         return load_model(args, contents, placed)
 
     def runner(*group: Any) -> Sequence[Result | Exception]:
         """Runs a group so that Ctrl-C is heeded."""
         return interruptibly(lambda: run_group(*group))
 
-    with warnings_as_lines(), counting(total) as tell:
+    with warnings_as_lines(), counting(total) as count:
 
         def on_end(request: Request, failure: Failure | None) -> None:
-            """Tells what became of an edit."""
-            tell(f"{request.id} failed: {failure.reason}" if failure else f"{request.id} done")
+            """Prints the outcome of an edit."""
+            count(f"{request.id} failed: {failure.reason}" if failure else f"{request.id} done")
 
         if agreement.is_writer():
             summary = run(work, loaded, runner, on_end)

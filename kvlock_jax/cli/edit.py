@@ -60,14 +60,14 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
         raise InputError("give either --src_mask FILE or --bbox x0,y0,x1,y1")
     outputs = Outputs(**{name: getattr(args, name) for name in (*SUFFIXES, "lossless")})
     pictures = file_names(args.src_ref_images or "")
-    inputs = {"src_video": [args.src_video], "src_mask": [args.src_mask]}
-    check_outputs(outputs, inputs | {"src_ref_images": pictures})
+    read = {"src_video": [args.src_video], "src_mask": [args.src_mask], "src_ref_images": pictures}
+    check_outputs(outputs, read)
     join(args)
     if agreement.is_writer():
         probe_outputs(outputs)
     contents = describe(args.ckpt_dir)
-    own = default_config_name(args.ckpt_dir, contents.configs)
-    settings = resolve_settings(gather_settings(args, others, own))
+    name = default_config_name(args.ckpt_dir, contents.configs)
+    settings = resolve_settings(gather_settings(args, others, name))
     mask = args.src_mask if args.bbox is None else parse_box(args.bbox)
     with warnings_as_lines(), contextlib.ExitStack() as copies:
         local = functools.partial(storage.at_hand, copies, suffixes=IMAGE_SUFFIXES)
@@ -84,10 +84,13 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     compiling: list[BackgroundCompiler] = []
 
     def compile_ahead(shapes: Model) -> None:
-        """Begins to compile, before the weights are read."""
+        """Starts to compile before the weights are read."""
         noise = draw_noise(shapes, inputs, jax.random.key(settings.sample.seed))
-        given = shapes, inputs, settings, noise
-        compiling.append(BackgroundCompiler(*given, by_step=True, compiler=compiler(args, placed)))
+        compiling.append(
+            BackgroundCompiler(
+                shapes, inputs, settings, noise, by_step=True, compiler=compiler(args, placed)
+            )
+        )
 
     model = load_model(args, contents, placed, compile_ahead)
     seconds = {"load": time.perf_counter() - start}

@@ -1,4 +1,4 @@
-"""From the flags of a command to its hosts, devices and model."""
+"""Joins hosts, places and loads the model as the flags of a command say."""
 
 import argparse
 import dataclasses

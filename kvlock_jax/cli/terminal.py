@@ -1,4 +1,4 @@
-"""What a command shows and heeds while it runs: lines, progress, warnings, Ctrl-C."""
+"""Lines, progress, warnings and Ctrl-C of a running command."""
 
 import concurrent.futures
 import contextlib
@@ -15,19 +15,19 @@ from rich.console import Console
 _T = TypeVar("_T")
 
 
-def say(what: str, text: str) -> None:
-    """A line of what a command has to tell, on stdout."""
-    print(f"{what:8} {text}", flush=True)
+def say(heading: str, text: str) -> None:
+    """Prints a line of results on stdout, under a heading."""
+    print(f"{heading:8} {text}", flush=True)
 
 
 def log(text: str) -> None:
-    """A line of how it goes, on stderr."""
+    """Prints a line about progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def ticking(steps: int) -> Iterator[Callable[[int], None]]:
-    """Shows the steps of a run, by their numbers from 0.
+    """Shows the progress of a run; the caller passes the number of each finished step, from 0.
 
     A progress bar on a terminal, else a line at every tenth of the steps; both on stderr.
     """
@@ -43,15 +43,15 @@ def ticking(steps: int) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def counting(total: int) -> Iterator[Callable[[str], None]]:
-    """Shows a line for each of many things that ended, told in any thread.
+    """Shows a numbered line for each finished item of many; any thread may add one.
 
-    On a terminal the lines go over a progress bar; all on stderr.
+    The lines are on stderr; on a terminal they scroll over a progress bar.
     """
     console, numbers, one_by_one = Console(stderr=True), itertools.count(1), threading.Lock()
     if not console.is_interactive:
 
         def count(text: str) -> None:
-            """A line, with its number."""
+            """Prints a line with its number."""
             with one_by_one:
                 log(f"{next(numbers)} of {total}: {text}")
 
@@ -61,7 +61,7 @@ def counting(total: int) -> Iterator[Callable[[str], None]]:
         task = bar.add_task("editing", total=total)
 
         def advance(text: str) -> None:
-            """A line over the bar, which moves on."""
+            """Prints a line over the bar, and advances it."""
             with one_by_one:
                 bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
                 bar.advance(task)
@@ -82,7 +82,7 @@ def _bar(console: Console) -> progress.Progress:
 
 @contextlib.contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Logs what is warned of in the block, at its end, and nothing twice."""
+    """Logs each different warning of the block once, at its end."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -91,11 +91,11 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def interruptibly(work: Callable[[], _T]) -> _T:
-    """Does the work in another thread: Ctrl-C is for this one, and compiled code would hold it."""
+    """Does the work in another thread, so that Ctrl-C is heeded while compiled code runs."""
     future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
     def target() -> None:
-        """Does the work, and hands on what it came to."""
+        """Does the work, and hands on its outcome."""
         try:
             future.set_result(work())
         except BaseException as error:
@@ -106,4 +106,4 @@ def interruptibly(work: Callable[[], _T]) -> _T:
 
 
 SOME_FAILED, FAILED, INTERRUPTED = 1, 2, 130
-"""Exit status after failures among many edits, where the caller can mend it, and after Ctrl-C."""
+"""Exit status after failures of some of many edits, after an error, and after Ctrl-C."""

@@ -157,7 +157,7 @@ class Line:
       grace: seconds as in `GRACE`.
     """
 
-    def __init__(self, store: Store, host: int, hosts: int, grace: float = GRACE):
+    def __init__(self, store: Store, host: int, hosts: int, grace: float):
         self._store, self._host, self._hosts, self._grace = store, host, hosts, grace
         self._number = self._depth = 0
         self._left = False
@@ -203,7 +203,8 @@ class Line:
     def leave(self, why: str) -> None:
         """As the function of this name; the store's host stays until the others have left."""
         with contextlib.suppress(Exception):  # the store may have ended first
-            self._store.put(_left_key(self._host), why)
+            if self._store.get(_left_key(self._host), 0) is None:  # or the first reason holds
+                self._store.put(_left_key(self._host), why)
             self._store.put(_parted_key(self._host), why)
             until = time.monotonic() + _PARTING
             for host in range(self._hosts) if self._host == 0 else ():
@@ -252,8 +253,8 @@ class Line:
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > self._grace:
                     raise LostHostError(
-                        f"host {host} failed ({failure}) and left this host inside a program of "
-                        f"{topic}: the run cannot go on, start it again"
+                        f"host {host} failed ({failure}), and this host, in a program they share, "
+                        f"did not come out of {topic}: the run cannot go on, start it again"
                     )
         return future.result()
 
@@ -351,4 +352,4 @@ def _line() -> Line:
 
 @functools.lru_cache(maxsize=1)
 def _line_of(client: Any) -> Line:
-    return Line(_Coordinator(client), jax.process_index(), jax.process_count())
+    return Line(_Coordinator(client), jax.process_index(), jax.process_count(), GRACE)

@@ -18,26 +18,26 @@ def make_mesh(
     """A mesh of the first `data frames model` devices.
 
     Raises:
-      ConfigError: there are fewer devices, or several hosts of which it would leave some out.
+      ConfigError: the mesh takes more devices than are found, or leaves some out on several hosts.
     """
-    given = jax.devices() if devices is None else devices
+    available = jax.devices() if devices is None else devices
     sizes = dict(zip(AXES, (data, frames, model), strict=True))
     text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
     count = data * frames * model
     if min(sizes.values()) < 1:
         raise ConfigError(f"mesh {text}: every axis must be 1 or more")
-    if count > len(given) or (count < len(given) and jax.process_count() > 1):
-        raise ConfigError(f"mesh {text} takes {count} devices, found {len(given)}")
+    if count > len(available) or (count < len(available) and jax.process_count() > 1):
+        raise ConfigError(f"mesh {text} takes {count} devices, found {len(available)}")
     return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=given[:count]
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=available[:count]
     )
 
 
 def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a text such as `"data=1,frames=8,model=1"`; an axis left out has size 1.
+    """Parses a mesh such as `"data=1,frames=8,model=1"`; an axis left out has size 1.
 
     Raises:
-      ConfigError: naming what cannot be read, or as `make_mesh`.
+      ConfigError: a part cannot be parsed, or as in `make_mesh`.
     """
     sizes = {}
     for part in filter(None, (p.strip() for p in text.split(","))):

@@ -4,11 +4,11 @@ TOKEN_BLOCK = 128
 """Tokens of each of several devices are a multiple of it where they are many: a TPU's lanes."""
 
 MANY_TOKENS = 1024
-"""Tokens of a device from which on blocks of `TOKEN_BLOCK` are at most an eighth of padding."""
+"""Tokens of a device above which padding to `TOKEN_BLOCK` adds at most an eighth."""
 
 
 def token_block(tokens: int, shards: int) -> int:
-    """What the tokens of each of `shards` devices are a multiple of."""
+    """The unit that the tokens of each of `shards` devices are a multiple of."""
     return TOKEN_BLOCK if shards > 1 and tokens >= MANY_TOKENS * shards else 1
 
 

@@ -25,7 +25,7 @@ SPREAD = RULES | {"D": "frames"}
 
 
 SPACE = ("frames", "model")
-"""The mesh axes that pixels are spread over: no heads there, so both."""
+"""The mesh axes that pixels are spread over; the VAE has no heads, so it takes both."""
 
 
 def dimensions(letters: str) -> list[str]:
@@ -47,7 +47,7 @@ def spec(letters: str, rules: Mapping[str, str | tuple[str, ...]] = RULES) -> Pa
 
 
 def shards(letter: str) -> int:
-    """Over how many devices of the ambient mesh a letter's dimension is spread."""
+    """Count of the ambient mesh's devices that a letter's dimension is spread over."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape.get(RULES.get(letter), 1)
 
@@ -62,7 +62,7 @@ def constrain(tree: _T, letters: str) -> _T:
         return tree
 
     def lay(x: jax.Array) -> jax.Array:
-        """One array, if it divides."""
+        """Constrains one array."""
         for size, name in zip(x.shape, dimensions(letters), strict=True):
             if size % shards(name):
                 fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
@@ -114,7 +114,7 @@ def dividing(
 def worth_spreading(weights: float, memory: float) -> bool:
     """Whether a transformer's bytes of weights should not lie whole on devices of this memory.
 
-    Beside it there are the text encoder's part, the VAE, the cache and what a step takes, so a
-    quarter of the memory is the most that they may take.
+    The text encoder's shard, the VAE, the cache and a step's activations lie beside them, so the
+    weights may take a quarter of the memory.
     """
     return weights > memory / 4
