@@ -6,8 +6,7 @@ import av
 import numpy as np
 import pytest
 from clips import encode as encode_by
-from clips import noise
-from test_timing import write as write_stamps
+from clips import noise, write_stamps
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import decode, encode, memory
