@@ -1,5 +1,7 @@
 """Clips of noise and of smooth colours, and files of them by PyAV."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 from hypothesis import settings
@@ -55,3 +57,25 @@ def blob(frames: int = 5) -> np.ndarray:
     for t in range(frames):
         mask[t, 8:20, 10 + 2 * t : 26 + 2 * t] = True
     return mask
+
+
+def write_stamps(path, stamps, rate, clock=1000):
+    """Frames at timestamps of a clock, in a stream that declares a rate."""
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=rate, options={"bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, clock)
+        for stamp, image in zip(stamps, noise(len(stamps)), strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = int(stamp), Fraction(1, clock)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return path
+
+
+def packets(path, index=0):
+    """Bytes and seconds of each packet of sound."""
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[index]
+        found = [packet for packet in container.demux(stream) if packet.size]
+        return [bytes(p) for p in found], [float(p.pts * p.time_base) for p in found]

@@ -7,8 +7,8 @@ import batches
 import numpy as np
 import pytest
 import tiny
+from clips import packets
 from manifests import write as write_manifest
-from test_sound import packets
 
 from kvlock_jax.media import decode, encode
 from kvlock_jax.media.footage import Footage

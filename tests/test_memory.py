@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 from clips import encode as encode_by
-from clips import noise
+from clips import noise, write_stamps
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import decode, encode, memory
@@ -53,6 +53,12 @@ def test_memory_that_runs_out_is_named(tmp_path, error):
 
     with pytest.raises(InputError, match=r"out of memory after 3 frames: .*--frame_num"):
         decode.read_video(tmp_path / "a.mp4", resize=failing)
+
+
+def test_a_rate_that_is_a_clocks_refuses_nothing(tmp_path, monkeypatch):
+    path = write_stamps(tmp_path / "a.mkv", 400 * np.arange(6), 1000)
+    monkeypatch.setattr(memory, "available", lambda: 20 * 32 * 48 * 3)
+    assert len(decode.read_video(path).frames) == 6
 
 
 def test_more_frames_than_the_container_says_are_read(tmp_path):

@@ -6,7 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from clips import noise
+from clips import noise, packets
 
 from kvlock_jax.media import decode, encode
 
@@ -55,14 +55,6 @@ def write(path, codec, container, streams=1, late=0.0):
             output.mux(sound.encode(frame))
             output.mux(sound.encode(None))
     return path
-
-
-def packets(path, index=0):
-    """Bytes and seconds of each packet of sound."""
-    with av.open(str(path)) as container:
-        stream = container.streams.audio[index]
-        found = [packet for packet in container.demux(stream) if packet.size]
-        return [bytes(p) for p in found], [float(p.pts * p.time_base) for p in found]
 
 
 def heard(path):

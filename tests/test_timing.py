@@ -5,7 +5,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from clips import noise
+from clips import noise, write_stamps
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import decode, encode, timing
@@ -14,24 +14,10 @@ from kvlock_jax.media.footage import Footage
 PHONE = np.cumsum([0, 33, 34, 33, 200, 200, 33, 34, 33])  # milliseconds
 
 
-def write(path, stamps, rate, clock=1000):
-    """Frames at timestamps of a clock, in a stream that declares a rate."""
-    with av.open(str(path), "w") as output:
-        stream = output.add_stream("libx264", rate=rate, options={"bf": "0"})
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, clock)
-        for stamp, image in zip(stamps, noise(len(stamps)), strict=True):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = int(stamp), Fraction(1, clock)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return path
-
-
 @pytest.mark.parametrize(("name", "declared"), [("a.mkv", 1000), ("a.mp4", 30)])
 @pytest.mark.parametrize("taken", [None, 4, 6])
 def test_a_varying_rate_is_that_of_the_frames_taken(tmp_path, name, declared, taken):
-    found = decode.read_video(write(tmp_path / name, PHONE, declared), taken)
+    found = decode.read_video(write_stamps(tmp_path / name, PHONE, declared), taken)
     stamps = PHONE[:taken] / 1000
     assert float(found.fps) == pytest.approx((len(stamps) - 1) / stamps[-1], rel=0.01)
     if taken == 4:  # the steady part
@@ -43,17 +29,17 @@ def test_a_varying_rate_is_that_of_the_frames_taken(tmp_path, name, declared, ta
 @pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(30000, 1001), 25, 12.5, 8])
 def test_rounded_timestamps_of_an_undeclared_rate_are_that_rate(tmp_path, rate):
     stamps = [round(1000 * n / rate) for n in range(12)]
-    found = decode.read_video(write(tmp_path / "a.mkv", stamps, 1000))
+    found = decode.read_video(write_stamps(tmp_path / "a.mkv", stamps, 1000))
     assert found.fps == Fraction(rate) and found.times is None
 
 
 def test_the_first_frame_alone_has_the_declared_rate(tmp_path):
-    found = decode.read_video(write(tmp_path / "a.mp4", PHONE[:3], 30), 1)
+    found = decode.read_video(write_stamps(tmp_path / "a.mp4", PHONE[:3], 30), 1)
     assert float(found.fps) == pytest.approx(30, rel=0.02)
 
 
 def test_a_clip_that_starts_late_keeps_its_rate(tmp_path):
-    found = decode.read_video(write(tmp_path / "a.mkv", 5000 + 100 * np.arange(5), 10))
+    found = decode.read_video(write_stamps(tmp_path / "a.mkv", 5000 + 100 * np.arange(5), 10))
     assert found.fps == 10 and found.times is None
 
 

@@ -220,7 +220,9 @@ def _frame_count(
     container: av.container.InputContainer, stream: av.VideoStream, limit: int | None
 ) -> int:
     """The number of frames by the container's own count or duration; 0 where it has neither."""
-    count = stream.frames
-    if not count and container.duration and stream.guessed_rate:
-        count = round(Fraction(container.duration, av.time_base) * stream.guessed_rate)
+    count, rate = stream.frames, stream.guessed_rate
+    # Where the two differ, or count a clock's ticks, neither is the rate of the frames.
+    is_known = rate == stream.average_rate and 0 < (rate or 0) <= timing.FASTEST
+    if not count and container.duration and is_known:
+        count = round(Fraction(container.duration, av.time_base) * rate)
     return min(count, limit) if count and limit else count
