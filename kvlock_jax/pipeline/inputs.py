@@ -63,7 +63,7 @@ class Clip:
     timeline: Timeline | None
 
 
-def read_clip(video: FilePath | Frames, settings: EditConfig) -> Clip:
+def read_clip(video: FilePath | np.ndarray, settings: EditConfig) -> Clip:
     """Reads a source video; each frame is resized as soon as it is decoded.
 
     Args:
@@ -110,11 +110,11 @@ def _resize(size: tuple[int, int] | None, settings: EditConfig) -> Resize | None
 
 
 def read_inputs(
-    video: FilePath | Frames | Clip,
+    video: FilePath | np.ndarray | Clip,
     mask: FilePath | Box | np.ndarray,
     prompt: str,
     settings: EditConfig,
-    references: FilePath | Image | Sequence[FilePath | Image] = (),
+    references: FilePath | np.ndarray | Sequence[FilePath | np.ndarray] = (),
 ) -> EditInputs:
     """Reads and checks the inputs of one edit; no model is needed to find their faults.
 
@@ -182,7 +182,7 @@ def _resized_mask(region: Mask, resize: Resize) -> Mask:
     return resized
 
 
-def _picture(reference: FilePath | Image) -> Image:
+def _picture(reference: FilePath | np.ndarray) -> Image:
     if isinstance(reference, (str, os.PathLike)):
         return decode.read_image(reference)
     picture = np.asarray(reference)
