@@ -63,7 +63,7 @@ class Clip:
     timeline: Timeline | None
 
 
-def read_clip(video: FilePath | Frames, settings: EditConfig) -> Clip:
+def read_clip(video: FilePath | np.ndarray, settings: EditConfig) -> Clip:
     """Reads a source video; each frame is resized as soon as it is decoded.
 
     Args:
@@ -182,7 +182,7 @@ def _resized_mask(region: Mask, resize: Resize) -> Mask:
     return resized
 
 
-def _picture(reference: FilePath | Image) -> Image:
+def _picture(reference: FilePath | np.ndarray) -> Image:
     if isinstance(reference, (str, os.PathLike)):
         return decode.read_image(reference)
     picture = np.asarray(reference)
