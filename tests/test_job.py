@@ -288,11 +288,3 @@ def test_a_checkpoint_is_told_from_another_by_any_of_its_files(tmp_path, file):
     assert checkpoint_identity(str(tmp_path)) == before
     (tmp_path / file).write_bytes(b"two")
     assert checkpoint_identity(str(tmp_path)) != before
-
-
-def test_a_checkpoint_in_a_folder_of_odd_name_is_read(tmp_path):
-    """`a[1]` is a name, and no pattern that nothing matches."""
-    (tmp_path / "a[1]" / "vae").mkdir(parents=True)
-    empty = checkpoint_identity(str(tmp_path / "a[1]"))["identity"]
-    (tmp_path / "a[1]" / "vae" / "model.safetensors").write_bytes(b"one")
-    assert checkpoint_identity(str(tmp_path / "a[1]"))["identity"] != empty

@@ -329,3 +329,12 @@ def test_odd_names_of_folders_are_names(folder):
         assert storage.sizes("memory://out[1]").keys() == {"a.json", "a.mkv"}
     finally:
         memory.rm("/", recursive=True)
+
+
+def test_a_file_of_the_users_is_no_list(folder):
+    bad = write(folder, *rows("x", prompt=""), name="bad.jsonl")
+    good = write(folder, *rows("y", prompt=""), name="good.jsonl")
+    batches.do(bad, folder / "out")
+    (folder / "out" / "good.failed.jsonl").write_text("my notes")
+    assert re.search(r"good-[0-9a-f]{8}\.failed", batches.do(good, folder / "out").failures)
+    assert (folder / "out" / "good.failed.jsonl").read_text() == "my notes"

@@ -177,10 +177,12 @@ def live_owners(folder: str) -> list[Owner]:
         if owner is not None and is_alive(folder, owner):
             live.append(owner)
         elif owner is not None:
-            _forget(folder, run)
+            with contextlib.suppress(InputError):  # who may write may not always remove
+                _forget(folder, run)
     for name in entries.folders:
         if name.startswith(_PREFIX) and not storage.exists(storage.join(folder, f"{name}.lease")):
-            storage.remove(storage.join(folder, name))
+            with contextlib.suppress(InputError):
+                storage.remove(storage.join(folder, name))
     return live
 
 

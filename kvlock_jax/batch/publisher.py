@@ -156,8 +156,14 @@ class FailureLog:
 
 
 def may_hold_failures(job: Job, name: str) -> bool:
-    """Whether a file is free for the failures of a job: missing, or not of another manifest."""
-    return _manifest_of(job, name) in (None, job.manifest)
+    """Whether a file is free for the failures of a job: missing, or of its manifest.
+
+    `failed.jsonl` is free too where it does not name its manifest, as earlier versions wrote it.
+    """
+    owner = _manifest_of(job, name)
+    if owner is None:
+        return name == job.failure_names[0] or not storage.exists(job.output(name))
+    return owner == job.manifest
 
 
 def _manifest_of(job: Job, name: str) -> str | None:

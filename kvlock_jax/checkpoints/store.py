@@ -6,12 +6,15 @@ Functions import Orbax themselves, so that `import kvlock_jax` does not wait for
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
+import glob
 import math
 import os
+import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -93,10 +96,10 @@ def write(
     )
     # bf16 weights hardly shrink, and zstd would be most of the work
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer, _plain(folder) as place:
         save = ocp.args.PyTreeSave(dict(parameters), ocdbt_target_data_file_size=DATA_FILE)
         try:
-            checkpointer.save(folder.absolute(), args=save)
+            checkpointer.save(place, args=save)
         except ValueError as error:
             if cause := _disk_error(error):
                 raise cause from error
@@ -160,8 +163,8 @@ def describe(folder: epath.Path) -> Mapping[str, Any]:
     """Shape and dtype of every array in a folder."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.metadata(folder.absolute()).item_metadata.tree
+    with ocp.StandardCheckpointer() as checkpointer, _plain(folder) as place:
+        return checkpointer.metadata(place).item_metadata.tree
 
 
 def read(
@@ -177,11 +180,30 @@ def read(
     # Orbax counts whole chunks of the stored dtype, which may exceed a shard and be wider.
     limit = max(RESTORING, 4 * max(shards) + 8 * CHUNK)
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 10**9)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler) as checkpointer, _plain(folder) as place:
         item = dict(targets)
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
         restore = ocp.args.PyTreeRestore(item, restore_args=arguments)
-        return checkpointer.restore(folder.absolute(), args=restore)
+        return checkpointer.restore(place, args=restore)
+
+
+@contextlib.contextmanager
+def _plain(folder: epath.Path) -> Iterator[epath.Path]:
+    """A path of a folder without `*`, `?` and `[`: Orbax expands paths as patterns.
+
+    Raises:
+      CheckpointError: a remote path has one; a local one is reached by a link.
+    """
+    path = folder.absolute()
+    if not glob.has_magic(os.fspath(path)):
+        yield path
+        return
+    if not os.path.isdir(path.parent):
+        raise CheckpointError(f"{folder}: a remote checkpoint's path must be without *, ? and [")
+    with tempfile.TemporaryDirectory(prefix="kvlock-") as place:
+        link = epath.Path(place) / "folder"
+        os.symlink(path.parent, link, target_is_directory=True)
+        yield link / path.name
 
 
 def sums(folder: epath.Path) -> dict[str, str]:

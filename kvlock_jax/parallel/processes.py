@@ -4,6 +4,8 @@ import jax
 
 from kvlock_jax.errors import ConfigError
 
+_HEARTBEAT = 50  # seconds after which a host that was killed ends the others; JAX waits 100
+
 
 def join_hosts(
     distributed: bool = False,
@@ -35,7 +37,9 @@ def join_hosts(
     if not absent and not 0 <= process_id < num_processes:
         raise ConfigError(f"--process_id must be from 0 to {num_processes - 1}, found {process_id}")
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT
+        )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the hosts cannot meet: {reason}") from error
