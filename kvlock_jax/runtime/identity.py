@@ -80,6 +80,7 @@ def _described(kind: type, values: Any) -> str:
     return f"{name_of(kind)}({', '.join(map(describe, values))})"
 
 
+@functools.lru_cache(maxsize=256)  # every step of a run describes the same trees
 def _describe_tree(tree: jax.tree_util.PyTreeDef) -> str:
     """The kinds and static data of a tree's nodes; `*` for each leaf."""
     node = tree.node_data()
