@@ -227,7 +227,7 @@ def test_a_ring_is_the_same(shape):
     assert "collective-permute" in {kind for kind, _ in collectives(text)}
 
 
-# -- compiled programs, by their text: traffic and layout -------------------------------------------
+# -- compiled programs, by their text: traffic and layout ------------------------------------------
 
 
 def collectives(text: str) -> collections.Counter:
