@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from kvlock_jax.shapes import Heads, PerEdit, TokenMask
+from kvlock_jax.shapes import PerEdit, TokenMask
+
+Cached = Float[Array, "sources L N K"]
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +83,7 @@ class Lock:
     fusion_ratio: PerEdit
     computed: int | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def lead(self, new: Float[Array, "R n N K"], cached: Heads) -> Float[Array, "R L N K"]:
+    def lead(self, new: Float[Array, "R n N K"], cached: Cached) -> Float[Array, "R L N K"]:
         """The keys (or values) of all tokens to attend to, inside a block."""
         if self.computed is None:
             return fuse(new, cached, self.foreground, self.fusion_ratio)
@@ -101,7 +103,7 @@ def take(rows: Shaped[Array, "R L *d"], tokens: Int[Array, "B n"]) -> Shaped[Arr
 
 
 def fuse(
-    new: Float[Array, "R L N K"], cached: Heads, foreground: TokenMask, fusion_ratio: PerEdit
+    new: Float[Array, "R L N K"], cached: Cached, foreground: TokenMask, fusion_ratio: PerEdit
 ) -> Float[Array, "R L N K"]:
     """The keys (or values) to attend to: the edit's own, drawn to the source's in the background.
 
