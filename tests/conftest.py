@@ -71,7 +71,7 @@ def written_once(folder: Path, write) -> Path:
     with FileLock(f"{folder}.lock"):
         done = folder / "done"
         if not done.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             done.write_text(str(write(folder)))
         return Path(done.read_text())
 
