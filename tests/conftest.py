@@ -53,7 +53,12 @@ def shared_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(shared_folder):
-    """Workers and modules share compiled programs: many modules run the same ones."""
+    """Workers and modules share compiled programs: many modules run the same ones.
+
+    The user's own cache is left alone.
+    """
+    os.environ["XDG_CACHE_HOME"] = str(shared_folder / "cache")
+    jax.config.update("jax_enable_compilation_cache", True)  # a worker inherits what is set above
     jax.config.update("jax_compilation_cache_dir", str(shared_folder / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # collection may have compiled, and settled on no folder
@@ -71,7 +76,7 @@ def written_once(folder: Path, write) -> Path:
     with FileLock(f"{folder}.lock"):
         done = folder / "done"
         if not done.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             done.write_text(str(write(folder)))
         return Path(done.read_text())
 

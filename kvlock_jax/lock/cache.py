@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from kvlock_jax.shapes import Heads, PerEdit, TokenMask
+from kvlock_jax.shapes import PerEdit, TokenMask
+
+Cached = Float[Array, "sources L N K"]
 
 Number = Float[Array, ""] | float
 
@@ -93,7 +95,7 @@ class Lock:
     computed: int | None = dataclasses.field(default=None, metadata={"static": True})
     foreground_ratio: Number = 0.0
 
-    def lead(self, new: Float[Array, "R n N K"], cached: Heads) -> Float[Array, "R L N K"]:
+    def lead(self, new: Float[Array, "R n N K"], cached: Cached) -> Float[Array, "R L N K"]:
         """The keys (or values) of all tokens that a block's self-attention attends to."""
         if self.computed is None:
             return fuse(new, cached, self.foreground, self.fusion_ratio, self.foreground_ratio)
@@ -114,7 +116,7 @@ def take(rows: Shaped[Array, "R L *d"], tokens: Int[Array, "B n"]) -> Shaped[Arr
 
 def fuse(
     new: Float[Array, "R L N K"],
-    cached: Heads,
+    cached: Cached,
     foreground: TokenMask,
     fusion_ratio: PerEdit,
     foreground_ratio: Number = 0.0,
