@@ -46,7 +46,9 @@ ORDER = {
     "models": "layout linear attention vae wan text",
     "checkpoints": "store registry format",
     "media": "storage decode encode fit masks",
-    "pipeline": "settings overrides inputs load encode stages background placement api report",
+    "pipeline": (
+        "settings overrides inputs load encode seeds stages background placement api report"
+    ),
     "batch": "manifest grouping fingerprint resume runner",
     "cli": "terminal flags loading edit batch convert info main",
 }

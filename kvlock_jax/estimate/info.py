@@ -53,7 +53,7 @@ def holds(contents: Contents) -> Iterator[str]:
 
 
 def _origin(contents: Contents) -> Iterator[str]:
-    """Lines about a checkpoint's source, as far as its metadata, which anyone may have written, has it."""
+    """Lines about a checkpoint's source, from metadata that anyone may have written."""
     source = contents.source if isinstance(contents.source, Mapping) else {}
     folder, layout = source.get("folder", "an unknown folder"), source.get("layout", "unknown")
     yield _line("converted", f"by kvlock_jax {contents.version} from {folder}, {layout} layout")

@@ -166,9 +166,9 @@ def _edits(
         of_edits = control(inactive, reactive, mask, pictures)
         # With an empty mask the kept clip is the source itself.
         empty = jnp.zeros_like(mask[:sources])
-        whole = control(latents, jnp.broadcast_to(nothing, latents.shape), empty, references)
+        unmasked = control(latents, jnp.broadcast_to(nothing, latents.shape), empty, references)
         texts = VACEContext(texts, grid.split(of_edits), jnp.full(len(mask), scale))
-        source_texts = VACEContext(source_texts, grid.split(whole), jnp.full(sources, scale))
+        source_texts = VACEContext(source_texts, grid.split(unmasked), jnp.full(sources, scale))
     cells = (grid.split(x) for x in (source, noise.astype(jnp.float32), foreground))
     return Edits(*cells, texts, source_texts, grid, len(references))
 

@@ -117,7 +117,7 @@ class Loop:
         """The loop for some settings and edits.
 
         Args:
-          network: transformer, a `loop.Denoiser`.
+          network: transformer, a `Denoiser`.
           settings: settings of the run.
           edits: batch of edits.
           tokens: largest number of tokens that an edit keeps.
