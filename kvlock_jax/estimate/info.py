@@ -78,6 +78,7 @@ def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
     workload = Workload(
         contents.configs.transformer,
         *plan.video.model_shape,
+        batch=settings.lock.pool_seeds,
         dtype_bytes=plan.dtype_bytes,
         weight_bytes=stored.size / stored.parameters,
     )

@@ -32,7 +32,8 @@ from kvlock_jax.runtime.clock import Clock
 from kvlock_jax.runtime.compile_cache import Call, Compiler, call
 from kvlock_jax.sampling import loop, solvers
 from kvlock_jax.sampling.edits import Edits, bucket
-from kvlock_jax.sampling.loop import Program, Trace
+from kvlock_jax.sampling.loop import Trace
+from kvlock_jax.sampling.program import Program
 from kvlock_jax.shapes import Frames, Latents
 
 
