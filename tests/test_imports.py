@@ -48,8 +48,8 @@ ORDER = {
     "checkpoints": "store registry metadata format",
     "media": "storage folders footage orientation colour timing containers pictures heif memory "
     "deinterlace sound decode encode fit timeline masks",
-    "pipeline": "settings overrides inputs load hosts encode stages background placement api "
-    "report outputs",
+    "pipeline": "settings overrides inputs load hosts encode seeds stages background placement "
+    "api report outputs",
     "batch": "lines manifest grouping fingerprint resume lease reader publisher runner",
     "cli": "terminal flags loading edit batch convert info main",
 }

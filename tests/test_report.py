@@ -104,6 +104,7 @@ def test_what_json_does_not_know(tmp_path):
         "background_ssim": None,
         "ring_error": 2.0,
         "ring_flicker": 1.0,
+        "background_ceiling": None,
     }
     assert float(found["settings"]["lock"]["apg_norm"]) == math.inf
 

@@ -53,7 +53,7 @@ def holds(contents: Contents) -> Iterator[str]:
 
 
 def _origin(contents: Contents) -> Iterator[str]:
-    """Lines about a checkpoint's source; anyone may have written its metadata."""
+    """Lines about a checkpoint's source, from metadata that anyone may have written."""
     source = contents.source if isinstance(contents.source, Mapping) else {}
     folder, layout = source.get("folder", "an unknown folder"), source.get("layout", "unknown")
     yield _line("converted", f"by kvlock_jax {contents.version} from {folder}, {layout} layout")
@@ -78,6 +78,7 @@ def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
     workload = Workload(
         contents.configs.transformer,
         *plan.video.model_shape,
+        batch=settings.lock.pool_seeds,
         dtype_bytes=plan.dtype_bytes,
         weight_bytes=stored.size / stored.parameters,
     )

@@ -6,15 +6,15 @@ both through `Lock.lead` before they attend. Before the first step:
 
     latent_mask = to_latent_mask(mask)                         # your VAE's strides
     token_mask = to_token_mask(latent_mask)                    # your transformer's patch
-    knobs = knobs(preset("kvlock", omega_0), omega_0)
-    scheduled = in_window(steps, knobs.kappa)
+    traced = knobs(preset("kvlock", omega_0), omega_0)
+    scheduled = in_window(steps, traced.kappa)
     window, sigma2 = X0Window.zeros(10, z.shape), zeros(len(z))
     z = noise
 
 Step k:
 
-    alpha = fusion_ratio(sigma2, ready(window), scheduled[k], knobs)
-    omega = guidance_scale(sigma2, ready(window), scheduled[k], knobs)
+    alpha = fusion_ratio(sigma2, ready(window), scheduled[k], traced)
+    omega = guidance_scale(sigma2, ready(window), scheduled[k], traced)
 
     z_source = (1 - sigma[k]) * source + sigma[k] * noise      # the noise that z started from
     _, cache = model(z_source, sigma[k], source_prompt)
@@ -22,13 +22,13 @@ Step k:
     v_cond, _ = model(z, sigma[k], prompt, lock)
     v_uncond, _ = model(z, sigma[k], negative_prompt, lock)
 
-    s = projection_scale(v_cond, v_uncond, projection_region(latent_mask, knobs))
-    v = guide(v_cond, v_uncond, omega, uncond_scale(s, knobs))
+    s = projection_scale(v_cond, v_uncond, projection_region(latent_mask, traced))
+    v = guide(v_cond, v_uncond, omega, uncond_scale(s, traced))
     window = push(window, z - sigma[k] * v)
-    sigma2 = hallucination(window, detection_region(latent_mask, knobs))
+    sigma2 = hallucination(window, detection_region(latent_mask, traced))
     z = ...                                                    # any solver's step along v
 
-Where `source_needed(scheduled, knobs)` is false, alpha is 0 and the source pass may be left out.
+Where `source_needed(scheduled, traced)` is false, alpha is 0 and the source pass may be left out.
 The baseline ProEdit adds `inject` to a step and `shift_start` before the first one.
 """
 

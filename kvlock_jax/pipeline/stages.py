@@ -32,7 +32,8 @@ from kvlock_jax.runtime.clock import Clock
 from kvlock_jax.runtime.compile_cache import Call, Compiler, call
 from kvlock_jax.sampling import loop, solvers
 from kvlock_jax.sampling.edits import Edits, bucket
-from kvlock_jax.sampling.loop import Program, Trace
+from kvlock_jax.sampling.loop import Trace
+from kvlock_jax.sampling.program import Program
 from kvlock_jax.shapes import Frames, Latents
 
 
@@ -117,7 +118,7 @@ class Loop:
         """The loop for some settings and edits.
 
         Args:
-          network: transformer, a `loop.Denoiser`.
+          network: transformer, a `Denoiser`.
           settings: settings of the run.
           edits: batch of edits.
           tokens: largest number of tokens that an edit keeps.

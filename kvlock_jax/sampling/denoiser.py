@@ -1,0 +1,37 @@
+"""The model as the sampling loop calls it."""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float
+
+from kvlock_jax.grid import Grid, Patches
+from kvlock_jax.lock import KVCache, Lock
+
+
+class Denoiser(Protocol):
+    """The model's interface to the loop: a pytree of weights with methods, as `WanTransformer` is.
+
+    Conditioning and times may be any pytrees; the loop only passes them on.
+    """
+
+    def condition(self, context: Any, grid: Grid) -> Any:
+        """The conditioning of a pass over latents of a grid, from its text (and more)."""
+
+    def times(self, timestep: Float[Array, "*rows"]) -> Any:
+        """Embeddings of timesteps (0-1000): a tree of arrays with one row for each."""
+
+    def __call__(
+        self, latents: Patches, time: Any, conditioning: Any, lock: Lock | None = None
+    ) -> Patches:
+        """The velocity of each row at its time, of all tokens or of those that the lock computes.
+
+        The lock's cache may be a `SourcePass`, which the model runs beside its own, block by block.
+        """
+
+    def keys_values(
+        self, latents: Patches, time: Any, conditioning: Any, *, into: KVCache
+    ) -> tuple[Patches, KVCache]:
+        """The velocity, and the cache with each block's self-attention keys and values."""
+
+    def empty_cache(self, latents: Patches) -> KVCache:
+        """A cache of the size that `keys_values` fills for such latents."""

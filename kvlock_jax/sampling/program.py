@@ -1,0 +1,40 @@
+"""The settings of a loop that are compiled into its program."""
+
+import dataclasses
+
+from kvlock_jax import lock
+from kvlock_jax.settings.schema import LockConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The settings that select a compiled program, beside the shapes; all others are traced.
+
+    Attributes:
+      passes: kinds of pass that a step may need, from `lock.passes`.
+      guidance: `"cfg"` or `"apg"`.
+      window: number of clean estimates in the statistic.
+      carried: whether the state carries the source's keys and values from step to step.
+      tokens: number of tokens that a foreground pass computes.
+    """
+
+    passes: tuple[str, ...]
+    guidance: str
+    window: int
+    carried: bool = False
+    tokens: int | None = None
+
+    @classmethod
+    def of(cls, settings: LockConfig, tokens: int | None = None) -> "Program":
+        """The program that the settings need; without `tokens` every pass computes all tokens."""
+        kinds = lock.passes(settings)
+        if tokens is None and "foreground" in kinds:
+            kinds = tuple(dict.fromkeys("full" if k == "foreground" else k for k in kinds))
+        tokens = tokens if "foreground" in kinds else None
+        carried = settings.cache == "carried" and kinds != ("plain",)
+        return cls(kinds, settings.guidance, settings.window, carried, tokens)
+
+    @property
+    def locked(self) -> bool:
+        """Whether any step may need the source branch."""
+        return self.passes != ("plain",)
