@@ -13,6 +13,7 @@ import tiny
 import kvlock_jax as kvl
 from kvlock_jax.convert import converter
 from kvlock_jax.media import encode
+from kvlock_jax.parallel.mesh import make_mesh
 from kvlock_jax.pipeline import stages
 from kvlock_jax.pipeline.api import run
 from kvlock_jax.pipeline.background import BackgroundCompiler
@@ -78,7 +79,7 @@ def test_nothing_is_compiled_again(
         converter.convert(folder, tmp_path / "own")
         folder = tmp_path / "own"
     if kind == "a mesh":
-        mesh = kvl.sharding.make_mesh(frames=2, devices=jax.devices()[:2])
+        mesh = make_mesh(frames=2, devices=jax.devices()[:2])
     (inputs, settings), ahead = given(3), []
 
     def on_shapes(model):
@@ -88,7 +89,7 @@ def test_nothing_is_compiled_again(
 
     model = kvl.load(folder, mesh=mesh, on_shapes=on_shapes)
     loop = {"begin", "advance", "step_inputs"} if by_step else {"sample"}
-    assert set(compiled) & PROGRAMS == {"encode", "_edits", "decode", "video_latents"} | loop
+    assert set(compiled) & PROGRAMS == {"encode", "encode_ids", "_edits", "decode", "video_latents"} | loop
     compiled.clear()
     steps = []
     on_step = steps.append if by_step else None
@@ -143,7 +144,8 @@ def test_a_command_that_fails_does_not_wait_for_the_compiler(tiny_checkpoint, tm
     encode.write_video(tmp_path / "in.mkv", tiny.clip(), 12, lossless=True)
     program = (
         "import time; from kvlock_jax import errors; from kvlock_jax.cli import edit, main; "
-        "from kvlock_jax.pipeline import stages\n"
+        "from kvlock_jax.parallel.mesh import make_mesh
+from kvlock_jax.pipeline import stages\n"
         "def fail(*args, **how): raise errors.SamplingError('it diverged')\n"
         "stages.Loop.compile, edit.run_edit = lambda *args: time.sleep(1000), fail\n"
         "main.run()"

@@ -147,6 +147,8 @@ class Family:
       describes: whether a transformer's config belongs to this family.
       conditioner: the transformer's context.
       settings: from a transformer's config to the name of its default settings in `configs/`.
+      results: pytree classes of the transformer's results and the conditioner's contexts, so that
+        programs that return them can be cached.
     """
 
     name: str
@@ -154,3 +156,4 @@ class Family:
     describes: Callable[[Any], bool]
     conditioner: Conditioner
     settings: Callable[[Any], str]
+    results: tuple[type, ...] = ()

@@ -8,13 +8,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from kvlock_jax.checkpoints.format import Contents
+from kvlock_jax.checkpoints.registry import FAMILIES
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.grid import Grid
 from kvlock_jax.lock import KVCache, X0Window
 from kvlock_jax.models.attention.sharded import Attend, gathered, ring
-from kvlock_jax.models.wan.block import Positions
-from kvlock_jax.models.wan.transformer import Conditioning, Time
-from kvlock_jax.models.wan.vace import VACEConditioning, VACEContext
 from kvlock_jax.parallel import sharding
 from kvlock_jax.parallel.mesh import make_mesh, parse_mesh
 from kvlock_jax.runtime import trees
@@ -27,10 +25,10 @@ ATTENTION = {"gathered": gathered, "ring": ring}
 
 RESULTS = (
     *(KVCache, X0Window, SolverState, SolverTable),
-    *(Positions, Time, Conditioning, VACEConditioning, VACEContext),
     *(Edits, Texts, StepInputs, SampleState, Trace),
 )
-"""The classes in the results of an edit's programs, which a cached program has to name."""
+"""The classes in the results of an edit's programs, which a cached program has to name; a family
+adds its own (`Family.results`)."""
 
 STATICS = (Grid, *ATTENTION.values())
 """The classes and functions among the static fields of `RESULTS`."""
@@ -118,5 +116,6 @@ def compiler_for(placed: Placement, cache_dir: str | None) -> Compiler:
     """
     if placed.mesh or cache_dir == "" or not jax.config.jax_enable_compilation_cache:
         return Compiler()
-    trees.register(RESULTS, STATICS)
+    of_families = dict.fromkeys(kind for family in FAMILIES for kind in family.results)
+    trees.register((*RESULTS, *of_families), STATICS)
     return CachingCompiler(epath.Path(cache_dir or cache_folder()) / "traced")

@@ -7,10 +7,12 @@ from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.text.umt5 import UMT5Encoder
 from kvlock_jax.models.vae.autoencoder import WanVAE
 from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.block import Positions
 from kvlock_jax.models.wan.conditioning import VACEConditioner
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.parameters import PARAMETERS
-from kvlock_jax.models.wan.vace import wan_transformer
+from kvlock_jax.models.wan.transformer import Conditioning, Time
+from kvlock_jax.models.wan.vace import VACEConditioning, VACEContext, wan_transformer
 
 _NETWORKS = {
     "transformer": Network(WanConfig, wan_transformer, PARAMETERS),
@@ -18,6 +20,8 @@ _NETWORKS = {
     "vae": Network(VAEConfig, WanVAE, ParameterRules(), float32=True),
     "text_encoder": Network(UMT5Config, UMT5Encoder, text_config.PARAMETERS),
 }
+
+_RESULTS = (Positions, Time, Conditioning, VACEConditioning, VACEContext)
 
 _LARGE = 5120
 """Width of the 14B models."""
@@ -35,6 +39,7 @@ TEXT_TO_VIDEO = Family(
     describes=lambda config: isinstance(config, WanConfig) and not config.vace_layers,
     conditioner=TextOnly(),
     settings=lambda config: _settings("t2v", config),
+    results=_RESULTS,
 )
 
 VACE = Family(
@@ -43,4 +48,5 @@ VACE = Family(
     describes=lambda config: isinstance(config, WanConfig) and bool(config.vace_layers),
     conditioner=VACEConditioner(),
     settings=lambda config: _settings("vace", config),
+    results=_RESULTS,
 )
