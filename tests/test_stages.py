@@ -144,8 +144,7 @@ def test_a_command_that_fails_does_not_wait_for_the_compiler(tiny_checkpoint, tm
     encode.write_video(tmp_path / "in.mkv", tiny.clip(), 12, lossless=True)
     program = (
         "import time; from kvlock_jax import errors; from kvlock_jax.cli import edit, main; "
-        "from kvlock_jax.parallel.mesh import make_mesh
-from kvlock_jax.pipeline import stages\n"
+        "from kvlock_jax.pipeline import stages\n"
         "def fail(*args, **how): raise errors.SamplingError('it diverged')\n"
         "stages.Loop.compile, edit.run_edit = lambda *args: time.sleep(1000), fail\n"
         "main.run()"
