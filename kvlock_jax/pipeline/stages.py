@@ -84,7 +84,10 @@ def encode_inputs(
 
 
 def encode_rows(
-    model: Model, rows: Rows, context: Float[Array, "R S D"], run: Call
+    model: Model,
+    rows: Rows,
+    context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
+    run: Call,
 ) -> tuple[Edits, int]:
     """`encode_inputs` of a batch's rows, with the pools in which they share a statistic."""
     args = (rows.inputs, rows.noise, context, rows.settings[0])
