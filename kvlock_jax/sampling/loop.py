@@ -69,12 +69,12 @@ class Trace:
     """
 
     sigma: Float[Array | np.ndarray, "*steps"]
-    sigma2: Float[Array | np.ndarray, "*steps B"]
-    fusion_ratio: Float[Array | np.ndarray, "*steps B"]
-    guidance_scale: Float[Array | np.ndarray, "*steps B"]
-    uncond_scale: Float[Array | np.ndarray, "*steps B"]
+    sigma2: Float[Array | np.ndarray, "*rows"]
+    fusion_ratio: Float[Array | np.ndarray, "*rows"]
+    guidance_scale: Float[Array | np.ndarray, "*rows"]
+    uncond_scale: Float[Array | np.ndarray, "*rows"]
     scheduled: Bool[Array | np.ndarray, "*steps"]
-    finite: Bool[Array | np.ndarray, "*steps B"]
+    finite: Bool[Array | np.ndarray, "*rows"]
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="latents")

@@ -221,7 +221,7 @@ def _first_order(sigma: Float[np.ndarray, "levels"]) -> Float[np.ndarray, "level
 
 def _lambda_steps(
     sigma: Float[np.ndarray, "levels"],
-) -> tuple[Float[np.ndarray, "levels-2"], Float[np.ndarray, "levels-3"]]:
+) -> tuple[Float[np.ndarray, "levels-2"], Float[np.ndarray, "ratios"]]:
     """The steps `h_k = lambda_{k+1} - lambda_k`, and `r_k = (lambda_{k-1} - lambda_k) / h_k`.
 
     `r` starts with k = 1. The step to sigma 0, where lambda is infinite, is always of first order
