@@ -1,5 +1,6 @@
 """`kvlock edit` on what cannot be: one line, and nothing lost."""
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,11 @@ import tiny
 from clips import only
 from commands import FILES
 
-from kvlock_jax.cli import edit, loading
+from kvlock_jax.cli import edit, loading, main
 from kvlock_jax.errors import CheckpointError, SamplingError
 from kvlock_jax.media import encode
 from kvlock_jax.media.encode import write_video
+from kvlock_jax.parallel import agreement
 
 # --- bad input --------------------------------------------------------------------------------
 
@@ -152,6 +154,28 @@ def test_a_bug_keeps_its_traceback(kvlock, monkeypatch):
     with pytest.raises(ZeroDivisionError) as caught:
         kvlock()
     assert caught.traceback[-1].name == "<lambda>"
+
+
+@pytest.mark.parametrize(
+    ("raised", "why"),
+    [
+        (SamplingError("not finite"), "not finite"),
+        (KeyboardInterrupt(), "interrupted"),
+        (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
+    ],
+)
+def test_other_hosts_hear_why_this_one_ends(monkeypatch, capsys, raised, why):
+    reasons = []
+
+    def fails(args):
+        raise raised
+
+    monkeypatch.setattr(edit, "join", fails)
+    monkeypatch.setattr(agreement, "leave", reasons.append)
+    command = "edit --src_video=in.mkv --bbox=0,0,8,8 --prompt=star --save_file=out.mkv".split()
+    with contextlib.suppress(ZeroDivisionError):
+        assert main.main(command) in (2, 130)
+    assert reasons == [why]
 
 
 def test_interruption_while_writing_leaves_nothing(kvlock, folder, monkeypatch):

@@ -55,7 +55,7 @@ def is_joined() -> bool:
 
 
 def ask(topic: str, text: str) -> list[str]:
-    """Texts of all hosts on a topic, in the hosts' order; each must ask.
+    """Gathers a text from every host, in the hosts' order; each must ask.
 
     Raises:
       HostError: a host failed in the enclosing `together`.
@@ -151,7 +151,7 @@ class Line:
     """This host's line to the others.
 
     Args:
-      store: which all hosts see.
+      store: key-value store that all hosts see.
       host: number of this host.
       hosts: count of hosts.
       grace: seconds as in `GRACE`.
@@ -160,7 +160,6 @@ class Line:
     def __init__(self, store: Store, host: int, hosts: int, grace: float):
         self._store, self._host, self._hosts, self._grace = store, host, hosts, grace
         self._number = self._depth = 0
-        self._left = False
 
     def ask(self, topic: str, text: str) -> list[str]:
         """As the function of this name."""
@@ -168,7 +167,8 @@ class Line:
         for host, message in enumerate(messages):
             if message.failure:
                 raise _failed(host, message.failure)
-        self._check_topics(topic, messages)
+        if any(message.topic != topic for message in messages):
+            raise _apart(messages)
         return [message.text for message in messages]
 
     def together(self, topic: str, work: Callable[[], _T]) -> _T:
@@ -186,13 +186,13 @@ class Line:
                 messages = self._exchange(own)
                 if all((m.topic, m.depth) == (topic, depth) for m in messages):
                     break
-                failed = {h: m for h, m in enumerate(messages) if m.failure}
+                failed = [(m.depth, h, m.failure) for h, m in enumerate(messages) if m.failure]
                 if not failed:
-                    self._check_topics(topic, messages)
-                host = min(failed, key=lambda h: failed[h].depth)
-                if failed[host].depth < depth:  # an outer one failed there: out to it
-                    raise error or _failed(host, failed[host].failure)
-                # Hosts in an inner one see this failure, come out, and post to the next number.
+                    raise _apart(messages)
+                outermost, host, failure = min(failed)
+                if outermost < depth:  # a host failed further out: this one goes there
+                    raise error or _failed(host, failure)
+                # Hosts further in see this failure, come out, and post to the next number.
         if error is not None:
             raise error
         for host, message in enumerate(messages):
@@ -211,7 +211,7 @@ class Line:
                 self._store.get(_parted_key(host), max(0.0, until - time.monotonic()))
 
     def _exchange(self, own: _Message) -> list[_Message]:
-        """Messages of all hosts, this one's among them."""
+        """Posts a message, and returns those of all hosts."""
         self._number += 1
         self._store.put(
             _exchange_key(self._number, self._host), json.dumps(dataclasses.asdict(own))
@@ -229,7 +229,7 @@ class Line:
             self._check_left(host)
 
     def _watched(self, topic: str, work: Callable[[], _T]) -> _T:
-        """Does the work in a thread, which is given up where another host left it in a program."""
+        """Does the work in a thread; gives it up if another host left it in a program."""
         future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
         def target() -> None:
@@ -263,14 +263,6 @@ class Line:
         if why is not None:
             raise LostHostError(f"host {host} ended ({why}): the run cannot go on without it")
 
-    def _check_topics(self, topic: str, messages: list[_Message]) -> None:
-        for host, message in enumerate(messages):
-            if message.topic != topic:
-                raise LostHostError(
-                    f"host {host} is at {message.topic!r}, this host at {topic!r}: "
-                    "start every host with the same command"
-                )
-
     @contextlib.contextmanager
     def _within(self) -> Iterator[int]:
         self._depth += 1
@@ -281,7 +273,7 @@ class Line:
 
     @contextlib.contextmanager
     def _leaving(self) -> Iterator[None]:
-        """Tells the others where this host will not come to the outcome: it is stuck, or ends."""
+        """Tells the others if this host will not exchange the outcome: it is stuck, or ends."""
         try:
             yield
         except BaseException as error:
@@ -310,6 +302,13 @@ def _reason(error: BaseException) -> str:
 
 def _failed(host: int, failure: str) -> HostError:
     return HostError(f"host {host} failed: {failure}")
+
+
+def _apart(messages: list[_Message]) -> LostHostError:
+    places = ", ".join(f"host {host} at {m.topic!r}" for host, m in enumerate(messages))
+    return LostHostError(
+        f"the hosts do different things ({places}): start every host with the same command"
+    )
 
 
 # --- the store of jax.distributed ---------------------------------------------------------------
