@@ -232,7 +232,7 @@ def test_a_number_in_a_file_may_be_whole(kvlock, folder, monkeypatch):
         (["--sample_step=3"], r"unknown flag --sample_step;"),
         (["stray"], r"'stray'"),
         (["--config=absent.py"], r"absent\.py: no such file"),
-        (["--config=run.py"], r"run\.py: it must have a get_config"),
+        (["--config=run.py"], r"run\.py: must define get_config"),
         (["--config=part.py", "--steps=2"], r"the config has no .*edit, kvlock"),
     ],
 )

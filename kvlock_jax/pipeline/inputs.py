@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+from jaxtyping import Bool
 
 from kvlock_jax import lock
 from kvlock_jax.errors import InputError
@@ -168,7 +169,7 @@ def read_inputs(
     )
 
 
-def _resized_mask(region: Mask, resize: Resize) -> Mask:
+def _resized_mask(region: Mask, resize: Resize) -> Bool[np.ndarray, "frames rows columns"]:
     """The mask at the size to work at, with a warning of what is cropped with it."""
     if line := resize.warning():
         warnings.warn(line, stacklevel=4)

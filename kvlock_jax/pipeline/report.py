@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.lock.masks import dilate
@@ -178,7 +179,9 @@ def _finish(axes: Any, trace: Trace) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def compare(source: Frames, mask: Mask, edited: Frames) -> Frames:
+def compare(
+    source: Frames, mask: Mask, edited: Frames
+) -> UInt8[np.ndarray, "frames height columns 3"]:
     """Source, source with the mask's outline, and edit, side by side, 2 white pixels apart.
 
     The outline is white just inside the mask and black just outside, so it shows on any picture.
