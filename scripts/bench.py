@@ -52,8 +52,8 @@ def timed(run: Run) -> float:
 def peak(row: Row, side: str) -> int:
     """Peak resident size of a process that builds one side of a row and runs it once."""
     argv = [sys.executable, __file__, "--alone", row.name, side]
-    told = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return int(told.split()[-1])
+    facts = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return int(facts.split()[-1])
 
 
 def alone(name: str, side: str) -> None:
@@ -134,14 +134,16 @@ def section(found: dict) -> str:
     """The section of this machine."""
     peers, memory = [], []
     for row in (row for row in ROWS if row.name in found):
-        told = found[row.name]
-        ratio, low, high = told["ratio"], told["ratios"][0], told["ratios"][-1]
+        facts = found[row.name]
+        ratio, low, high = facts["ratio"], facts["ratios"][0], facts["ratios"][-1]
         met = row.bar is None or (ratio >= row.bar if row.least else ratio <= row.bar)
         bar = "-" if row.bar is None else f"{'>=' if row.least else '<='} {row.bar}"
         verdict = "-" if row.bar is None else ("yes" if met else "**no**")
-        ours, peer = (f"{s:.3g}" for s in told["seconds"])
+        ours, peer = (f"{s:.3g}" for s in facts["seconds"])
         spread = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
-        peers.append([row.name, spread, bar, verdict, f"{len(told['ratios'])}", f"{ours} / {peer}"])
+        peers.append(
+            [row.name, spread, bar, verdict, f"{len(facts['ratios'])}", f"{ours} / {peer}"]
+        )
     for row in (row for row in ROWS if f"memory, {row.name}" in found):
         mine, theirs = found[f"memory, {row.name}"]["bytes"]
         verdict = "yes" if mine <= row.memory * theirs else "**no**"
@@ -151,7 +153,7 @@ def section(found: dict) -> str:
     text = SECTION.format(
         machine=machine(),
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
-        commits=", ".join(sorted({told["commit"] for told in found.values()})),
+        commits=", ".join(sorted({facts["commit"] for facts in found.values()})),
         peers=table("what | ratio | bar | met | rounds | seconds", peers),
     )
     if memory:
@@ -176,11 +178,11 @@ def commit() -> str:
 
 def machine() -> str:
     """The processor's name, cores and instruction set."""
-    told = pathlib.Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", told)
+    facts = pathlib.Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*: (.*)", facts)
     kinds = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
-    vectors = (kind for flag, kind in kinds.items() if re.search(rf"\b{flag}\b", told))
-    cores = len(re.findall(r"^processor", told, re.MULTILINE))
+    vectors = (kind for flag, kind in kinds.items() if re.search(rf"\b{flag}\b", facts))
+    cores = len(re.findall(r"^processor", facts, re.MULTILINE))
     size = int(re.search(r"MemTotal:\s*(\d+)", pathlib.Path("/proc/meminfo").read_text())[1])
     name = model[1] if model else "an unnamed CPU"
     return f"{name}, {cores} cores, {next(vectors, 'no AVX2')}, {size / 2**20:.0f} GiB"
@@ -216,8 +218,8 @@ def main() -> None:
     for name, run in todo.items():
         if not re.search(flags.only, name):
             continue
-        told = found[name] = run() | {"commit": commit()}
-        print(f"{name}: {json.dumps(told)}", flush=True)
+        facts = found[name] = run() | {"commit": commit()}
+        print(f"{name}: {json.dumps(facts)}", flush=True)
         flags.runs.write_text(json.dumps(found, indent=1))
     before = flags.page.read_text() if flags.page.exists() else ""
     flags.page.write_text(page(found, before))

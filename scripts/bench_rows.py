@@ -90,10 +90,10 @@ def passes(tokens: int, layers: int) -> Run:
     """Our transformer over two rows, as in one sampling step."""
     grid = Grid.of(GRIDS[tokens])
     model = wan_transformer(dataclasses.replace(WIDE, num_layers=layers), rngs=nnx.Rngs(0))
-    told = jax.jit(lambda m, t: m.condition(t, grid))(model, normal(2, TEXT, 4096))
+    condition = jax.jit(lambda m, t: m.condition(t, grid))(model, normal(2, TEXT, 4096))
     time = jax.jit(lambda m, t: m.times(t))(model, jnp.full(2, 500.0))
     z, run = normal(2, grid.length, 4, 16), jax.jit(lambda m, *given: m(*given))
-    return lambda: jax.block_until_ready(run(model, z, time, told))
+    return lambda: jax.block_until_ready(run(model, z, time, condition))
 
 
 def peers_passes(tokens: int, layers: int) -> Run:

@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it, from the repository's root.
 
 # environment NAME COMMAND...: activates the virtual environment .venv-NAME. Where there is none, or it
-# was made for another setup.cfg, interpreter or folder, it is made anew and COMMAND fills it.
+# was made for another setup.cfg, interpreter or folder, it is made again and COMMAND fills it.
 # PYTHON picks the interpreter.
 environment() {
   local folder=".venv-$1" python="${PYTHON:-python3}" stamp

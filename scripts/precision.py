@@ -116,13 +116,13 @@ def passes(wide, low, inputs, settings):
 
     noise = draw_noise(wide, inputs, jax.random.key(0))
     video, mask = inputs.source[None], inputs.mask[None]
-    told = encode_edits(wide.checkpoint, video, mask, contexts[0], settings.edit, noise)
+    encoded = encode_edits(wide.checkpoint, video, mask, contexts[0], settings.edit, noise)
 
     @jax.jit
     def velocity(transformer, sigma):
-        z = (1 - sigma) * told.source + sigma * told.noise
+        z = (1 - sigma) * encoded.source + sigma * encoded.noise
         timestep, both = jnp.full((2,), 1000 * sigma), jnp.concatenate([z, z])
-        return transformer(both, timestep, transformer.condition(told.prompts, told.grid))
+        return transformer(both, timestep, transformer.condition(encoded.prompts, encoded.grid))
 
     for sigma in LEVELS:
         exact, found = (velocity(m.checkpoint.transformer, jnp.float32(sigma)) for m in (wide, low))

@@ -198,7 +198,7 @@ def collectives(text: str) -> dict[str, list[int]]:
     for line in text.splitlines():
         if match := re.search(rf" = (.*?) ({kinds})(-start)?\(", line):
             shapes = re.findall(r"([a-z0-9]+)\[([0-9,]*)\]", match[1])
-            if match[3] and len(shapes) > 1:  # operands, results, and at times what it waits by
+            if match[3] and len(shapes) > 1:  # operands, results, and at times a semaphore
                 shapes = [s for s in shapes if s != ("u32", "")]
                 shapes = shapes[len(shapes) // 2 :]
             found[match[2]][0] += 1
@@ -220,8 +220,8 @@ def measure(lowered) -> dict:
         if lacking is None:
             raise
         size = float(lacking[1]) * 2**30
-        told = {"arguments": 0, "outputs": 0, "temporaries": size, "collectives": {}}
-        return {"seconds": time.perf_counter() - start, "refused": True, **told}
+        facts = {"arguments": 0, "outputs": 0, "temporaries": size, "collectives": {}}
+        return {"seconds": time.perf_counter() - start, "refused": True, **facts}
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError:  # the compiler's version is newer than the reader's

@@ -55,10 +55,10 @@ def compiled(row: Row, program: str, runs: pathlib.Path, only: str) -> dict | No
         print(f"{file.stem} ...", flush=True)
         mesh = tpu_programs.mesh_of(row)
         with jax.set_mesh(mesh):
-            told = tpu_programs.measure(PROGRAMS[program](mesh, row))
-        print(f"  {told['seconds']:.0f} s, temporaries {gb(told['temporaries'])} GB", flush=True)
+            facts = tpu_programs.measure(PROGRAMS[program](mesh, row))
+        print(f"  {facts['seconds']:.0f} s, temporaries {gb(facts['temporaries'])} GB", flush=True)
         partial = file.with_suffix(".part")
-        partial.write_text(json.dumps(told))
+        partial.write_text(json.dumps(facts))
         partial.replace(file)
     return json.loads(file.read_text())
 
@@ -139,9 +139,9 @@ def page(found: list[tuple[Row, dict]]) -> str:
         if loop["refused"]:
             idle["loop"] = sum(weights.values())
         totals = {
-            name: told["arguments"] + told["outputs"] + told["temporaries"] + idle[name]
-            for name, told in programs.items()
-            if told
+            name: facts["arguments"] + facts["outputs"] + facts["temporaries"] + idle[name]
+            for name, facts in programs.items()
+            if facts
         }
         worst = max(totals, key=totals.get)
         memory.append(
@@ -160,14 +160,14 @@ def page(found: list[tuple[Row, dict]]) -> str:
         others.append(
             [
                 *about,
-                *(gb(told["temporaries"]) if told else "-" for told in rest),
-                *(f"{told['seconds']:.0f}" if told else "-" for told in (loop, *rest)),
+                *(gb(facts["temporaries"]) if facts else "-" for facts in rest),
+                *(f"{facts['seconds']:.0f}" if facts else "-" for facts in (loop, *rest)),
             ]
         )
         if loop["collectives"]:
             counted = loop["collectives"].items()
-            told = [f"{n} {kind}, {gb(size)}" for kind, (n, size) in counted]
-            kinds.append([*about, "; ".join(told)])
+            facts = [f"{n} {kind}, {gb(size)}" for kind, (n, size) in counted]
+            kinds.append([*about, "; ".join(facts)])
         run = (tpu_programs.settings_of(row), STEPS)
         bound = roofline.roofline(roofline.step(group, plan, *run), chip)
         many = roofline.interconnect_binds_from(group, *run, chip, shard_weights=spread)

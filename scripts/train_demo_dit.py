@@ -116,8 +116,8 @@ def main() -> None:
 
     def velocity(params, z, sigma, text):
         model = nnx.merge(graph, params)
-        told = model.condition(text, GRID)
-        return GRID.join(model(GRID.split(z), 1000 * sigma, told))
+        condition = model.condition(text, GRID)
+        return GRID.join(model(GRID.split(z), 1000 * sigma, condition))
 
     def noised(x, sigma, key):
         eps = jax.random.normal(key, x.shape)

@@ -59,7 +59,7 @@ def runner(model, inputs, settings, keys) -> list[Result]:
 
 
 def write_inputs(folder: Path) -> None:
-    """Four clips (`0.mkv` to `3.mkv`), a mask, and what is wrong with others."""
+    """Four clips (`0.mkv` to `3.mkv`), a mask, and broken lines."""
     for n in range(4):
         encode.write_video(folder / f"{n}.mkv", clip(n), 12, lossless=True)
     region = np.zeros(SHAPE, np.uint8)

@@ -1,4 +1,4 @@
-"""A tiny transformer, and what it is without its float32 islands, for the tests of precision."""
+"""A tiny transformer, with and without its float32 islands, for the tests of precision."""
 
 import dataclasses
 

@@ -204,7 +204,7 @@ def oracle(model, edits, i, settings, table, omega_0):
     own[: edits.references], shown[: edits.references] = True, False
     edited_tokens = np_tokens(np.repeat(own[..., None], C, axis=-1)).any(axis=1)
     texts = (edits.prompts[2 * i], edits.prompts[2 * i + 1], edits.source_prompts[row])
-    cond, uncond, told = (np.tanh(np.asarray(x, np.float64)) for x in texts)
+    cond, uncond, source_text = (np.tanh(np.asarray(x, np.float64)) for x in texts)
     everything = np.ones_like(edited)
     steps = len(table.sigma)
 
@@ -229,7 +229,7 @@ def oracle(model, edits, i, settings, table, omega_0):
             omega = omega_0 * min(max(part, settings.omega_floor), settings.omega_ceiling)
 
         seen = (1 - sigma) * source + sigma * noise
-        cached = np_keys_values(weights, seen, sigma, told)
+        cached = np_keys_values(weights, seen, sigma, source_text)
         branch = (cached, edited_tokens, alpha)
         v_cond = np_velocity(weights, z, sigma, cond, *branch)
         v_uncond = np_velocity(weights, z, sigma, uncond, *branch)

@@ -1,4 +1,4 @@
-"""Batches of edits: what is written, what survives, and what runs beside what."""
+"""Batches of edits: outputs, failures, and work that runs side by side."""
 
 import collections
 import dataclasses
@@ -32,7 +32,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-# --- what is written --------------------------------------------------------------------------
+# --- outputs ----------------------------------------------------------------------------------
 
 
 def test_a_video_and_a_json_beside_it(folder):
@@ -46,16 +46,16 @@ def test_a_video_and_a_json_beside_it(folder):
     inputs = Reader().read(find_work(batches.job(manifest, folder / "out")).groups[0])[0].inputs
     np.testing.assert_array_equal(found.frames, batches.frames(inputs, key))
     assert found.fps == 12
-    told = json.loads((folder / "out" / "0.json").read_text())
-    assert told["request"] == json.loads(manifest.read_text())
-    assert told["id"] == "0" and told["noise_key"] == [3, zlib.crc32(b"0")] and told["seed"] == 3
-    assert told["settings"]["lock"]["tau"] == 0.5 and told["settings"]["sample"]["steps"] == 2
-    assert told["checkpoint"] == {"name": "none"}
-    assert told["versions"].keys() == {"kvlock_jax", "jax"}
-    assert told["metrics"]["background_psnr"] == "Infinity" and told["metrics"]["psnr"] == 30
-    assert told["seconds"].keys() == {"read", "sample"}
-    assert told["bytes"] == (folder / "out" / "0.mkv").stat().st_size
-    assert len(told["request_hash"]) == 64
+    facts = json.loads((folder / "out" / "0.json").read_text())
+    assert facts["request"] == json.loads(manifest.read_text())
+    assert facts["id"] == "0" and facts["noise_key"] == [3, zlib.crc32(b"0")] and facts["seed"] == 3
+    assert facts["settings"]["lock"]["tau"] == 0.5 and facts["settings"]["sample"]["steps"] == 2
+    assert facts["checkpoint"] == {"name": "none"}
+    assert facts["versions"].keys() == {"kvlock_jax", "jax"}
+    assert facts["metrics"]["background_psnr"] == "Infinity" and facts["metrics"]["psnr"] == 30
+    assert facts["seconds"].keys() == {"read", "sample"}
+    assert facts["bytes"] == (folder / "out" / "0.mkv").stat().st_size
+    assert len(facts["request_hash"]) == 64
 
 
 def test_results_depend_on_id_and_seed_alone(folder):
@@ -76,8 +76,8 @@ def test_what_share_a_noise_id_start_from_one_noise(folder):
     batches.do(write(folder, *rows), folder / "out", batch_size=4)
     found = all_frames(folder / "out")
     assert found["1.mkv"] == found["2.mkv"] and len(set(found.values())) == 3
-    told = [json.loads((folder / "out" / f"{n}.json").read_text())["noise_key"] for n in range(4)]
-    assert told == [[0, zlib.crc32(name)] for name in (b"0", b"x", b"x", b"7")]
+    facts = [json.loads((folder / "out" / f"{n}.json").read_text())["noise_key"] for n in range(4)]
+    assert facts == [[0, zlib.crc32(name)] for name in (b"0", b"x", b"x", b"7")]
 
 
 def test_a_default_name_and_a_suffix_of_ones_choice(folder):
@@ -240,11 +240,11 @@ def test_reading_and_writing_go_on_while_the_device_works(folder, monkeypatch):
 
 
 def test_the_end_of_each_edit_is_told_once(folder):
-    told = []
+    facts = []
     manifest = write(folder, {}, {"prompt": "bad"}, {}, {"prompt": ""})
     work = find_work(batches.job(manifest, folder / "out"))
-    batches.run(work, poor, lambda request, failure: told.append((request.id, failure is None)))
-    assert sorted(told) == [("0", True), ("1", False), ("2", True)]
+    batches.run(work, poor, lambda request, failure: facts.append((request.id, failure is None)))
+    assert sorted(facts) == [("0", True), ("1", False), ("2", True)]
 
 
 # --- places -----------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_defaults_are_written_down(folder):
     write(folder, {})
     common = Common(run_config("kvlock"), {"prompt": "a circle"})
     batches.do(folder / "edits.jsonl", folder / "out", common=common)
-    told = json.loads((folder / "out" / "0.json").read_text())
-    assert told["defaults"] == {"prompt": "a circle"}
-    assert dataclasses.asdict(batches.METRICS).keys() == told["metrics"].keys()
-    assert told["steps"].keys() == set(report.STEPS)
+    facts = json.loads((folder / "out" / "0.json").read_text())
+    assert facts["defaults"] == {"prompt": "a circle"}
+    assert dataclasses.asdict(batches.METRICS).keys() == facts["metrics"].keys()
+    assert facts["steps"].keys() == set(report.STEPS)

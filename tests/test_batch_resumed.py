@@ -104,7 +104,7 @@ def test_killed_five_times_and_resumed(forty, processes, tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def processes():
-    """Five that import what they need while other tests run, and wait to be told what to do."""
+    """Five processes that finish their imports while other tests run, and wait for a job."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([sys.executable, batches.__file__], **pipes) for _ in range(5)]
     yield started
@@ -114,7 +114,7 @@ def processes():
 
 
 def said(text: str) -> list[str]:
-    """The ids that a process called done, in what it printed."""
+    """The ids that a process printed as done."""
     return [line.split()[1] for line in text.splitlines() if line.startswith("done ")]
 
 
@@ -164,8 +164,8 @@ def test_cut_short_at_any_file(folder, monkeypatch, redo):
         found = all_frames(out) if out.exists() else {}
         assert all(content in (want[name], before.get(name)) for name, content in found.items())
         for side in out.glob("*.json"):
-            told = json.loads(side.read_text())["request_hash"]
-            assert found[side.with_suffix(".mkv").name] == made[told]
+            facts = json.loads(side.read_text())["request_hash"]
+            assert found[side.with_suffix(".mkv").name] == made[facts]
         batches.do(manifest, out)
         assert all_frames(out) == want and names(out) == names(folder / "whole")
     assert stops >= 8  # stage, list, and of each edit the old JSON, the video, the new JSON

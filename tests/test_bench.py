@@ -41,7 +41,7 @@ def lines(page, name):
 
 
 def found(commit="abc"):
-    return {name: told | {"commit": commit} for name, told in (ROWS | MEMORY).items()}
+    return {name: facts | {"commit": commit} for name, facts in (ROWS | MEMORY).items()}
 
 
 def test_a_bar_is_met_or_not(bench):
@@ -75,9 +75,9 @@ def test_a_ratio_is_ours_over_the_peer_s_time_or_of_rates(bench, monkeypatch, le
     monkeypatch.setattr(bench, "timed", lambda run: run() or next(seconds))
     row = sys.modules["bench_rows"].Row
     sides = {side: lambda side=side: lambda: ran.append(side) for side in bench.SIDES}
-    told = bench.measure(row("one", 1.0, **sides, least=least, scale=1.0), 2)
+    facts = bench.measure(row("one", 1.0, **sides, least=least, scale=1.0), 2)
     assert ran == ["ours", "peer"] * 3  # once to warm up, then in turn
-    assert told == {"seconds": [2.5, 5.0], "ratio": ratio, "ratios": [ratio] * 2}
+    assert facts == {"seconds": [2.5, 5.0], "ratio": ratio, "ratios": [ratio] * 2}
 
 
 def test_only_some_rows_run_and_what_was_found_is_kept(bench, monkeypatch, tmp_path):

@@ -49,8 +49,10 @@ def test_a_batch_and_again(many, folder, model, loads, tiny_checkpoint):
     assert lines["skipped"].startswith("0 ") and lines["to do"] == "2 in 1 groups of up to 8"
     assert lines["loaded"].startswith(f"{tiny_checkpoint}: wan2.1-t2v, ")
     assert lines["batch"] == f"2 done, 0 skipped, 1 failed: {folder}/out/failed.jsonl"
-    told = errors.splitlines()
-    assert told[0] == "1 of 2: one done" and re.fullmatch("2 of 2: edit-[0-9a-f]{16} done", told[1])
+    facts = errors.splitlines()
+    assert facts[0] == "1 of 2: one done" and re.fullmatch(
+        "2 of 2: edit-[0-9a-f]{16} done", facts[1]
+    )
     assert only(folder / "out") == ["b.json", "b.mkv", "failed.jsonl", "one.json", "one.mp4"]
     assert json.loads(Path("out/failed.jsonl").read_text()) == {
         "line": 3,
@@ -68,11 +70,11 @@ def test_a_batch_and_again(many, folder, model, loads, tiny_checkpoint):
     found = decode.read_video("out/one.mp4")
     np.testing.assert_array_equal(found.frames, want.video)
     assert found.fps == 12 and edited("out/b.mkv").shape == (5, 32, 48, 3)
-    told = json.loads(Path("out/one.json").read_text())
-    assert told["metrics"]["background_psnr"] == want.metrics.background_psnr
-    assert told["defaults"] == {"src_mask": f"{folder}/mask.mkv"}
-    assert told["checkpoint"].keys() == {"name", "identity", "dtype"}
-    assert told["seconds"].keys() >= {"read", "sample"}
+    facts = json.loads(Path("out/one.json").read_text())
+    assert facts["metrics"]["background_psnr"] == want.metrics.background_psnr
+    assert facts["defaults"] == {"src_mask": f"{folder}/mask.mkv"}
+    assert facts["checkpoint"].keys() == {"name", "identity", "dtype"}
+    assert facts["seconds"].keys() >= {"read", "sample"}
 
     status, lines, errors = many()
     assert status == 1 and errors == "" and len(loads) == 1

@@ -1,4 +1,4 @@
-"""Folders of images: dot files, mixed formats, natural order, and what is passed over."""
+"""Folders of images: dot files, mixed formats, natural order, and files that are passed over."""
 
 import os
 import warnings

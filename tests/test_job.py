@@ -1,4 +1,4 @@
-"""What there is to do of a manifest: what is finished, what has changed, what can't be."""
+"""The work of a manifest: finished, changed and impossible edits."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def write(folder, rows):
 
 
 def missing(folder, **changes) -> str:
-    """Ids of what is to be done."""
+    """Ids of the edits that are missing."""
     work = find_work(batches.job(folder / "edits.jsonl", folder / "out", **changes))
     assert work.failures == []
     return "".join(request.id for request in work.missing)
@@ -267,11 +267,11 @@ def test_identity_of_a_converted_checkpoint(tmp_path, monkeypatch):
 
     def identity_of(sha, dtype, crc):
         model = SimpleNamespace(dtypes=(dtype,))
-        told = SimpleNamespace(
+        facts = SimpleNamespace(
             source={"files": {"a": sha}}, models={"vae": model}, files={"vae/0": crc}
         )
         monkeypatch.setattr(fingerprint.format, "is_checkpoint", lambda folder: True)
-        monkeypatch.setattr(fingerprint.format, "read_metadata", lambda folder: told)
+        monkeypatch.setattr(fingerprint.format, "read_metadata", lambda folder: facts)
         return fingerprint.checkpoint_identity(str(tmp_path))["identity"]
 
     first = identity_of("1", "float32", "2")

@@ -183,7 +183,7 @@ def test_chunked_holds_one_block_of_logits():
 
 
 def of_xla(monkeypatch):
-    """Lets the reference of `jax.nn` stand in for cuDNN, and returns what was asked of it."""
+    """Lets the reference of `jax.nn` stand in for cuDNN, and returns its calls."""
     attention, asked = jax.nn.dot_product_attention, []
 
     def fake(q, k, v, *, implementation, **options):

@@ -281,7 +281,7 @@ def test_a_heartbeat_goes_on(folder, out, monkeypatch):
 
 
 def test_a_full_disk_stops_the_batch(folder, monkeypatch):
-    """No further edit is computed, what was written stays, and the next run does the rest."""
+    """No further edit is computed, finished edits stay, and the next run does the rest."""
     write_video, ran = encode.write_video, []
 
     def full(path, *args, **kwargs):

@@ -205,7 +205,7 @@ def test_what_is_no_manifest_is_one_error(content, says):
     assert "\n" not in str(caught.value)
 
 
-# --- what is wrong with one -------------------------------------------------------------------
+# --- broken lines ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,10 @@ def relative(found, wanted):
 def test_fused_is_carried(config, name, each):
     edits = given(config, each)
     wanted, trace = run(config, edits, preset(name, cache="carried"))
-    found, told = run(config, edits, preset(name))
+    found, steps_trace = run(config, edits, preset(name))
     assert relative(found, wanted) < 1e-6
-    np.testing.assert_allclose(told.sigma2, trace.sigma2, rtol=1e-5)
-    assert np.asarray(told.fusion_ratio).any()
+    np.testing.assert_allclose(steps_trace.sigma2, trace.sigma2, rtol=1e-5)
+    assert np.asarray(steps_trace.fusion_ratio).any()
 
 
 @pytest.mark.parametrize("config", [T2V, VACE], ids=["t2v", "vace"])
@@ -90,11 +90,11 @@ def test_the_foreground_alone_is_enough(config, cache, name, each, references):
     tokens = bucket(int(edits.own.sum(axis=1).max()), GRID)
     assert tokens < GRID.length
     wanted, trace = run(config, edits, settings)
-    found, told = run(config, edits, settings, tokens)
+    found, steps_trace = run(config, edits, settings, tokens)
     assert relative(found, wanted) < 1e-5
-    np.testing.assert_allclose(told.sigma2, trace.sigma2, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(steps_trace.sigma2, trace.sigma2, rtol=1e-4, atol=1e-7)
     if name == "kvlock_anchor":  # both kinds of steps were there
-        locked = np.asarray((told.fusion_ratio == 1).all(axis=1))
+        locked = np.asarray((steps_trace.fusion_ratio == 1).all(axis=1))
         assert locked.any() and not locked.all()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of phones and the web: HEIC tiles, animated WebP, AVIF and PNG; what is cut."""
+"""Pictures of phones and the web: HEIC tiles, animated WebP, AVIF and PNG; cut files."""
 
 import heics
 import numpy as np

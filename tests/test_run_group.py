@@ -54,12 +54,12 @@ def seen(monkeypatch):
         found["encoded"].append(len(video))
         return encode(network, video, *rest)
 
-    def told(network, settings, edits, *rest):
+    def recorded(network, settings, edits, *rest):
         found["loops"].append((len(edits.source), len(edits.foreground)))
         return loop_of(network, settings, edits, *rest)
 
     monkeypatch.setattr("kvlock_jax.models.vae.autoencoder.encode", counted)
-    monkeypatch.setattr(stages.Loop, "of", told)
+    monkeypatch.setattr(stages.Loop, "of", recorded)
     return found
 
 

@@ -146,7 +146,7 @@ def test_without_a_lock_there_is_no_source_branch():
     np.testing.assert_allclose(plain[0], opened[0], rtol=1e-6, atol=1e-6)
 
 
-# -- edits of a batch, and what is kept ----------------------------------------------------------
+# -- edits of a batch, and the state between steps -----------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["kvlock", "kvlock_anchor", "apg"])
@@ -218,11 +218,13 @@ def test_padding_changes_nothing(preset):
     cells = (longer.split(GRID.join(x)) for x in (edits.source, edits.noise))
     region = longer.split(whole(edits.foreground[..., None])[..., 0])
     padded = Edits(*cells, region, edits.prompts, edits.source_prompts, longer, 1)
-    got, told = run(Padded(make_fake()), padded, settings, table)
+    got, steps_trace = run(Padded(make_fake()), padded, settings, table)
     want, trace = run(make_fake(), edits, settings, table)
     np.testing.assert_allclose(longer.join(got), whole(want), rtol=1e-5, atol=1e-6)
     assert not got[:, LENGTH:].any()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), told, trace)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), steps_trace, trace
+    )
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
@@ -252,7 +254,7 @@ def test_sixteen_bits_in_float32_inside():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-# -- what is compiled, carried, reported ---------------------------------------------------------
+# -- compilation, the carry, the trace -----------------------------------------------------------
 
 traces: list[object] = []
 

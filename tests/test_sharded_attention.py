@@ -1,4 +1,4 @@
-"""Attention over a mesh against the plain softmax in NumPy, float64, and what it sends."""
+"""Attention over a mesh against the plain softmax in NumPy, float64, and its traffic."""
 
 import re
 

@@ -11,7 +11,7 @@ from kvlock_jax.cli import terminal
 
 @pytest.fixture
 def screen(monkeypatch, tmp_path):
-    """A terminal that keeps what it shows."""
+    """A terminal that records its output."""
     with open(tmp_path / "screen", "w+") as file:
         console = Console(file=file, force_terminal=True, force_interactive=True, width=90)
         monkeypatch.setattr(terminal, "Console", lambda stderr: console)

@@ -38,9 +38,9 @@ for row, programs in (
     cache = costs.cache_bytes(workload, plan, report.settings_of(row))
     for program in programs:
         with report.jax.set_mesh(mesh):
-            told = report.measure(report.PROGRAMS[program](mesh, row))
-        told["cache"] = cache // mesh.shape["model"]
-        print("FOUND", json.dumps([row.model, row.ring, program, told]), flush=True)
+            facts = report.measure(report.PROGRAMS[program](mesh, row))
+        facts["cache"] = cache // mesh.shape["model"]
+        print("FOUND", json.dumps([row.model, row.ring, program, facts]), flush=True)
 """
 
 
@@ -53,12 +53,12 @@ def test_the_tpu_compiler_takes_what_is_run():
     lines = [line.split(" ", 1)[1] for line in ran.stdout.splitlines() if line[:5] == "FOUND"]
     found = [json.loads(line) for line in lines]
     assert len(found) == 4
-    for model, ring, program, told in found:
-        assert not told["refused"] and told["temporaries"] > 0, (model, program)
+    for model, ring, program, facts in found:
+        assert not facts["refused"] and facts["temporaries"] > 0, (model, program)
         if program != "loop":
             continue
-        assert told["cache"] < told["temporaries"], model
-        counted = told["collectives"]
+        assert facts["cache"] < facts["temporaries"], model
+        counted = facts["collectives"]
         assert counted["collective-permute" if ring else "all-gather"][0] > 0
 
 

@@ -1,4 +1,4 @@
-"""Masks from every kind of source, and what is none."""
+"""Masks from every kind of source, and refusals."""
 
 import numpy as np
 import pytest

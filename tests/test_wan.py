@@ -25,7 +25,7 @@ DATA = Path(__file__).parent / "data"
 
 
 class Case(NamedTuple):
-    """Sizes of a model and of what it is given."""
+    """Sizes of a model and of its inputs."""
 
     config: WanConfig
     latents: tuple[int, int, int, int]  # B T H W

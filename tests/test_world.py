@@ -85,7 +85,7 @@ def test_background_pans_over_the_photo():
     scene = dataclasses.replace(world.random_scene(0), photo="coffee", origin=(20.0, 30.0))
     still = world.render_background(dataclasses.replace(scene, pan=(0.0, 0.0)))[0]
     panned = world.render_background(dataclasses.replace(scene, pan=(8.0, -8.0)))
-    # One pixel a frame to the right and up: what was at (x + t, y - t) is now at (x, y).
+    # One pixel a frame to the right and up: the pixel of (x + t, y - t) is now at (x, y).
     for t, frame in enumerate(panned):
         np.testing.assert_array_equal(
             frame[t:, : world.SIZE - t], still[: world.SIZE - t, t:], err_msg=f"frame {t}"

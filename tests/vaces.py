@@ -19,7 +19,7 @@ ORIGINAL = Path(__file__).parent / "data" / "original"
 
 
 class Case(NamedTuple):
-    """Sizes of a model and of what it is given."""
+    """Sizes of a model and of its inputs."""
 
     config: WanConfig
     latents: tuple[int, int, int]  # T H W

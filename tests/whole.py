@@ -33,12 +33,12 @@ def conditioning(model, latents, context):
 def velocity(model, latents, timestep, context, lock=None):
     """What the sampling loop calls."""
     grid = grid_of(model, latents)
-    told = conditioning(model, latents, context)
-    return grid.join(model(grid.split(latents), timestep, told, lock))
+    condition = conditioning(model, latents, context)
+    return grid.join(model(grid.split(latents), timestep, condition, lock))
 
 
 def keys_values(model, latents, timestep, context, lock=None):
     grid = grid_of(model, latents)
-    told = conditioning(model, latents, context)
-    velocity, cache = model.keys_values(grid.split(latents), timestep, told, lock)
+    condition = conditioning(model, latents, context)
+    velocity, cache = model.keys_values(grid.split(latents), timestep, condition, lock)
     return grid.join(velocity), cache
