@@ -29,7 +29,6 @@ from kvlock_jax.convert import source, table
 from kvlock_jax.convert.converter import convert
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.models.vae.autoencoder import WanVAE
-from kvlock_jax.models.wan.vace import VACEContext
 
 
 def values(model) -> dict:
@@ -104,7 +103,10 @@ def test_the_publishers_transformer(published):
     if family == "vace":
         control = channels_last(data["vace_context"])
         runs = [
-            (VACEContext(context, control, jnp.array([scale], jnp.float32)), f"velocity_{key}")
+            (
+                whole.WholeContext(context, control, jnp.array([scale], jnp.float32)),
+                f"velocity_{key}",
+            )
             for scale, key in ((0.7, "scale_0p7"), (1.0, "scale_1p0"))
         ]
     for context, key in runs:

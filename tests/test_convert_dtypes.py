@@ -21,7 +21,6 @@ from kvlock_jax.convert import converter, source
 from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.config import WanConfig
-from kvlock_jax.models.wan.vace import VACEContext
 
 RULES = {name: network.parameters for name, network in registry.FAMILIES[1].networks.items()}
 LOW, WIDE = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -65,7 +64,7 @@ def velocity(model, seed):
     shapes = ((1, 2, 4, 6, 4), (1, 3, 16), (1, 2, 4, 6, 72))
     keys = jax.random.split(jax.random.key(seed), 3)
     latents, text, control = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
-    context = VACEContext(text, control, jnp.ones((1,)))
+    context = whole.WholeContext(text, control, jnp.ones((1,)))
     return whole.velocity(model, latents, jnp.array([500.0]), context)
 
 

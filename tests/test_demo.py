@@ -14,7 +14,6 @@ import kvlock_jax as kvl
 from kvlock_jax.demo.judge import judge
 from kvlock_jax.media.decode import read_video
 from kvlock_jax.media.masks import read_mask
-from kvlock_jax.models.wan.vace import VACEContext
 
 DEMO = Path(kvl.__file__).parent / "demo"
 WEIGHTS = DEMO / "weights"
@@ -40,7 +39,7 @@ def test_diffusers_reads_the_transformer(model):
     text = jax.random.normal(keys[1], (1, 8, 64), jnp.float32)
     control = jax.random.normal(keys[2], (1, 3, 12, 12, 96), jnp.float32)
     ours = model.checkpoint.transformer
-    context = VACEContext(text, control, jnp.full((1,), 0.7))
+    context = whole.WholeContext(text, control, jnp.full((1,), 0.7))
     found = whole.velocity(ours, z, jnp.full((1,), 700.0), context)
 
     def theirs(x):

@@ -97,8 +97,11 @@ def broken(model, part, path, value):
 
 def test_latents_that_are_not_finite(model):
     bad = broken(model, "transformer", ("patch_embedding", "kernel"), jnp.inf)
-    with pytest.raises(SamplingError, match="not finite after step 1 of 3: lower the guidance"):
+    with pytest.raises(SamplingError, match=r"not finite after step 1 of 3: .*patch_embedding"):
         edit(bad)
+    noise = np.full((1, 2, 4, 6, 4), np.inf, np.float32)
+    with pytest.raises(SamplingError, match="not finite after step 1 of 3: lower the guidance"):
+        edit(model, noise=noise)
 
 
 def test_pixels_that_are_not_finite(model):

@@ -47,4 +47,6 @@ def test_videos_and_pictures_are_written_and_read(tmp_path, name):
     encode.write_video(tmp_path / name / f"{name}.mkv", clip, 12, lossless=True)
     encode.write_png(tmp_path / name / f"{name}.png", clip[0])
     np.testing.assert_array_equal(decode.read_video(tmp_path / name / f"{name}.mkv").frames, clip)
-    np.testing.assert_array_equal(decode.read_video(tmp_path / name).frames, clip[:1])
+    with pytest.warns(UserWarning, match="passed over"):
+        frames = decode.read_video(tmp_path / name).frames
+    np.testing.assert_array_equal(frames, clip[:1])

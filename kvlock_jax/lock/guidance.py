@@ -78,7 +78,7 @@ def apg(
     return cond + _spread(omega - 1.0, cond) * update, buffer
 
 
-def zero_init(v: Cells, step: Int[Array, ""], zero_steps: Int[Array, ""]) -> Cells:
+def zero_init(v: Cells, step: Int[Array, ""] | int, zero_steps: Int[Array, ""] | int) -> Cells:
     """The velocity; zero in the first `zero_steps` steps (CFG-Zero*, METHOD.md section 10)."""
     return jnp.where(step < zero_steps, jnp.zeros_like(v), v)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 from kvlock_jax import lock
 from kvlock_jax.checkpoints.registry import Checkpoint, family
@@ -27,7 +27,7 @@ from kvlock_jax.shapes import VAE_STRIDES
 
 def encode_clips(
     network: autoencoder.WanVAE,
-    clips: Sequence[UInt8[np.ndarray, "frames height width 3"]],
+    clips: Sequence[Shaped[Array | np.ndarray, "frames height width 3"]],
     shown: Iterable[Bool[np.ndarray, "frames height width"]],
     run: Call = call,
 ) -> Encoded:

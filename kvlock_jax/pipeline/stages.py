@@ -184,7 +184,9 @@ def _shifted_start(edits: Edits, ratio: Float[Array, ""]) -> Patches:
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "references"))
-def video_latents(patches: Patches, grid: Grid, references: int) -> list[Latents]:
+def video_latents(
+    patches: Patches, grid: Grid, references: int
+) -> list[Float[Array, "ways T H W c"]]:
     """The latents of the videos, in parts of one video per device of `data`."""
     latents = grid.join(patches)[:, references:]
     return jnp.split(latents, len(latents) // sharding.shards("B"))

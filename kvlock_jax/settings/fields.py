@@ -27,7 +27,7 @@ def from_config_dict(kind: type[_T], values: Mapping[str, Any]) -> _T:
     """Builds the frozen dataclass `kind` from a mapping; `None` leaves a field at its default.
 
     Raises:
-      ConfigError: a key is unknown, or a value is of the wrong type or out of range.
+      ConfigError: a key is unknown or missing, or a value is of the wrong type or out of range.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
@@ -36,10 +36,11 @@ def from_config_dict(kind: type[_T], values: Mapping[str, Any]) -> _T:
                 f"unknown key {name!r} of {kind.__name__}; it has {', '.join(fields)}"
             )
     converted = {n: _convert(kind, fields[n], v) for n, v in values.items() if v is not None}
-    try:
-        return kind(**converted)
-    except TypeError as error:
-        raise ConfigError(f"{kind.__name__}: {error}") from error
+    missing = dataclasses.MISSING
+    required = [n for n, f in fields.items() if f.default is f.default_factory is missing]
+    if absent := [repr(name) for name in required if name not in converted]:
+        raise ConfigError(f"{kind.__name__}: {', '.join(absent)} must be set")
+    return kind(**converted)
 
 
 def _convert(kind: type, field: dataclasses.Field, value: Any) -> Any:
