@@ -25,7 +25,10 @@ from kvlock_jax.sampling.loop import Trace
 from kvlock_jax.settings.schema import run_config
 
 SHAPE = (5, 32, 48)
-NO_TRACE = Trace(**{field.name: np.zeros(2) for field in dataclasses.fields(Trace)})
+KINDS = {"scheduled": bool, "finite": bool}
+NO_TRACE = Trace(
+    **{f.name: np.zeros(2, KINDS.get(f.name, np.float32)) for f in dataclasses.fields(Trace)}
+)
 METRICS = EditMetrics(30.0, float("inf"), float("nan"), 1.0, 0.5)
 
 

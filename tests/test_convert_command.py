@@ -142,7 +142,7 @@ def test_the_publishers_text_encoder(published):
 KILLED = """
 import os, signal, sys, threading, time
 import ml_dtypes, numpy as np
-from kvlock_jax.convert.command import convert
+from kvlock_jax.convert.converter import convert
 
 source, target, moment = sys.argv[1], sys.argv[2], float(sys.argv[3])
 convert(source, target + "-warm")

@@ -36,7 +36,7 @@ VALUES = {
         "text_encoder": dataclasses.asdict(UMT5Config(8, 8, 4, 12, 2, 2)),
         "scheduler": {"flow_shift": 3.0},
     },
-    "models": {n: {"parameters": 3, "dtypes": ["float32"], "size": 12} for n in registry.MODELS},
+    "models": {n: {"parameters": 3, "dtypes": ["float32"], "size": 12} for n in registry.NETWORKS},
     "data": "kvlock-0123abcd",
     "files": {"vae/manifest.ocdbt": "0123abcd", "tokenizer/tokenizer.json": "89abcdef"},
 }

@@ -167,7 +167,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
-def test_compare_puts_source_outline_and_edit_side_by_side():
+def test_compare_puts_source_outline_and_edit_side_by_side(unchecked):
     source, edited, mask = noise(2, 8, 10), noise(2, 8, 10, seed=1), np.zeros((2, 8, 10), bool)
     mask[:, 2:6, 3:7] = True
     found = report.compare(source, mask, edited)

@@ -128,16 +128,26 @@ def test_what_another_process_traced_makes_the_same_video(tiny_vace_checkpoint, 
         jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def test_what_fails_ahead_stops_nothing(tiny_checkpoint):
+def test_what_fails_ahead_stops_nothing(tiny_checkpoint, monkeypatch):
     (inputs, settings), ahead = given(3), []
 
+    encode_rows = stages.encode_rows
+
+    def fails_ahead(*args):
+        if args[-1].__name__ == "compile":
+            raise ValueError("ahead")
+        return encode_rows(*args)
+
+    monkeypatch.setattr(stages, "encode_rows", fails_ahead)
+
     def on_shapes(model):
-        ahead.append(BackgroundCompiler(model, inputs, settings, None, by_step=True))
+        noise = draw_noise(model, inputs, jax.random.key(0))
+        ahead.append(BackgroundCompiler(model, inputs, settings, noise, by_step=True))
 
     model = kvl.load(tiny_checkpoint, on_shapes=on_shapes)
     for stage in ("texts", "videos", "loop", "decoder"):
         ahead[0].wait(stage)
-        assert bool(ahead[0]._made[stage].exception()) == (stage != "texts")
+        assert bool(ahead[0]._compiled[stage].exception()) == (stage != "texts")
     assert run(model, inputs, settings, background=ahead[0]).video.shape == inputs.source.shape
 
 
@@ -170,7 +180,7 @@ def test_the_tokens_that_are_an_edits_own_are_counted(references, tiny_vace_chec
 def test_the_video_is_encoded_while_the_loop_is_compiled(monkeypatch, tiny_checkpoint):
     (inputs, settings), ahead = given(3), []
     encoded, in_time = threading.Event(), []
-    prepare, compile_loop = stages.encode_inputs, stages.Loop.compile
+    prepare, compile_loop = stages.encode_rows, stages.Loop.compile
 
     def prepared(*args):
         made = prepare(*args)
@@ -182,7 +192,7 @@ def test_the_video_is_encoded_while_the_loop_is_compiled(monkeypatch, tiny_check
         in_time.append(encoded.wait(60))
         return compile_loop(loop, *args)
 
-    monkeypatch.setattr(stages, "encode_inputs", prepared)
+    monkeypatch.setattr(stages, "encode_rows", prepared)
     monkeypatch.setattr(stages.Loop, "compile", compiled)
 
     def on_shapes(model):

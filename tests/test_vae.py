@@ -231,8 +231,9 @@ def test_frames_are_coded_in_chunks_of_the_chosen_size(chunk, monkeypatch):
         autoencoder, "over_chunks", lambda *args: sizes.append(args[-1]) or over(*args)
     )
     encode, decode = (f.__wrapped__ for f in (autoencoder.encode, autoencoder.decode))
-    latents = jax.eval_shape(encode, ours, video_of(SMALL, 9))  # traced here and now
-    jax.eval_shape(decode, ours, latents)
+    # as functions of their own, so that they are traced here and now
+    latents = jax.eval_shape(lambda *args: encode(*args), ours, video_of(SMALL, 9))
+    jax.eval_shape(lambda *args: decode(*args), ours, latents)
     assert sizes == [4 * chunk, chunk]
 
 

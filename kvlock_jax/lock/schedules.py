@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from kvlock_jax.settings.schema import LockConfig
 from kvlock_jax.shapes import CellMask, PerEdit
 
-Number = Float32[Array, ""]
-Count = Int32[Array, ""]
-Switch = Bool[Array, ""]
+Number = Float32[Array, "..."]
+Count = Int32[Array, "..."]
+Switch = Bool[Array, "..."]
 
 
 @jax.tree_util.register_dataclass

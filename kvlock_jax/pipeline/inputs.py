@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
@@ -20,6 +21,8 @@ from kvlock_jax.media.storage import FilePath
 from kvlock_jax.media.timeline import Timeline, declared_frames
 from kvlock_jax.settings.schema import EditConfig
 from kvlock_jax.shapes import Frames, Image, Mask
+
+_WITHIN = ("kvlock_jax", "jaxtyping", "beartype")  # jaxtyping wraps functions where it is asked to
 
 TRAINED_FRAMES = 81  # Wan 2.1 was trained on clips of 81 frames
 
@@ -92,7 +95,7 @@ def read_clip(video: FilePath | np.ndarray, settings: EditConfig) -> Clip:
     fps = Fraction(settings.fps).limit_denominator(1001) if settings.fps else None
     if fps and is_timed:
         own = f"{float(loaded.fps):.4g} frames per second"
-        warnings.warn(f"{video}: keeps its own {own}, fps is for images", stacklevel=3)
+        warnings.warn(f"{video}: keeps its own {own}, fps is for images", stacklevel=_caller())
         fps = None
     timeline = None
     if fps or is_timed:
@@ -152,7 +155,7 @@ def read_inputs(
     if count > TRAINED_FRAMES:
         warnings.warn(
             f"{count} frames: the model was trained on {TRAINED_FRAMES}, longer ones flicker",
-            stacklevel=3,
+            stacklevel=_caller(),
         )
     if isinstance(references, (str, os.PathLike, np.ndarray)):
         references = [references]
@@ -172,14 +175,14 @@ def read_inputs(
 def _resized_mask(region: Mask, resize: Resize) -> Bool[np.ndarray, "frames rows columns"]:
     """The mask at the size to work at, with a warning of what is cropped with it."""
     if line := resize.warning():
-        warnings.warn(line, stacklevel=4)
+        warnings.warn(line, stacklevel=_caller())
     resized = resize.mask(region)
     if not resized.any():
         raise InputError("the mask lies in the part that is cropped: give --fit pad")
     lost = 1 - region[:, *resize.window].sum() / region.sum()
     if lost:
         text = f"{100 * lost:.1f} % of the mask is cropped with the picture; --fit pad keeps it"
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=_caller())
     return resized
 
 
@@ -195,3 +198,11 @@ def _picture(reference: FilePath | np.ndarray) -> Image:
     opacity = picture[..., 3:].astype(np.float32) / 255
     over_white = picture[..., :3] * opacity + 255 * (1 - opacity)
     return np.round(over_white).astype(np.uint8)
+
+
+def _caller() -> int:
+    """The `stacklevel` of the first function outside of this package, for its line in a warning."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _WITHIN:
+        frame, level = frame.f_back, level + 1
+    return level

@@ -120,7 +120,7 @@ def fold_mask(
 
 
 def on_canvas(
-    picture: UInt8[np.ndarray, "rows columns 3"], height: int, width: int
+    picture: UInt8[Array | np.ndarray, "rows columns 3"], height: int, width: int
 ) -> Float[Array, "height width 3"]:
     """Scales a reference picture to fit a video's size and centres it on white, in [-1, 1].
 
