@@ -95,7 +95,7 @@ def read_clip(video: FilePath | np.ndarray, settings: EditConfig) -> Clip:
     fps = Fraction(settings.fps).limit_denominator(1001) if settings.fps else None
     if fps and is_timed:
         own = f"{float(loaded.fps):.4g} frames per second"
-        warnings.warn(f"{video}: keeps its own {own}, fps is for images", stacklevel=_caller())
+        _warn(f"{video}: keeps its own {own}, fps is for images")
         fps = None
     timeline = None
     if fps or is_timed:
@@ -153,10 +153,7 @@ def read_inputs(
     if resize:
         region = _resized_mask(region, resize)
     if count > TRAINED_FRAMES:
-        warnings.warn(
-            f"{count} frames: the model was trained on {TRAINED_FRAMES}, longer ones flicker",
-            stacklevel=_caller(),
-        )
+        _warn(f"{count} frames: the model was trained on {TRAINED_FRAMES}, longer ones flicker")
     if isinstance(references, (str, os.PathLike, np.ndarray)):
         references = [references]
     footage = clip.footage
@@ -175,14 +172,14 @@ def read_inputs(
 def _resized_mask(region: Mask, resize: Resize) -> Bool[np.ndarray, "frames rows columns"]:
     """The mask at the size to work at, with a warning of what is cropped with it."""
     if line := resize.warning():
-        warnings.warn(line, stacklevel=_caller())
+        _warn(line)
     resized = resize.mask(region)
     if not resized.any():
         raise InputError("the mask lies in the part that is cropped: give --fit pad")
     lost = 1 - region[:, *resize.window].sum() / region.sum()
     if lost:
         text = f"{100 * lost:.1f} % of the mask is cropped with the picture; --fit pad keeps it"
-        warnings.warn(text, stacklevel=_caller())
+        _warn(text)
     return resized
 
 
@@ -200,9 +197,9 @@ def _picture(reference: FilePath | np.ndarray) -> Image:
     return np.round(over_white).astype(np.uint8)
 
 
-def _caller() -> int:
-    """The `stacklevel` of the first function outside of this package, for its line in a warning."""
-    frame, level = sys._getframe(1), 1
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _WITHIN:
-        frame, level = frame.f_back, level + 1
-    return level
+def _warn(message: str) -> None:
+    """Warns about the line of the first caller outside of this package."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _WITHIN:
+        frame = frame.f_back
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno)
