@@ -288,3 +288,23 @@ def test_traces_stay_in_the_users_folder_whatever_jax_is_set_to(tmp_path, monkey
 def test_the_key_covers_the_parts_that_an_editable_install_keeps_elsewhere():
     names = {path.name for folder in compile_cache._folders() for path in folder.rglob("*.py")}
     assert {"compile_cache.py", "diffusers.py", "t2v_14b_480p.py"} <= names
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unregistered:
+    """A result that `trees.register` does not know."""
+
+    value: jax.Array
+
+
+@jax.jit
+def wrapped(x):
+    return Unregistered(2 * x)
+
+
+def test_a_result_of_an_unregistered_class_runs_and_is_not_kept(kept, tmp_path):
+    found = kept().call(wrapped, np.float32(3))
+    assert float(found.value) == 6
+    folder = tmp_path / "programs"
+    assert not folder.exists() or not list(folder.iterdir())

@@ -186,7 +186,7 @@ def test_a_list_is_mended_wherever_it_is(folder):
 def test_manifests_of_one_name_have_lists_of_their_own(folder):
     for n in range(3):
         (folder / str(n)).mkdir()
-        (folder / str(n) / "edits.jsonl").write_text("{")
+        (folder / str(n) / "edits.jsonl").write_text("{}")
     out = folder / "out"
     found = [batches.do(folder / str(n) / "edits.jsonl", out).failures for n in range(3)]
     assert len(set(found)) == 3 and found[:2] == [

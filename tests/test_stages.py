@@ -13,14 +13,16 @@ import tiny
 import kvlock_jax as kvl
 from kvlock_jax.convert import converter
 from kvlock_jax.media import encode
+from kvlock_jax.models.attention.sharded import gathered
 from kvlock_jax.parallel.mesh import make_mesh
 from kvlock_jax.pipeline import stages
 from kvlock_jax.pipeline.api import run
 from kvlock_jax.pipeline.background import BackgroundCompiler
 from kvlock_jax.pipeline.encode import draw_noise
 from kvlock_jax.pipeline.inputs import read_inputs
+from kvlock_jax.pipeline.placement import Placement, compiler_for
 from kvlock_jax.pipeline.settings import resolve_settings
-from kvlock_jax.runtime.compile_cache import CachingCompiler, Compiler, call
+from kvlock_jax.runtime.compile_cache import Compiler, call
 from kvlock_jax.settings.schema import run_config
 
 
@@ -36,6 +38,11 @@ def compiled():
     jax.monitoring.register_event_duration_secs_listener(listener)
     yield names
     jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def caching(folder):
+    """The compiler of one device that keeps its traces in a folder."""
+    return compiler_for(Placement(None, False, gathered), str(folder))
 
 
 def given(steps):
@@ -72,7 +79,7 @@ def test_nothing_is_compiled_again(
 ):
     jax.clear_caches()
     folder, mesh = tiny_checkpoint, None
-    programs = CachingCompiler(tmp_path / "traced") if kind == "kept" else None
+    programs = caching(tmp_path) if kind == "kept" else None
     if kind in ("VACE", "kept"):
         folder = tiny_vace_checkpoint
     if kind == "converted":
@@ -120,9 +127,9 @@ def test_what_another_process_traced_makes_the_same_video(tiny_vace_checkpoint, 
     try:
         wanted = made(Compiler())
         assert "flat" not in names
-        np.testing.assert_array_equal(made(CachingCompiler(tmp_path)), wanted)
+        np.testing.assert_array_equal(made(caching(tmp_path)), wanted)
         assert names.count("flat") == 9
-        np.testing.assert_array_equal(made(CachingCompiler(tmp_path)), wanted)
+        np.testing.assert_array_equal(made(caching(tmp_path)), wanted)
         assert "flat" not in names
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)

@@ -208,7 +208,8 @@ def _read(path: epath.Path, leaves: list[Any]) -> tuple[export.Exported, tuple[i
 
 def _write(path: epath.Path, exported: export.Exported, donated: tuple[int, ...]) -> None:
     """Writes a program for other processes; one that cannot be written is traced by each."""
-    with contextlib.suppress(OSError):
+    # ValueError: a result's class is not registered (`trees.register`)
+    with contextlib.suppress(OSError, ValueError):
         body = bytes(exported.serialize())
         facts = {"sha256": hashlib.sha256(body).hexdigest(), "donated": donated}
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
