@@ -303,8 +303,8 @@ def wrapped(x):
     return Unregistered(2 * x)
 
 
-def test_a_result_of_an_unregistered_class_runs_and_is_not_kept(kept, tmp_path):
-    found = kept().call(wrapped, np.float32(3))
+def test_a_result_of_an_unregistered_class_runs_and_is_not_kept(start, tmp_path):
+    found = start().call(wrapped, np.float32(3))
     assert float(found.value) == 6
     folder = tmp_path / "programs"
     assert not folder.exists() or not list(folder.iterdir())
