@@ -221,8 +221,9 @@ def failing(where):
     def run(model, inputs, settings, keys):
         if where == "before" and on(1):
             raise RuntimeError("injected")
-        run_programs = lambda: batches.runner(model, inputs, settings, keys)  # noqa: E731
-        results = agreement.together("programs", run_programs)
+        results = agreement.together(
+            "programs", lambda: batches.runner(model, inputs, settings, keys)
+        )
         if where == "after" and on(1) and len(inputs) == 2:
             raise RuntimeError("injected")
         if where == "one" and on(1):

@@ -51,7 +51,10 @@ def beside():
 
     def start(manifest, out, **changes):
         runner, ended = Paused(), []
-        work = lambda: ended.append(batches.do(manifest, out, runner, **changes))  # noqa: E731
+
+        def work():
+            ended.append(batches.do(manifest, out, runner, **changes))
+
         thread = threading.Thread(target=work)
         started.append((runner, thread))
         thread.start()
