@@ -145,6 +145,7 @@ class _Codec:
 
     @property
     def is_rgb(self) -> bool:
+        """Whether the codec stores RGB, without a colour matrix."""
         return not self.pixels.startswith("yuv")
 
 
