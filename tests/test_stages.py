@@ -42,7 +42,12 @@ def compiled():
 
 def caching(folder):
     """The compiler of one device that keeps its traces in a folder."""
-    return compiler_for(Placement(None, False, gathered), str(folder))
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", True)  # without it nothing is kept
+    try:
+        return compiler_for(Placement(None, False, gathered), str(folder))
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def given(steps):
