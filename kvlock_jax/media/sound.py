@@ -179,6 +179,7 @@ def copying(
         waiting = collections.deque(itertools.islice(packets, 1))
 
         def copy_until(time: Fraction | None) -> None:
+            """Copies the packets up to a time; all that are left where it is `None`."""
             while waiting and (time is None or _time(waiting[0]) <= time):
                 output.mux(waiting.popleft())
                 waiting.extend(itertools.islice(packets, 1))
