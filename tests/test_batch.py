@@ -1,6 +1,5 @@
 """Batches of edits: outputs, failures, and work that runs side by side."""
 
-import collections
 import dataclasses
 import json
 import threading
@@ -206,7 +205,7 @@ def test_a_folder_that_cannot_be(folder):
 
 def test_reading_and_writing_go_on_while_the_device_works(folder, monkeypatch):
     """Edit 1 computes until edit 2 is read and edit 0 is being written; that waits for it too."""
-    read, writing = (collections.defaultdict(threading.Event) for _ in range(2))
+    read, writing = ({str(n): threading.Event() for n in range(8)} for _ in range(2))
     computing = threading.Event()
     inputs_of, publish = Reader._inputs, Publisher._publish
 
