@@ -1,5 +1,6 @@
 """Eight CPU devices, quick compilation, strict dtype promotion, and fixtures that modules share."""
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -11,18 +12,19 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
-# Small programs that run a few times: LLVM's optimisations would take most of the suite's time.
-# XLA's own stay. `test_optimised.py` and the demo in CI run with both. A caller's flags win.
+# Small programs that run a few times: compiling them takes most of the suite's time, which LLVM's
+# optimisations would double, and MLIR's emitters of fused operations again. XLA's own passes stay.
+# AVX has no fused multiply-add: one formula gives the same bits in every program, however fused.
+# `test_optimised.py` and the demo in CI run as a user's edit does. A caller's flags win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    + os.environ.get("XLA_FLAGS", "")
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX " + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# For the processes that tests start; this process has read its own settings.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that tests start
 
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_compilation_cache_dir", None)  # until the run has a folder of its own
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Before any of them is imported. `media` and the command line take what users have, and refuse it.
@@ -53,22 +55,46 @@ def shared_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(shared_folder):
-    """Workers and modules share compiled programs: many modules run the same ones.
+    """Workers, modules and processes share compiled programs: many run the same ones.
 
     The user's own cache is left alone.
     """
     os.environ["XDG_CACHE_HOME"] = str(shared_folder / "cache")
-    jax.config.update("jax_enable_compilation_cache", True)  # a worker inherits what is set above
-    jax.config.update("jax_compilation_cache_dir", str(shared_folder / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()  # collection may have compiled, and settled on no folder
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(shared_folder / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    os.environ.update({name.upper(): str(value) for name, value in settings.items()})
+    use_cache(settings)
+    return settings
+
+
+def use_cache(settings: dict) -> None:
+    """Sets JAX's cache of compiled programs, which otherwise stays with its first folder."""
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def restored_cache(compiled_programs):
+    """Restores the cache's settings, which a test, or a command that it runs, may change."""
+    yield
+    if any(getattr(jax.config, name) != value for name, value in compiled_programs.items()):
+        use_cache(compiled_programs)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cleared_caches():
-    """Frees a module's programs: each takes memory maps, and a process may have 65,530 of them."""
+    """Frees a module's programs: each takes memory maps, and a process may have 65,530 of them.
+
+    Garbage waits until then: looking for it while JAX traces would take 8% of the suite's time.
+    """
+    gc.disable()
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 def written_once(folder: Path, write) -> Path:

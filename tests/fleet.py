@@ -50,6 +50,7 @@ def run(monkeypatch, *works: Callable[[], Any], grace: float = 0.3) -> list[Any]
 
     with monkeypatch.context() as patch:
         patch.setattr(agreement, "_POLL", 0.02)
+        patch.setattr(agreement, "_ENDING", 0.0)
         patch.setattr(agreement, "_line", lambda: lines[HOST.get()])
         patch.setattr(jax, "process_count", lambda: len(works))
         patch.setattr(jax, "process_index", HOST.get)

@@ -34,14 +34,13 @@ def tiled(network, tiles):
     return copy
 
 
-@pytest.mark.parametrize("tiles", [2, 3, 5, 100])
-def test_tiles_change_nothing(network, tiles):
+def test_tiles_change_nothing(network):
     rng = np.random.default_rng(0)
     video = rng.uniform(-1, 1, (1, 9, 16, 8 * WIDTH, 3)).astype(np.float32)
     latents = rng.normal(size=(1, 3, 2, WIDTH, 3)).astype(np.float32)
     encode, decode = (jax.jit(lambda n, x, f=f: getattr(n, f)(x)) for f in ("encode", "decode"))
     for run, given in ((encode, video), (decode, latents)):
-        want, got = run(network, given), run(tiled(network, tiles), given)
+        want, got = run(network, given), run(tiled(network, 3), given)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
 
 
@@ -59,6 +58,21 @@ def test_the_reach_is_what_a_column_depends_on(network, coder):
     units = np.flatnonzero(moved.reshape(WIDTH, -1).max(axis=1) > 0)
     assert net.reach - 1 <= middle - units.min() <= net.reach
     assert units.max() - middle <= net.reach
+
+
+@pytest.mark.parametrize("tiles", [2, 3, 5, 100])
+def test_tiles_overlap_by_the_reach(tiles):
+    """A sum over neighbours stands for convolutions; units of two columns become one of three."""
+
+    def neighbours(x):
+        units = x.reshape(1, 1, 2, -1, 2, 1).sum(axis=4)
+        around = jnp.pad(units, [(0, 0)] * 3 + [(2, 2), (0, 0)])
+        sums = sum(around[:, :, :, n : n + units.shape[3]] for n in range(5))
+        return jnp.repeat(sums, 3, axis=3)
+
+    x = jnp.arange(2.0 * 22).reshape(1, 1, 2, 22, 1)
+    got = in_tiles(neighbours, x, tiles=tiles, unit=2, reach=2)
+    np.testing.assert_array_equal(got, neighbours(x))
 
 
 def test_one_tile_is_the_whole():

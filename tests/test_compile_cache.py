@@ -272,14 +272,8 @@ def test_a_new_folder_is_private(start, tmp_path):
 
 def test_traces_stay_in_the_users_folder_whatever_jax_is_set_to(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
-    before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "shared"))
-    jax.config.update("jax_enable_compilation_cache", True)
-    try:
-        compiler = compiler_for(Placement(None, False, gathered), None)
-    finally:
-        jax.config.update("jax_enable_compilation_cache", False)
-        jax.config.update("jax_compilation_cache_dir", before)
+    compiler = compiler_for(Placement(None, False, gathered), None)
     compiler.call(scaled, pair(), np.float32(2))
     assert list((tmp_path / "mine").rglob("traced/scaled-*"))
     assert not (tmp_path / "shared").exists()

@@ -86,7 +86,8 @@ def test_the_first_seed_is_the_edit_and_the_ceiling_is_the_round_trip(model):
     config = one.config_of("s_only", ceiling=True)
     config.kvlock.pool_seeds = 2
     result = one.edit(model, config=config)
-    np.testing.assert_array_equal(result.video, plain.video)
+    # two programs, of one row and of two, which may order the terms of a sum differently
+    assert np.abs(result.video.astype(int) - plain.video).max() <= 1
     assert result.trace.sigma2.shape == plain.trace.sigma2.shape
     assert (result.trace.sigma2[2:] != plain.trace.sigma2[2:]).all()
     trip = kvl.round_trip(model, one.CLIP)

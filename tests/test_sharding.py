@@ -29,7 +29,7 @@ from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits, bucket
 from kvlock_jax.sampling.loop import Program, sample
 
-MESHES = ((1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1))
+MESHES = ((1, 8, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1))
 FRAMES, TOKENS = 7, 63  # of 9 tokens each: every mesh that shards tokens pads them, to 64
 EDITS, STEPS, HEADS, SIZE, LAYERS, TEXT = 8, 4, 4, 12, 3, 6
 CONFIG = WanConfig(
@@ -204,7 +204,6 @@ def test_a_sharded_run_equals_one_device(shape):
 @pytest.mark.parametrize(
     "shape, kind, attend",
     [
-        ((1, 8, 1), "fused", gathered),
         ((1, 8, 1), "foreground", ring),
         ((2, 2, 2), "fused", ring),
         ((2, 2, 2), "foreground", gathered),
@@ -217,9 +216,8 @@ def test_a_run_without_a_cache_equals_one_device(shape, kind, attend):
     assert not any(math.prod(s) == share for kind, s in collectives(text) if kind == "all-gather")
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_a_ring_is_the_same(shape):
-    latents, trace, _, text = on_a_mesh(shape, ring)
+def test_a_ring_is_the_same():
+    latents, trace, _, text = on_a_mesh((2, 2, 2), ring)
     assert_same_run((latents, trace), on_one_device())
     heads = {s for kind, s in collectives(text) if kind == "all-gather" and len(s) == 4}
     assert not heads  # keys and values are never gathered
@@ -336,8 +334,15 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def make_vae():
-    config = VAEConfig(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=(0.0,) * 4,
-                       latents_std=(1.0,) * 4)  # fmt: skip
+    config = VAEConfig(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=(1, 1, 1),
+        temperal_downsample=(True, False),
+        num_res_blocks=1,
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
+    )
     return fresh.module(lambda: autoencoder.WanVAE(config, rngs=nnx.Rngs(0)))
 
 
@@ -349,10 +354,8 @@ def coded_on_one_device(size):
     return video, latents, np.asarray(autoencoder.decode(make_vae(), latents)[0])
 
 
-# Spread by columns, by rows, and over a part of the devices.
-@pytest.mark.parametrize(
-    "shape, size", [((1, 8, 1), (32, 64)), ((1, 8, 1), (64, 32)), ((2, 2, 2), (32, 64))]
-)
+# Spread by columns, and by rows over a part of the devices.
+@pytest.mark.parametrize("shape, size", [((1, 8, 1), (32, 64)), ((2, 2, 2), (64, 32))])
 def test_a_video_is_coded_in_parts(shape, size):
     video, latents, pixels = coded_on_one_device(size)
     mesh = make_mesh(*shape)

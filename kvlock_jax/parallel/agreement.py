@@ -41,7 +41,8 @@ GRACE = 15.0
 """Seconds for a host to come out of a program after another has failed; XLA aborts after 40."""
 
 _POLL = 0.5  # seconds between two looks at the other hosts
-_PARTING = 20.0  # seconds that the host of the key-value store stays for the others to end
+_PARTING = 20.0  # seconds that the host of the key-value store stays for the others to leave
+_ENDING = 2.0  # seconds for a host that has left to end: JAX aborts it once the store is gone
 
 
 def is_writer() -> bool:
@@ -207,8 +208,10 @@ class Line:
                 self._store.put(_left_key(self._host), why)
             self._store.put(_parted_key(self._host), why)
             until = time.monotonic() + _PARTING
-            for host in range(self._hosts) if self._host == 0 else ():
-                self._store.get(_parted_key(host), max(0.0, until - time.monotonic()))
+            if self._host == 0:
+                for host in range(self._hosts):
+                    self._store.get(_parted_key(host), max(0.0, until - time.monotonic()))
+                time.sleep(_ENDING)
 
     def _exchange(self, own: _Message) -> list[_Message]:
         """Posts a message, and returns those of all hosts."""
