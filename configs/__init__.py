@@ -11,7 +11,7 @@ NEGATIVE_PROMPT = (
     "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"  # noqa: RUF001
     "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
 )
-"""What the publisher's code leads away from unless told: `sample_neg_prompt`, of its
+"""The publisher's default negative prompt: `sample_neg_prompt`, of its
 `shared_config.py` (Wan-Video/Wan2.1). In English: garish colours, overexposed, static, blurred
 details, subtitles, style, work of art, painting, picture, still, greyish overall, worst quality,
 low quality, JPEG residue, ugly, incomplete, extra fingers, badly drawn hands, badly drawn faces,

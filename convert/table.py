@@ -253,7 +253,7 @@ def _not_finite(source: Source, key: str, array: np.ndarray, made: np.ndarray) -
     bad = int((~np.isfinite(array)).sum())
     return (
         f"{name} is not finite: {bad} of {array.size} numbers are NaN or infinite; the checkpoint "
-        "is damaged or its training diverged, so get it anew"
+        "is damaged or its training diverged: download it again"
     )
 
 

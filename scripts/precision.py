@@ -156,7 +156,7 @@ def simulations(model, inputs, settings):
     both, half = jnp.concatenate([z, z]), jnp.full((2,), 500.0)
 
     def results() -> dict:
-        """What is compared, each in programs that are traced now."""
+        """The values to compare, from newly traced programs."""
         jax.clear_caches()
         latents = autoencoder.encode(vae, video)
         pixels = jax.jit(lambda vae, z: vae.decode(z))(vae, latents)

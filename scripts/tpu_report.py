@@ -2,7 +2,7 @@
 
     python scripts/tpu_report.py [--only v6e] [--runs runs/tpu] [--page docs/tpu.md]
 
-What is compiled (`tpu_programs.py`) is kept in `--runs`; started again it goes on with the rest.
+`--runs` keeps the figures of each program (`tpu_programs.py`); a second run does the missing ones.
 One process at a time: libtpu takes a lock.
 """
 

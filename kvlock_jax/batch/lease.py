@@ -166,7 +166,7 @@ def hold(
 
 
 def live_owners(folder: str) -> list[Owner]:
-    """Runs that are writing to a folder; what dead ones left there is removed."""
+    """Runs that are writing to a folder; removes the leases and staging folders of dead ones."""
     entries = storage.listing(folder)
     live = []
     for name in entries.files:

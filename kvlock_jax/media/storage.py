@@ -90,7 +90,7 @@ def files(path: str, suffixes: Sequence[str]) -> list[str]:
     Dot files, such as the `._0001.png` of macOS, are passed over.
 
     Raises:
-      InputError: there is no such file or folder, or it cannot be listed.
+      InputError: the file or folder is missing, or cannot be listed.
     """
     with _named(path):
         system, place = _at(path)
@@ -292,7 +292,7 @@ def sizes(folder: str) -> dict[str, int]:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or folder of this path, asked anew of a remote file system."""
+    """Whether a file or folder has this path; a remote file system is asked each time."""
     with _named(path):
         system, place = _at(path)
         system.invalidate_cache()
