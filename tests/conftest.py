@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 # Small programs that run a few times: compiling them takes most of the suite's time, which LLVM's
 # optimisations would double, and MLIR's emitters of fused operations again. XLA's own passes stay.
 # AVX has no fused multiply-add: one formula gives the same bits in every program, however fused.
-# `test_optimised.py` and the demo in CI run as a user's edit does. A caller's flags win.
+# `test_demo.py` and the demo in CI run as a user's edit does. A caller's flags win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX " + os.environ.get("XLA_FLAGS", "")

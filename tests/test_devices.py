@@ -17,7 +17,7 @@ import pytest
 import tiny
 from manifests import all_frames, failures
 
-from kvlock_jax.cli import loading
+from kvlock_jax.cli import loading, main
 from kvlock_jax.cli.flags import add_devices
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.media import decode, encode
@@ -126,9 +126,9 @@ def test_hosts_are_named_in_full(argv, message):
 COMMAND = "import sys; from kvlock_jax.cli.main import run; run()"
 
 
-def started(folder: Path, count: int, argv: list[str]) -> subprocess.Popen:
-    """`kvlock` in a process with some devices of its own."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+def started(folder: Path, argv: list[str]) -> subprocess.Popen:
+    """`kvlock` in a process with four devices of its own."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, "-c", COMMAND, *argv], env=env, cwd=folder, **pipe)
@@ -141,26 +141,25 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     encode.write_video(tmp_path / "clip.mkv", tiny.clip(), 16, lossless=True)
     encode.write_video(tmp_path / "mask.mkv", tiny.mask(), 16, lossless=True)
     return tmp_path
 
 
 def one_and_two(folder: Path, argv: list[str], out: str) -> list[str]:
-    """Runs a command in one process of 8 devices, and in two of 4; what the two said.
+    """Runs a command in this process of 8 devices, and in two of 4; what the two said.
 
     Args:
       folder: to run in.
       argv: the command.
       out: what is named "one" and "two" in it.
     """
-    alone = started(folder, 8, [arg.replace(out, "one") for arg in argv])
-    said, _ = alone.communicate(timeout=300)
-    assert alone.returncode == 0, said
+    assert main.main([arg.replace(out, "one") for arg in argv]) == 0
     hosts = ["--coordinator", f"localhost:{free_port()}", "--num_processes", "2", "--process_id"]
     argv = [arg.replace(out, "two") for arg in argv]
-    pair = [started(folder, 4, [*argv, *hosts, str(i)]) for i in range(2)]
+    pair = [started(folder, [*argv, *hosts, str(i)]) for i in range(2)]
     said = [process.communicate(timeout=300)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], "\n".join(said)
     return said

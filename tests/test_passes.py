@@ -148,6 +148,15 @@ def test_what_is_known_before_a_run_is_not_a_choice_in_it(name, kinds):
     assert lock.passes(lock.preset(name, 5.0)) == kinds
 
 
+def test_injected_steps_that_keep_the_foreground_compute_it_alone():
+    settings = dataclasses.replace(
+        lock.preset("hard_lock", 5.0), warmup_fusion_ratio=0.0, fusion_ratio=0.0, injected_steps=2
+    )
+    injecting = dataclasses.replace(settings, foreground_ratio=0.0)
+    assert lock.passes(injecting) == ("plain", "foreground")
+    assert lock.passes(dataclasses.replace(settings, foreground_ratio=0.1)) == ("plain", "full")
+
+
 @pytest.mark.parametrize(
     "changes", [{"background": "model"}, {"detection": "global"}, {"guidance": "apg"}]
 )

@@ -103,11 +103,18 @@ def test_what_differs_has_a_branch_of_its_own(model, seen):
     assert [loop for loop in seen["loops"] if loop != (1, 1)] == [(2, 2)] * 2
 
 
-def test_sources_have_as_many_edits_as_all_can(model, seen):
+def test_sources_have_as_many_edits_as_all_can(model, monkeypatch):
     clip, prompts = tiny.clip(), ["a star", "a circle", "a square", "red"]
     edits = [given(p, clip) for p in prompts] + [given(p) for p in prompts[:2]]
-    runner.run_group(model, edits, [settings()] * 6, [key("a")] * 6)
-    assert seen["loops"] == [(3, 6)]
+    batches = []
+
+    def recorded(model, inputs, settings, noise):
+        batches.append((len(noise), [edit.prompt for edit in inputs]))
+        return list(inputs)
+
+    monkeypatch.setattr(runner, "run_batch", recorded)
+    assert runner.run_group(model, edits, [settings()] * 6, [key("a")] * 6) == edits
+    assert batches == [(3, [*prompts, *prompts[:2]])]
 
 
 def test_over_devices_no_source_is_split_unevenly(tiny_vace_checkpoint, model, seen):

@@ -29,7 +29,7 @@ from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits, bucket
 from kvlock_jax.sampling.loop import Program, sample
 
-MESHES = ((1, 8, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1))
+MESHES = ((1, 8, 1), (2, 2, 2), (8, 1, 1))
 FRAMES, TOKENS = 7, 63  # of 9 tokens each: every mesh that shards tokens pads them, to 64
 EDITS, STEPS, HEADS, SIZE, LAYERS, TEXT = 8, 4, 4, 12, 3, 6
 CONFIG = WanConfig(
