@@ -32,6 +32,10 @@ Frames = UInt8[np.ndarray, "frames height width 3"]
 Mask = Bool[np.ndarray, "frames height width"]
 """True where the video is edited."""
 Image = UInt8[np.ndarray, "height width 3"]
+NewFrames = UInt8[np.ndarray, "new_frames new_height new_width 3"]
+"""Frames of another size than those that a function takes; so `NewMask` and `NewImage`."""
+NewMask = Bool[np.ndarray, "new_frames new_height new_width"]
+NewImage = UInt8[np.ndarray, "new_height new_width 3"]
 
 VAE_STRIDES = (4, 8, 8)
 """Pixels per latent cell along time, height and width (Wan 2.1's VAE, METHOD.md section 2)."""

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path("kvlock_jax")
 FILES = {
     "lock/cache": "cache wan passes",
-    "lock/schedules": "schedules sampler",
+    "lock/schedules": "schedules passes sampler",
     "lock/variance": "variance sampler",
     "lock/guidance": "guidance sampler",
     "sampling/loop": "sampler passes",

@@ -27,8 +27,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", None)  # until the run has a folder of its own
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Before any of them is imported. `media` and the command line take what users have, and refuse it.
-CHECKED = "grid lock models sampling parallel pipeline evaluate demo".split()
+# Before any of them is imported. The command line alone has no arrays.
+CHECKED = (
+    "grid lock models sampling parallel pipeline evaluate demo media batch checkpoints estimate "
+    "settings runtime convert configs"
+).split()
 install_import_hook([f"kvlock_jax.{name}" for name in CHECKED], "annotations.arrays")
 
 

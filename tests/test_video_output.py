@@ -39,7 +39,7 @@ def test_a_rate_that_is_none_is_named(tmp_path, fps):
 @pytest.mark.parametrize(
     "frames", [noise() / 255, noise()[0], noise()[..., :2], noise()[:0], noise()[:, :0]]
 )
-def test_frames_that_are_none_are_named(tmp_path, frames):
+def test_frames_that_are_none_are_named(tmp_path, frames, unchecked):
     with pytest.raises(InputError, match="must be uint8 of shape frames height width 3, found"):
         encode.write_video(tmp_path / "a.mp4", frames, 24)
     assert only(tmp_path) == []

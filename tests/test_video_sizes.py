@@ -40,7 +40,7 @@ def test_a_padded_mask_edits_no_added_pixel_and_no_added_latent_frame(mask):
     padded = fit.apply_mask(mask)
     assert padded.shape == fit.model_shape and padded.dtype == bool
     frames, height, width = mask.shape
-    np.testing.assert_array_equal(fit.undo(padded), mask)
+    np.testing.assert_array_equal(padded[:frames, :height, :width], mask)
     assert not padded[:, height:].any() and not padded[:, :, width:].any()
     # A latent frame holds pixel frame 0, or four more: no frame after the first is alone in one.
     latent_frame = -(-np.arange(len(padded)) // 4)

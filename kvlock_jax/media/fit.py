@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvlock_jax.errors import InputError
-from kvlock_jax.shapes import PATCH, VAE_STRIDES, Frames, Image, Mask
+from kvlock_jax.shapes import (
+    PATCH,
+    VAE_STRIDES,
+    Frames,
+    Image,
+    Mask,
+    NewFrames,
+    NewImage,
+    NewMask,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +40,11 @@ class Fit:
         height, width = -(-self.height // rows) * rows, -(-self.width // columns) * columns
         return -(-(self.frames - 1) // time) * time + 1, height, width
 
-    def apply(self, video: Frames) -> Frames:
+    def apply(self, video: Frames) -> NewFrames:
         """The padded video."""
         return np.pad(video, (*self._padding(video), (0, 0)), mode="edge")
 
-    def apply_mask(self, mask: Mask) -> Mask:
+    def apply_mask(self, mask: Mask) -> NewMask:
         """The padded mask: repeated frames repeat theirs, added rows and columns are background.
 
         A repeated frame shares the last one's latent frame: its mask adds no foreground there.
@@ -43,7 +52,7 @@ class Fit:
         time, *space = self._padding(mask)
         return np.pad(np.pad(mask, (time, (0, 0), (0, 0)), mode="edge"), ((0, 0), *space))
 
-    def undo(self, video: Frames) -> Frames:
+    def undo(self, video: Frames) -> NewFrames:
         """The model's video without the padding."""
         if video.shape[:3] != self.model_shape:
             raise InputError(f"the model's video must be {self.model_shape}, found {video.shape}")
@@ -98,7 +107,7 @@ class Resize:
             return slice(0, self.target[0]), slice(0, self.target[1])
         return _centred(self.target, _largest(self.target, self.source))
 
-    def frame(self, image: Image) -> Image:
+    def frame(self, image: Image) -> NewImage:
         """A frame at the target's size, by a triangle filter; an InputError for another source."""
         if image.shape[:2] != self.source:
             (rows, columns), wanted = image.shape[:2], f"{self.source[1]}x{self.source[0]}"
@@ -113,7 +122,7 @@ class Resize:
         canvas[self.place] = scaled
         return canvas
 
-    def mask(self, mask: Mask) -> Mask:
+    def mask(self, mask: Mask) -> NewMask:
         """A mask at the target's size; no pixel of the window that is 1 is lost (`resize_mask`)."""
         if self.source == self.target:
             return mask
@@ -158,7 +167,7 @@ def _scaled(image: jax.Array, height: int, width: int) -> jax.Array:
     return jnp.clip(jnp.round(smooth), 0.0, 255.0).astype(jnp.uint8)
 
 
-def resize_mask(mask: Mask, height: int, width: int) -> Mask:
+def resize_mask(mask: Mask, height: int, width: int) -> NewMask:
     """The mask at another size: a pixel is 1 where it overlaps any that was, so none is lost."""
     for axis, size in ((1, height), (2, width)):
         old, new = mask.shape[axis], np.arange(size)

@@ -12,7 +12,7 @@ from typing import IO
 
 import numpy as np
 
-from kvlock_jax.shapes import Image
+from kvlock_jax.shapes import Image, NewImage
 
 _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1")
 
@@ -34,7 +34,7 @@ class Picture:
     size: tuple[int, int] | None
     turns: tuple[str, ...]
 
-    def assemble(self, items: Mapping[int, Image]) -> Image:
+    def assemble(self, items: Mapping[int, Image]) -> NewImage:
         """Assembles the picture from its decoded items by number.
 
         Raises:

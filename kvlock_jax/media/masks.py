@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
+from jaxtyping import Bool
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.media.decode import Video, read_video
@@ -96,7 +97,7 @@ def _in_time(
     cut: bool,
     clip: Timeline | None,
     timeline: Timeline | None,
-) -> Mask:
+) -> Bool[np.ndarray, "shown height width"]:
     """The mask's frames that belong to those of the clip; a single one stays alone."""
     if len(region) == 1:
         return region
