@@ -3,10 +3,10 @@
     python scripts/bench.py [--only block] [--rounds 5] [--page docs/benchmarks.md]
 
 Every row (`bench_rows.py`) runs two programs in turn, round by round, on this machine's CPU in
-float32 and two threads: its clock drifts, the ratio of a round does not. A row reports the median of
-the rounds' ratios, and their spread. Memory is the peak of a process that makes and runs one of the
-two once. `--runs` keeps every measurement; the page's section of this machine is written from all
-of them, and the sections of other machines stay as they are.
+float32 and two threads: its clock drifts, the ratio of a round does not. A row reports the median
+of the rounds' ratios, and their spread. Memory is the peak of a process that makes and runs one of
+the two once. `--runs` keeps every measurement; the page's section of this machine is written from
+all of them, and the sections of other machines stay as they are.
 """
 
 import argparse
