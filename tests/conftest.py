@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 # Small programs that run a few times: compiling them takes most of the suite's time, which LLVM's
 # optimisations would double, and MLIR's emitters of fused operations again. XLA's own passes stay.
 # AVX has no fused multiply-add: one formula gives the same bits in every program, however fused.
-# `test_demo.py` and the demo in CI run as a user's edit does. A caller's flags win.
+# `test_optimised.py`, `test_demo.py` and CI's demo run as a user's edit. A caller's flags win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX " + os.environ.get("XLA_FLAGS", "")
@@ -92,7 +92,7 @@ def restored_cache(compiled_programs):
 def cleared_caches():
     """Frees a module's programs: each takes memory maps, and a process may have 65,530 of them.
 
-    Garbage waits until then: looking for it while JAX traces would take 8% of the suite's time.
+    Garbage waits until then: looking for it slows tracing, which makes objects by the million.
     """
     gc.disable()
     yield

@@ -69,7 +69,7 @@ def relative(found, wanted):
     return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
-# Each model, preset and number of edits to a source with the others, but not each combination.
+# Some combinations of a model, a preset and a number of edits to a source.
 @pytest.mark.parametrize(
     "model, name, each",
     [

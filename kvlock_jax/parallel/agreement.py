@@ -207,8 +207,8 @@ class Line:
             if self._store.get(_left_key(self._host), 0) is None:  # or the first reason holds
                 self._store.put(_left_key(self._host), why)
             self._store.put(_parted_key(self._host), why)
-            until = time.monotonic() + _PARTING
             if self._host == 0:
+                until = time.monotonic() + _PARTING
                 for host in range(self._hosts):
                     self._store.get(_parted_key(host), max(0.0, until - time.monotonic()))
                 time.sleep(_ENDING)
