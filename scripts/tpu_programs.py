@@ -22,7 +22,7 @@ from kvlock_jax import lock
 from kvlock_jax.checkpoints import registry
 from kvlock_jax.estimate import costs, roofline
 from kvlock_jax.grid import Grid
-from kvlock_jax.models.attention.sharded import gathered, ring
+from kvlock_jax.models.attention.sharded import gathered, overlapped
 from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.text.prompts import encode_ids
 from kvlock_jax.models.vae import autoencoder
@@ -32,7 +32,7 @@ from kvlock_jax.models.wan.vace import VACEContext
 from kvlock_jax.parallel import padding, sharding
 from kvlock_jax.parallel.mesh import make_mesh
 from kvlock_jax.sampling import solvers
-from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.edits import Edits, bucket
 from kvlock_jax.sampling.loop import Program, sample
 from kvlock_jax.settings.schema import LockConfig
 
@@ -68,7 +68,7 @@ class Row:
       slice: a key of `TOPOLOGIES`.
       batch: edits.
       mesh: sizes of `data`, `frames`, `model`; all chips on `frames` where it is empty.
-      ring: whether keys and values go round a ring.
+      gathered: whether each chip gathers all keys and values, which otherwise go round a ring.
       cache: of the lock, `"fused"` or `"carried"`.
       preset: the model's own where it is empty.
     """
@@ -80,7 +80,7 @@ class Row:
     slice: str
     batch: int = 1
     mesh: tuple[int, ...] = ()
-    ring: bool = False
+    gathered: bool = False
     cache: str = "fused"
     preset: str = ""
 
@@ -141,11 +141,15 @@ def array(mesh: Mesh, shape, letters: str, dtype=jnp.float32) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
-def loop(mesh: Mesh, row: Row, spread: bool):
-    """The lowered sampling loop."""
+def loop(mesh: Mesh, row: Row, spread: bool, kind: str = "", share: float = 0.0):
+    """The lowered sampling loop.
+
+    Every step of `kind`, if it is given, is that kind of pass; `"foreground"` computes a `share` of
+    the tokens.
+    """
     config, latent = MODELS[row.model], row.workload.latent_shape
     model = abstract(mesh, config, jnp.bfloat16, spread)
-    model.attend = ring if row.ring else gathered
+    model.attend = gathered if row.gathered else overlapped
     grid = Grid(latent, padding.padded(Grid.of(latent).tokens, sharding.shards("L")))
     batch = row.batch
 
@@ -168,6 +172,9 @@ def loop(mesh: Mesh, row: Row, spread: bool):
         (solvers.unipc(STEPS, 5.0), knobs),
     )
     program = Program.of(settings)
+    if kind:
+        tokens = bucket(round(share * grid.tokens), grid) if kind == "foreground" else None
+        program = dataclasses.replace(program, passes=(kind,), tokens=tokens)
     return sample.lower(model, patches(16), edits, table, knobs, program=program)
 
 

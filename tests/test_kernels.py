@@ -6,28 +6,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu import splash_attention
 
-from kvlock_jax.models.attention import kernels
+from kvlock_jax.models.attention import flash, kernels
+
+
+def flash_part(q, k, v, keys=None):
+    """What `flash` returns, and the same from its state."""
+    rows = flash.Rows.of(q, interpret=True)
+    state = rows.more(*map(flash.side_by_side, (k, v)), keys)
+    total = jnp.maximum(state.total, jnp.finfo(jnp.float32).tiny)
+    top = state.largest + jnp.log2(total)
+    return flash.flash(q, k, v, keys, interpret=True), top[:, :, 0].swapaxes(1, 2)
+
 
 KERNELS = {
     "plain": kernels.plain,
     "chunked": kernels.chunked,
     "chunked in blocks": functools.partial(kernels.chunked, block=16),
-    "splash": functools.partial(kernels.splash, interpret=True),
+    "flash": flash_part,
 }
 EMPTY = -1e37
-"""What the logsumexp of no keys is below."""
+"""What the `top` of no keys is below."""
 
 
 def softmax(q, k, v, keys=None):
-    """Attention to the first `keys` keys, and its logsumexp, in float64."""
+    """Attention to the first `keys` keys, and its `top`, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k[:, :keys], v[:, :keys]))
-    logits = np.einsum("blnk,bsnk->blns", q, k) / np.sqrt(q.shape[-1])
+    logits = np.einsum("blnk,bsnk->blns", q, k)
     top = logits.max(-1, keepdims=True)
-    weights = np.exp(logits - top)
+    weights = 2.0 ** (logits - top)
     total = weights.sum(-1, keepdims=True)
-    return np.einsum("blns,bsnk->blnk", weights / total, v), (top + np.log(total))[..., 0]
+    return np.einsum("blns,bsnk->blnk", weights / total, v), (top + np.log2(total))[..., 0]
 
 
 def heads(batch, length, number, size, *, seed, dtype=jnp.float32):
@@ -37,7 +46,8 @@ def heads(batch, length, number, size, *, seed, dtype=jnp.float32):
 
 def qkv(batch, length, present, number, size, *, padding=0, dtype=jnp.float32):
     """Queries, keys, values; the last `padding` keys and values would spoil whatever they meet."""
-    q = heads(batch, length, number, size, seed=1, dtype=dtype)
+    q = heads(batch, length, number, size, seed=1) * kernels.logit_scale(size)
+    q = q.astype(dtype)
     k, v = (heads(batch, present, number, size, seed=s, dtype=dtype) for s in (2, 3))
     real = jnp.arange(present)[:, None, None] < present - padding
     return q, jnp.where(real, k, 10 * k), jnp.where(real, v, 1e4)
@@ -116,63 +126,71 @@ def test_bfloat16(name):
     out, lse = run(name, *arrays, 65)
     want, want_lse = softmax(*arrays, 65)
     assert out.dtype == lse.dtype == jnp.float32
-    # two roundings to 8 bits: of the weights, and by splash of the scaled queries and the result
+    # roundings to 8 bits: of the weights, and by flash of the result
     np.testing.assert_allclose(out, want, rtol=0, atol=0.02)
     np.testing.assert_allclose(lse, want_lse, rtol=0, atol=0.02)
 
 
-def test_splash_in_several_blocks(monkeypatch):
-    monkeypatch.setattr(kernels, "_MAX_BLOCK", 128)
-    both = jax.jit(lambda *x: (KERNELS["splash"](*x), kernels.splash_output(*x, interpret=True)))
+def test_the_scale_is_that_of_a_softmax():
+    q, k, v = (heads(1, n, 2, 16, seed=n) for n in (5, 7, 8))
+    v = v[:, :7]
+    out, _ = kernels.plain(q * kernels.logit_scale(16), k, v)
+    with jax.numpy_dtype_promotion("standard"):
+        want = jax.nn.dot_product_attention(q, k, v)
+    np.testing.assert_allclose(out, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [200, 256, 300])
+def test_flash_in_several_blocks(monkeypatch, length):
+    """Blocks that end behind the last query or key hold anything there, even NaN."""
+    monkeypatch.setattr(flash, "_BLOCK", 128)
+    monkeypatch.setattr(flash, "_ROWS", 64)
+    run = jax.jit(KERNELS["flash"])
     for padding in (0, 90, 290):
-        arrays = qkv(1, 200, 300, 1, 16, padding=padding)
-        found, out = both(*arrays, jnp.int32(300 - padding))
-        want = softmax(*arrays, 300 - padding)
-        check(found, want)
-        np.testing.assert_allclose(out, want[0], rtol=0, atol=1e-5)
+        arrays = qkv(1, length, 300, 1, 16, padding=padding)
+        check(run(*arrays, jnp.int32(300 - padding)), softmax(*arrays, 300 - padding))
+
+
+def test_flash_goes_on_from_a_state():
+    q, k, v = qkv(2, 20, 90, 2, 16)
+    q, rows = 3 * q, flash.Rows.of(3 * q, interpret=True)
+    k, v = k.at[:, 70:].mul(10), v.at[:, 70:].set(1e4)
+    parts = [
+        (flash.side_by_side(k[:, a:b]), flash.side_by_side(v[:, a:b]))
+        for a, b in ((0, 30), (30, 60), (60, 90), (60, 90))
+    ]
+    state = None
+    for part, keys in zip(parts, (None, 30, jnp.int32(0), None), strict=False):
+        state = rows.more(*part, keys, state) if keys is not None or state is None else state
+    found = rows.attend(*parts[-1], jnp.int32(10), state)
+    np.testing.assert_allclose(found, softmax(q, k, v, 70)[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "length, size, covered",
-    [
-        (32_768, 1024, 32_768),
-        (4096, 1024, 4096),
-        (1280, 640, 1280),
-        (128, 128, 128),
-        (9472, 1024, 10_240),
-        (32_760, 1024, 32_768),
-        (1950, 1024, 2048),
-        (1, 128, 128),
-    ],
+    "length, size",
+    [(32_768, 1024), (4096, 1024), (1280, 640), (128, 128), (9472, 1024), (1950, 1024), (1, 128)],
 )
-def test_blocks_of_splash(length, size, covered):
-    assert kernels._blocks(length, 1024) == (size, covered)
+def test_blocks_of_flash(length, size):
+    assert flash.block_of(length, 1024) == size
 
 
 @pytest.mark.parametrize("width, queries", [(128, 1024), (256, 1024), (384, 512)])
-def test_blocks_of_wide_heads_are_smaller(width, queries, monkeypatch):
-    sizes, make = [], splash_attention.BlockSizes
-
-    def found(**size):
-        sizes.append(size)
-        return make(**size)
-
-    monkeypatch.setattr(splash_attention, "BlockSizes", found)
-    padded([(1, 4096, 1, width)] * 3)
-    assert sizes[0] == {"block_q": queries, "block_kv": queries}
+def test_blocks_of_wide_heads_are_smaller(width, queries):
+    assert flash.block(width, jnp.bfloat16) == queries
 
 
-def padded(shape, keys=None):
+def traced(shape, keys=None):
     arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shape]
-    return str(jax.make_jaxpr(functools.partial(kernels.splash_output, keys=keys))(*arrays))
+    return str(jax.make_jaxpr(functools.partial(flash.flash, keys=keys))(*arrays))
 
 
-def test_splash_pads_only_what_is_not_aligned():
-    q, k = (1, 2048, 2, 128), (1, 4096, 2, 128)
-    assert " pad[" not in padded((q, k, k)) and "segmented" not in padded((q, k, k))
-    assert " pad[" not in padded((q, k, k), 4000) and "segmented" in padded((q, k, k), 4000)
-    odd = (1, 4095, 2, 128)
-    assert " pad[" in padded((q, odd, odd)) and "segmented" in padded((q, odd, odd))
+def test_flash_pads_and_masks_only_what_it_must():
+    """A mask costs a fifth of a block's instructions; it is compiled for the last block alone."""
+    q, k, odd = (1, 2048, 2, 128), (1, 4096, 2, 128), (1, 4095, 2, 128)
+    assert " pad[" not in traced((q, k, k)) and "select_n" not in traced((q, k, k))
+    assert " pad[" not in traced((q, odd, odd)) and "select_n" in traced((q, odd, odd))
+    assert "select_n" in traced((q, k, k), 4000)
+    assert " pad[" in traced([(1, 2048, 2, 64)] * 3)
 
 
 def test_chunked_holds_one_block_of_logits():

@@ -43,8 +43,8 @@ from kvlock_jax.sampling.loop import Program, sample
 from kvlock_jax.settings.schema import LockConfig
 
 MOVES = set(
-    "broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice expand_dims gather pad "
-    "reshape rev select_n slice split squeeze transpose".split()
+    "broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice expand_dims gather "
+    "optimization_barrier pad reshape rev select_n slice split squeeze transpose".split()
 )
 ISLANDS = set("cos div exp log reduce_max reduce_sum rsqrt sin sqrt".split())
 

@@ -30,14 +30,26 @@ def step(workload: Workload, devices: int, settings, shard_weights: bool = False
 
 def test_arithmetic_of_a_step():
     """Two branches, and the source in 20 of 50 steps: the paper's; in all of them: ours."""
-    edit, source = costs.edit_flops(video()), costs.source_flops(video())
+    edit, one = costs.pass_flops(video(), 2).total, costs.pass_flops(video(), 1)
+    source = one.total - one.head  # its velocity is not needed
     assert step(video(), 1, CFG).flops == edit
     assert step(video(), 1, KVLOCK).flops == pytest.approx(edit + 0.4 * source)
     assert step(video(), 1, ANCHOR).flops == edit + source
-    padded = [
-        f(video(), Layout.of(8, False, 32_760)) for f in (costs.edit_flops, costs.source_flops)
-    ]
-    assert step(video(), 8, ANCHOR).flops == sum(padded) / 8
+    padded = costs.pass_flops(video(), 3, Layout.of(8, False, 32_760))
+    assert step(video(), 8, ANCHOR).flops == pytest.approx((padded.total - padded.head / 3) / 8)
+
+
+@pytest.mark.parametrize("config, blocks", [(SMALL, 30), (CONTEXT, 45)])
+def test_logits_fill_half_of_a_wide_matrix_unit(config, blocks):
+    """Heads of 128 in units of 256: products of queries with keys take twice their time."""
+    cost = step(video(config), 1, CFG)
+    assert cost.logits == 2 * blocks * 2 * 32_760 * (32_760 + 512) * 1536
+    narrow, wide = (
+        roofline.roofline(cost, dataclasses.replace(CHIPS["v6e"], unit=unit)).compute
+        for unit in (128, 256)
+    )
+    assert narrow == cost.flops / 918e12
+    assert wide == pytest.approx((cost.flops + cost.logits) / 918e12)
 
 
 @pytest.mark.parametrize(("config", "blocks"), [(SMALL, 30), (CONTEXT, 45)])
@@ -106,13 +118,15 @@ def test_gathered_keys_and_values_are_written_and_read():
 @pytest.mark.parametrize(
     ("cost", "binds", "seconds"),
     [
-        (Step(8.0, 6.0, 3.0), "compute", 4.0),
-        (Step(4.0, 15.0, 3.0), "memory", 5.0),
-        (Step(4.0, 6.0, 30.0), "interconnect", 6.0),
+        (Step(8.0, 4.0, 8, 6.0, 3.0), "compute", 4.0),
+        (Step(4.0, 2.0, 4, 15.0, 3.0), "memory", 5.0),
+        (Step(4.0, 2.0, 4, 6.0, 30.0), "interconnect", 6.0),
+        (Step(4.0, 2.0, 2, 6.0, 3.0), "compute", 3.0),
+        (Step(4.0, 2.0, 5, 6.0, 3.0), "compute", 2.6),
     ],
 )
 def test_the_longest_binds(cost, binds, seconds):
-    bound = roofline.roofline(cost, Chip(flops=2.0, memory=1, bandwidth=3.0, interconnect=5.0))
+    bound = roofline.roofline(cost, Chip(2.0, unit=4, memory=1, bandwidth=3.0, interconnect=5.0))
     assert (bound.binds, bound.seconds) == (binds, seconds)
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kvlock_jax.errors import ConfigError
+from kvlock_jax.models.attention.kernels import logit_scale
 from kvlock_jax.models.attention.sharded import gathered, replicated_keys, ring
 
 MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)]
@@ -24,8 +25,8 @@ def make_mesh(*shape):
 
 def softmax(q, k, v, keys=None):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k[:, :keys], v[:, :keys]))
-    logits = np.einsum("blnk,bsnk->blns", q, k) / np.sqrt(q.shape[-1])
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    logits = np.einsum("blnk,bsnk->blns", q, k)
+    weights = 2.0 ** (logits - logits.max(-1, keepdims=True))
     return np.einsum("blns,bsnk->blnk", weights / weights.sum(-1, keepdims=True), v)
 
 
@@ -34,6 +35,7 @@ def qkv(keys=None, present=None):
     batch, length, heads, size = SHAPE
     present = present or length
     q, k, v = (rng.normal(size=(batch, n, heads, size)) for n in (length, present, present))
+    q *= logit_scale(size)
     if keys is not None:
         k[:, keys:] *= 10
         v[:, keys:] = 1e4
@@ -84,8 +86,9 @@ def test_equals_one_device(shape, function, keys):
         assert sent(run) == {}
     elif function is gathered:  # keys and values, whole along frames
         assert sent(run) == {"all-gather": [rows, rows]}
-    else:  # a block of keys and one of values, in the body of the only loop with collectives
-        assert sent(run) == {"collective-permute": [rows // frames] * 2}
+    else:  # a block of keys and one of values: before the loop of turns, and in each of its pairs
+        turns = 1 if frames == 2 else 1 + 2
+        assert sent(run) == {"collective-permute": [rows // frames] * 2 * turns}
 
 
 @pytest.mark.parametrize("function", [gathered, ring])

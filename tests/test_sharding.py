@@ -285,7 +285,7 @@ def test_the_carry_lies_in_shards(shape):
         if " while(" in line
         for s in re.findall(r"f32\[([0-9,]+)\]", line.split(" while(")[0])
     }
-    assert (LAYERS, edits, local, HEADS // model, SIZE) in carried  # the cache
+    assert (LAYERS, edits, local, CONFIG.dim // model) in carried  # the cache
     assert (edits, local, 4, 4) in carried  # latents
     assert (10, edits, local, 4, 4) in carried  # clean estimates
     assert (LAYERS, CONFIG.dim // frames, CONFIG.dim // model) in carried  # queries' kernels
@@ -310,10 +310,10 @@ def test_a_cache_is_laid_out_as_its_letters_say():
     held = sum(x.addressable_shards[0].data.nbytes for x in (cache.k, cache.v))
     assert held == cache.nbytes // 8
     for x, letters in (
-        (cache.k, "layers B L N K"),
-        (cache.v, "layers B L N K"),
+        (cache.k, "layers B L N"),
+        (cache.v, "layers B L N"),
         (velocity, "B L cells C"),
-        (conditioning.text.k, "layers B S N K"),
+        (conditioning.text.k, "layers B S N"),
         (conditioning.control, "BLD"),
         (conditioning.positions.rope[0], "LK"),
     ):
@@ -326,7 +326,7 @@ def test_heads_that_do_not_divide_are_refused():
     with jax.set_mesh(mesh):
         edits, model = make_edits(), model_of()
         args, program = arguments(edits, model)
-        with pytest.raises(ConfigError, match=r"is 4, .* 8 devices .*: 1, 2, 4"):
+        with pytest.raises(ConfigError, match=r"4 heads .* 8 devices .*: 1, 2, 4"):
             sample.lower(*args, program=program)
 
 

@@ -276,6 +276,6 @@ def test_published_size_without_memory(size):
         whole.keys_values, model, latents, timestep, whole.WholeContext(*context)
     )
     assert velocity.shape == latents.shape and velocity.dtype == jnp.float32
-    heads = (config.num_layers, 1, 32_760, config.num_attention_heads, 128)
-    assert cache == KVCache.abstract(heads, jnp.dtype(jnp.bfloat16))
+    shape = (config.num_layers, 1, 32_760, config.dim)
+    assert cache == KVCache.abstract(shape, jnp.dtype(jnp.bfloat16))
     assert cache.nbytes / 2**30 == pytest.approx(gibibytes, abs=0.05)

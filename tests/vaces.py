@@ -126,8 +126,8 @@ def run_peer(peer, latents, timestep, context, fuse=lambda edit, block, k, v: (k
             block, is_cross = divmod(len(calls) - first, 2)
             calls.append(q.shape)
             if block >= 0 and not is_cross:
-                seen.append(fuse(edit, block, k[0].numpy().copy(), v[0].numpy().copy()))
-                k, v = (torch.tensor(x)[None] for x in seen[-1])
+                seen.append(fuse(edit, block, *(x[0].flatten(1).numpy().copy() for x in (k, v))))
+                k, v = (torch.tensor(x).reshape(k.shape) for x in seen[-1])
             return attend(q, k, v, **options)
 
         row = jax.tree.map(lambda x, edit=edit: x[edit : edit + 1], (latents, timestep, context))

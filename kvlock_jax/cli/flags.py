@@ -18,8 +18,8 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     mesh = "devices by axis; all on frames for one edit, on data for many, by default"
     add("--mesh", metavar="data=1,frames=8,model=1", help=mesh)
-    about = "between devices: keys and values gathered by each, or passed round a ring"
-    add("--attention", choices=ATTENTION, default="gathered", help=about)
+    about = "between devices: keys and values gathered by each, or passed round a ring as TPUs do"
+    add("--attention", choices=ATTENTION, default="auto", help=about)
     about = "spread the weights over frames and gather them layer by layer; by default where large"
     add("--spread_weights", action=argparse.BooleanOptionalAction, help=about)
     about = "tiles of columns that the VAE makes a frame in, for the memory of one: %(default)s"

@@ -309,8 +309,12 @@ class Flops:
         return sum(dataclasses.astuple(self))
 
 
-def pass_flops(workload: Workload, rows: int, layout: Layout | None = None) -> Flops:
+def pass_flops(
+    workload: Workload, rows: int, layout: Layout | None = None, computed: float = 1.0
+) -> Flops:
     """Operations of one pass over `rows` videos, on all devices together, padding included.
+
+    The main blocks compute a share `computed` of the tokens; they attend to all keys.
 
     With `L` queries and keys, `S` text keys, width `D` and feed-forward width `F`, a block needs
     `6 L D^2` multiply-adds in projections (the text's keys and values are computed before the
@@ -327,25 +331,14 @@ def pass_flops(workload: Workload, rows: int, layout: Layout | None = None) -> F
     block = projections + self_attention + cross_attention + feed_forward
     layers, time = rows * config.num_layers, config.freq_dim * wide + 7 * wide**2
     return Flops(
-        projections=layers * projections,
-        self_attention=layers * self_attention,
-        cross_attention=layers * cross_attention,
-        feed_forward=layers * feed_forward,
+        projections=round(computed * layers * projections),
+        self_attention=round(computed * layers * self_attention),
+        cross_attention=round(computed * layers * cross_attention),
+        feed_forward=round(computed * layers * feed_forward),
         context=rows * len(config.vace_layers) * (block + 2 * tokens * wide**2),
         embedding=rows * 2 * (tokens * cells * config.in_channels * wide + time),
-        head=rows * 2 * tokens * cells * config.out_channels * wide,
+        head=round(computed * rows * 2 * tokens * cells * config.out_channels * wide),
     )
-
-
-def source_flops(workload: Workload, layout: Layout | None = None) -> int:
-    """Operations of one pass of the source branch, whose velocity is not needed."""
-    flops = pass_flops(workload, workload.batch, layout)
-    return flops.total - flops.head
-
-
-def edit_flops(workload: Workload, layout: Layout | None = None) -> int:
-    """Operations of the edit's pass in a step, over its conditional and unconditional branch."""
-    return pass_flops(workload, 2 * workload.batch, layout).total
 
 
 def source_share(lock: LockConfig, steps: int) -> float:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from kvlock_jax.shapes import PerEdit, TokenMask
 
-Cached = Float[Array, "sources L N K"]
+Cached = Float[Array, "sources L *d"]
 
 Number = Float[Array, ""] | float
 
@@ -28,22 +28,22 @@ Number = Float[Array, ""] | float
 class KVCache:
     """Self-attention keys and values of one pass over the source at one noise level.
 
-    METHOD.md section 3. A scan over layers slices off the leading axis; each slice is the
-    `KVCache` of one layer, `B L N K`.
+    METHOD.md section 3. Heads lie side by side, `D = N K`, as linear layers write them. A scan over
+    layers slices off the leading axis; each slice is the `KVCache` of one layer, `B L D`.
     """
 
-    k: Float[Array, "*layers B L N K"]  # after QK-norm and RoPE
-    v: Float[Array, "*layers B L N K"]
+    k: Float[Array, "*layers B L D"]  # after QK-norm and RoPE
+    v: Float[Array, "*layers B L D"]
 
     @classmethod
     def abstract(cls, shape: tuple[int, ...], dtype: jnp.dtype) -> "KVCache":
-        """Shapes and dtypes of a cache, without its memory; `shape` is `layers B L N K`."""
+        """Shapes and dtypes of a cache, without its memory; `shape` is `layers B L D`."""
         leaf = jax.ShapeDtypeStruct(shape, dtype)
         return cls(k=leaf, v=leaf)
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: jnp.dtype) -> "KVCache":
-        """An empty cache for a loop to start from; `shape` is `layers B L N K`."""
+        """An empty cache for a loop to start from; `shape` is `layers B L D`."""
         # Two arrays: JAX cannot donate one buffer under two names.
         return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
@@ -78,7 +78,7 @@ class Lock:
     """Locks a transformer's pass onto a source (METHOD.md section 4).
 
     Attributes:
-      cache: keys and values, `layers B L N K` (`B L N K` inside a block), or the pass that
+      cache: keys and values, `layers B L D` (`B L D` inside a block), or the pass that
         computes them.
       foreground: token mask, `B L`; true where the edit keeps its own keys and values.
       fusion_ratio: alpha, the source's share in the background, `B`, 0 to 1.
@@ -95,7 +95,7 @@ class Lock:
     computed: int | None = dataclasses.field(default=None, metadata={"static": True})
     foreground_ratio: Number = 0.0
 
-    def lead(self, new: Float[Array, "R n N K"], cached: Cached) -> Float[Array, "R L N K"]:
+    def lead(self, new: Float[Array, "R n *d"], cached: Cached) -> Float[Array, "R L *d"]:
         """The keys (or values) of all tokens that a block's self-attention attends to."""
         if self.computed is None:
             return fuse(new, cached, self.foreground, self.fusion_ratio, self.foreground_ratio)
@@ -115,12 +115,12 @@ def take(rows: Shaped[Array, "R L *d"], tokens: Int[Array, "B n"]) -> Shaped[Arr
 
 
 def fuse(
-    new: Float[Array, "R L N K"],
+    new: Float[Array, "R L *d"],
     cached: Cached,
     foreground: TokenMask,
     fusion_ratio: PerEdit,
     foreground_ratio: Number = 0.0,
-) -> Float[Array, "R L N K"]:
+) -> Float[Array, "R L *d"]:
     """The keys (or values) to attend to: the edit's own, mixed with the source's token by token.
 
     METHOD.md section 4, with the foreground m, and section 10 for the ratio beta:
@@ -142,7 +142,8 @@ def fuse(
     rows = new.reshape(sources, edits // sources, -1, *new.shape[1:]).astype(jnp.float32)
     alpha = fusion_ratio.astype(jnp.float32)[:, None]
     beta = jnp.asarray(foreground_ratio, jnp.float32)
-    weight = jnp.where(foreground, beta, alpha).reshape(*rows.shape[:2], 1, -1, 1, 1)
+    axes = [1] * (new.ndim - 2)
+    weight = jnp.where(foreground, beta, alpha).reshape(*rows.shape[:2], 1, -1, *axes)
     mix = _interpolate(rows, cached.astype(jnp.float32)[:, None, None], weight)
     return mix.reshape(new.shape).astype(new.dtype)
 

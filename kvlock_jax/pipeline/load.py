@@ -22,7 +22,7 @@ from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.registry import Checkpoint
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.media.storage import FilePath
-from kvlock_jax.models.attention.sharded import Attend, gathered
+from kvlock_jax.models.attention.sharded import Attend, overlapped
 from kvlock_jax.models.text.tokenizer import Tokenizer
 from kvlock_jax.pipeline.settings import config, default_config_name
 
@@ -70,7 +70,7 @@ def load(
     *,
     mesh: Mesh | None = None,
     spread: bool = False,
-    attend: Attend = gathered,
+    attend: Attend = overlapped,
     vae_tiles: int = 1,
     on_shapes: Callable[[Model], None] = lambda model: None,
 ) -> Model:
@@ -83,8 +83,7 @@ def load(
       mesh: mesh of `make_mesh` that shares an edit between devices; `None` is the first device.
       spread: whether the mesh's `frames` axis also shares the transformer's weights, gathering each
         layer when it is used: for models that do not fit on each device.
-      attend: self-attention between devices: `gathered`, or `ring`, which never holds all keys and
-        values at once.
+      attend: self-attention between devices: `overlapped`, `gathered` or `ring`.
       vae_tiles: number of column tiles of a frame that the VAE processes one by one, to save
         memory; the result is the same.
       on_shapes: called with the model before its weights are read, with shapes in their place.

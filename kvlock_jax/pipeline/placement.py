@@ -12,7 +12,7 @@ from kvlock_jax.checkpoints.registry import FAMILIES
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.grid import Grid
 from kvlock_jax.lock import KVCache, X0Window
-from kvlock_jax.models.attention.sharded import Attend, gathered, ring
+from kvlock_jax.models.attention.sharded import Attend, gathered, overlapped, ring
 from kvlock_jax.parallel import sharding
 from kvlock_jax.parallel.mesh import make_mesh, parse_mesh
 from kvlock_jax.runtime import trees
@@ -21,7 +21,7 @@ from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.sampling.loop import SampleState, StepInputs, Texts, Trace
 from kvlock_jax.sampling.solvers import SolverState, SolverTable
 
-ATTENTION = {"gathered": gathered, "ring": ring}
+ATTENTION = {"auto": overlapped, "gathered": gathered, "ring": ring}
 
 RESULTS = (
     *(KVCache, X0Window, SolverState, SolverTable),
@@ -65,7 +65,7 @@ def choose_placement(
     many: bool,
     mesh: str | None = None,
     spread: bool | None = None,
-    attention: str = "gathered",
+    attention: str = "auto",
     vae_tiles: int = 1,
 ) -> Placement:
     """Chooses the placement of a checkpoint's transformer and VAE.
@@ -101,7 +101,7 @@ def choose_placement(
             f"use one of {', '.join(map(str, fitting))}"
         )
     if devices.size == 1:
-        return Placement(None, False, gathered, vae_tiles)
+        return Placement(None, False, overlapped, vae_tiles)
     spread = spread and devices.shape["frames"] > 1
     return Placement(devices, spread, ATTENTION[attention], vae_tiles)
 

@@ -50,7 +50,7 @@ class SampleState:
         letters = {0: "", 1: "B", 4: "B L cells C", 5: "window B L cells C"}
         rest = dataclasses.replace(self, cache=None)
         laid = jax.tree.map(lambda x: sharding.constrain(x, letters[x.ndim]), rest)
-        return dataclasses.replace(laid, cache=sharding.constrain(self.cache, "layers B L N K"))
+        return dataclasses.replace(laid, cache=sharding.constrain(self.cache, "layers B L N"))
 
 
 @jax.tree_util.register_dataclass

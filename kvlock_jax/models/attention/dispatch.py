@@ -12,8 +12,8 @@ from kvlock_jax.models.attention.kernels import KeyHeads, Keys, Part
 from kvlock_jax.shapes import Heads
 
 
-class _Choice(NamedTuple):
-    """The kernel of each backend, and the one that is differentiated on all of them."""
+class Choice(NamedTuple):
+    """The function of each backend, and the one that is differentiated on all of them."""
 
     tpu: Callable
     cuda: Callable
@@ -21,16 +21,22 @@ class _Choice(NamedTuple):
     differentiable: Callable
 
 
-_OUTPUT = _Choice(
-    kernels.splash_output, kernels.cudnn_output, kernels.chunked_output, kernels.plain_output
-)
-_PART = _Choice(kernels.splash, kernels.chunked, kernels.chunked, kernels.plain)
+def _flash(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
+    """`flash.flash`; Pallas is imported where a trace needs it."""
+    from kvlock_jax.models.attention.flash import flash
+
+    return flash(q, k, v, keys)
+
+
+_OUTPUT = Choice(_flash, kernels.cudnn_output, kernels.chunked_output, kernels.plain_output)
+_PART = Choice(kernels.chunked, kernels.chunked, kernels.chunked, kernels.plain)
+"""A ring on TPUs carries a state of `flash` instead."""
 
 
 def attend(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
-    """`softmax(q k^T / sqrt(K)) v` per head; logits, softmax, sums and result in float32.
+    """`softmax(q k^T / sqrt(K)) v` per head, of scaled queries; all sums and the result in float32.
 
-    Lowering chooses the kernel: `splash` for TPUs, `cudnn` for GPUs, else `chunked`. All are
+    Lowering chooses the kernel: `flash` for TPUs, `cudnn` for GPUs, else `chunked`. All are
     differentiated as `plain` is, so a gradient holds all logits.
 
     A kernel runs on one device. On an ambient mesh of several, each device takes its share of the
@@ -38,17 +44,18 @@ def attend(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
     keys where they are, and call this one on every device.
 
     Args:
-      q, k, v: queries, keys and values of one dtype, in which they are multiplied.
+      q: queries, multiplied by `kernels.logit_scale(K)`.
+      k, v: keys and values; all three are of one dtype, in which they are multiplied.
       keys: number of real keys, which come first: a traced scalar, an int, or `None` for all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
-        return _chosen(_OUTPUT, q, k, v, keys)
+        return chosen(_OUTPUT, q, k, v, keys)
     rows = "data" if q.shape[0] % mesh.shape["data"] == 0 else None
     space = ("frames", "model")
     shared = space if q.shape[1] % (mesh.shape["frames"] * mesh.shape["model"]) == 0 else None
     return jax.shard_map(
-        lambda q, k, v: _chosen(_OUTPUT, q, k, v, keys),
+        lambda q, k, v: chosen(_OUTPUT, q, k, v, keys),
         in_specs=(PartitionSpec(rows, shared), PartitionSpec(rows), PartitionSpec(rows)),
         out_specs=PartitionSpec(rows, shared),
         check_vma=False,
@@ -56,19 +63,20 @@ def attend(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
 
 
 def attend_part(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Part:
-    """`attend` on one device, with the logsumexp by which `kernels.merge` joins parts."""
-    return _chosen(_PART, q, k, v, keys)
+    """`attend` on one device, with the number by which `kernels.merge` joins parts."""
+    return chosen(_PART, q, k, v, keys)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once for each shape
-def _traced(choice, keys, q, k, v, traced):
-    return _lowered(choice, keys, q, k, v, traced)
-
-
-def _chosen(choice: _Choice, q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys) -> Heads | Part:
+def chosen(choice: Choice, q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys) -> Heads | Part:
+    """The result of a choice, traced once for each shape."""
     if keys is None or isinstance(keys, int):
         return _traced(choice, keys, q, k, v, ())
     return _traced(choice, None, q, k, v, (keys,))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _traced(choice, keys, q, k, v, traced):
+    return _lowered(choice, keys, q, k, v, traced)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -4,17 +4,18 @@ A kernel takes queries `B L N K`, keys and values `B S N K`, all of one dtype, a
 real keys: an int, an int32 scalar, or `None` for all. Later keys are padding, to which no query
 attends. It returns, both float32,
 
-    out = softmax(q k^T / sqrt(K)) v                     B L N K
-    logsumexp = log sum_s exp(q k_s / sqrt(K))           B L N
+    out = sum_s 2^(q k_s) v_s / sum_s 2^(q k_s)          B L N K
+    top = log2 sum_s 2^(q k_s)                           B L N
 
-Logits, softmax and sums are float32; float32 operands are multiplied with all their bits. `merge`
-joins results over parts of the keys by their logsumexp. Where all keys are padding it is below
--1e37 and `out` is finite, so the part has no weight.
+which is `softmax(q k^T / sqrt(K)) v` of queries multiplied by `logit_scale(K)`. A caller has some
+factor of its own to multiply that into, and powers of 2 are what chips compute. Logits, softmax and
+sums are float32; float32 operands are multiplied with all their bits. `merge` joins results over
+parts of the keys by their `top`. Where all keys are padding it is below -1e37 and `out` is finite,
+so the part has no weight.
 """
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +30,22 @@ Keys = int | Int[Array, ""] | None
 """Number of real keys."""
 
 Part = tuple[Float[Array, "*rows K"], Float[Array, "*rows"]]
-"""Attention's result and its logsumexp: rows are `B L N`, or the queries of one head."""
+"""Attention's result and its `top`: rows are `B L N`, or the queries of one head."""
 
-_MASKED = -0.7 * float(np.finfo(np.float32).max)
+MASKED = -0.7 * float(np.finfo(np.float32).max)
 """A padded key's logit: finite, since the difference of two infinities is NaN."""
 
-_LANES = 128
-_MAX_BLOCK = 1024
-"""Queries or keys in a block of `splash`, at most: their logits take 4 of the 16 MB that a TPU's
-compiler allots. Half as many for wider heads, which would fill the rest."""
 
-_WIDE = 256
-"""Widest head of a largest block; half of it in float32, whose exact products take more memory."""
+def logit_scale(size: int) -> float:
+    """The factor of queries whose heads have `size` numbers: `log2(e) / sqrt(size)`."""
+    return math.log2(math.e) * size**-0.5
 
 
 def merge(one: Part, other: Part) -> Part:
     """Attention over the keys of both parts, from attention over the keys of each."""
-    (out, lse), (other_out, other_lse) = one, other
-    both = jnp.logaddexp(lse, other_lse)
-    weight, other_weight = (jnp.exp(x - both)[..., None] for x in (lse, other_lse))
+    (out, top), (other_out, other_top) = one, other
+    both = jnp.logaddexp2(top, other_top)
+    weight, other_weight = (jnp.exp2(x - both)[..., None] for x in (top, other_top))
     return weight * out + other_weight * other_out, both
 
 
@@ -60,10 +58,10 @@ def _product(letters: str, x: Array, y: Array) -> Array:
 def plain(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Part:
     """All logits at once: the reference for other kernels, and the form for gradients."""
     logits = _product("BLNK,BSNK->BNLS", q, k)
-    logits = _mask(logits * q.shape[-1] ** -0.5, keys)
+    logits = _mask(logits, keys) * math.log(2)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = _product("BNLS,BSNK->BLNK", weights, v)
-    return out, jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)
+    return out, jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2) * math.log2(math.e)
 
 
 def chunked(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, block: int = 2048) -> Part:
@@ -105,7 +103,6 @@ def _one_head(
     q: Float[Array, "L K"], k: Float[Array, "S K"], v: Float[Array, "S K"], keys: Keys, block: int
 ) -> tuple[Float[Array, "L K"], Float[Array, "L"]]:
     """Attention of one head over blocks of its keys, merged one after another."""
-    scale = q.shape[-1] ** -0.5
     blocks = math.ceil(k.shape[0] / block)
     size = math.ceil(k.shape[0] / blocks)
 
@@ -116,20 +113,20 @@ def _one_head(
         logits = _product("LK,SK->LS", q, some_k)
         index = start + jnp.arange(size)
         if keys is not None:
-            logits = jnp.where(index < keys, logits, _MASKED)
+            logits = jnp.where(index < keys, logits, MASKED)
         if blocks * size != k.shape[0]:  # the last block overlaps the one before it
-            logits = jnp.where(index >= number * size, logits, _MASKED)
-        top = logits.max(axis=-1)
+            logits = jnp.where(index >= number * size, logits, MASKED)
+        largest = logits.max(axis=-1)
         # Without the barrier XLA on CPU fuses product and exponential into one, slower loop.
-        logits, top = jax.lax.optimization_barrier((logits, top))
-        weights = jnp.exp((logits - top[:, None]) * scale)
+        logits, largest = jax.lax.optimization_barrier((logits, largest))
+        weights = jnp.exp2(logits - largest[:, None])
         total = weights.sum(axis=-1)
         out = _product("LS,SK->LK", weights.astype(v.dtype), some_v)
-        return out / total[:, None], top * scale + jnp.log(total)
+        return out / total[:, None], largest + jnp.log2(total)
 
     if blocks == 1:
         return attend(0)
-    none = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:1], _MASKED)
+    none = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:1], MASKED)
     return jax.lax.fori_loop(0, blocks, lambda number, done: merge(done, attend(number)), none)
 
 
@@ -141,90 +138,26 @@ def _each(count: int, body: Callable, state: Part) -> Part:
 def _mask(logits: Float[Array, "... S"], keys: Keys) -> Float[Array, "... S"]:
     if keys is None:
         return logits
-    return jnp.where(jnp.arange(logits.shape[-1]) < keys, logits, _MASKED)
-
-
-def splash(
-    q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, interpret: bool = False
-) -> Part:
-    """JAX's Pallas kernel for TPUs, which keeps logits in a core's memory.
-
-    The kernel scales queries in their own dtype before the product, and rounds `out` to it.
-
-    Args:
-      q, k, v, keys: as for every kernel.
-      interpret: whether to run the kernel without a TPU, slowly.
-    """
-    out, (lse,) = _splash(q, k, v, keys, save_residuals=True, interpret=interpret)
-    return _crop(out, q), lse[:, :, : q.shape[1]].swapaxes(1, 2)
-
-
-def splash_output(
-    q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None, *, interpret: bool = False
-) -> Heads:
-    """The first result of `splash`; the second would take as much memory as a head of 128."""
-    return _crop(_splash(q, k, v, keys, save_residuals=False, interpret=interpret), q)
-
-
-def _splash(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys, **options: bool) -> Array:
-    """The kernel's own result, `B N L K`, for queries, keys and heads padded to whole blocks."""
-    from jax.experimental.pallas.ops.tpu import splash_attention  # only when a trace needs it
-
-    heads, present = q.shape[2], k.shape[1]
-    widest = _WIDE // 2 if q.dtype == jnp.float32 else _WIDE
-    largest = _MAX_BLOCK if q.shape[-1] <= widest else _MAX_BLOCK // 2
-    block_q, length = _blocks(q.shape[1], largest)
-    block_kv, size = _blocks(present, largest)
-    q, k, v = (
-        _pad(x.swapaxes(1, 2), n)
-        for x, n in ((q * q.shape[-1] ** -0.5, length), (k, size), (v, size))
-    )
-    kernel = splash_attention.make_splash_mha_single_device(
-        splash_attention.MultiHeadMask([splash_attention.FullMask((length, size))] * heads),
-        block_sizes=splash_attention.BlockSizes(block_q=block_q, block_kv=block_kv),
-        **options,
-    )
-    segments = None
-    if keys is not None or size != present:
-        real = jnp.arange(size) < (present if keys is None else keys)
-        segments = splash_attention.SegmentIds(
-            q=jnp.ones(length, jnp.int32), kv=real.astype(jnp.int32)
-        )
-    # The kernel takes no precision. Its second product has float32 operands whatever the dtype of
-    # its inputs, so the fast default is left alone for narrower ones.
-    exact = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else nullcontext()
-    with exact:
-        return jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
-
-
-def _blocks(length: int, largest: int) -> tuple[int, int]:
-    """Size of equal blocks of whole lanes, at most `largest`, and their total length."""
-    count = math.ceil(length / largest)
-    size = _LANES * math.ceil(length / count / _LANES)
-    return size, count * size
-
-
-def _pad(x: Float[Array, "B N L K"], length: int) -> Float[Array, "B N L2 K2"]:
-    after = (0, 0, length - x.shape[2], -x.shape[3] % _LANES)
-    return jnp.pad(x, [(0, n) for n in after]) if any(after) else x
-
-
-def _crop(out: Float[Array, "B N L2 K2"], q: Heads) -> Heads:
-    return out[:, :, : q.shape[1], : q.shape[3]].swapaxes(1, 2).astype(jnp.float32)
+    return jnp.where(jnp.arange(logits.shape[-1]) < keys, logits, MASKED)
 
 
 def cudnn_output(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
     """cuDNN's flash attention for GPUs; `chunked` for inputs that it does not support.
 
     It supports bfloat16 and float16, and heads of at most 128 numbers, or 256 on newer GPUs. It
-    rounds `out` to that dtype, and its logsumexp too, which is then too coarse for `merge`: a ring
+    rounds `out` to that dtype, and its `top` too, which is then too coarse for `merge`: a ring
     of GPUs uses `chunked`.
     """
     if q.dtype in (jnp.bfloat16, jnp.float16):
         real = None if keys is None else jnp.full(q.shape[0], keys, jnp.int32)
         try:
             out = jax.nn.dot_product_attention(
-                q, k, v, key_value_seq_lengths=real, implementation="cudnn"
+                q,
+                k,
+                v,
+                scale=math.log(2),
+                key_value_seq_lengths=real,
+                implementation="cudnn",
             )
             return out.astype(jnp.float32)
         except RuntimeError:

@@ -5,19 +5,24 @@ over `model`. Without a mesh the functions are `attend`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from kvlock_jax.errors import ConfigError
-from kvlock_jax.models.attention.dispatch import attend, attend_part
-from kvlock_jax.models.attention.kernels import KeyHeads, Keys, merge
+from kvlock_jax.models.attention.dispatch import Choice, attend, attend_part, chosen
+from kvlock_jax.models.attention.kernels import KeyHeads, Keys, Part, merge
 from kvlock_jax.parallel import sharding
 from kvlock_jax.shapes import Heads
 
 Attend = Callable[[Heads, KeyHeads, KeyHeads, Keys], Heads]
-"""Self-attention of queries, keys and values of all tokens, and the number of real tokens."""
+"""Self-attention of scaled queries, of keys and values of all tokens, and the number of real tokens
+(`dispatch.attend`)."""
+
+Block = tuple[Float[Array, "B S *heads"], Float[Array, "B S *heads"]]
+"""Keys and values of some tokens, heads apart or side by side."""
 
 
 def gathered(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
@@ -28,54 +33,100 @@ def gathered(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
     Raises:
       ConfigError: edits, tokens or heads do not divide over their mesh axis.
     """
-    frames = sharding.shards("L")
-
-    def local(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-        """The work of one device."""
-        if frames > 1:
-            k, v = (jax.lax.all_gather(x, "frames", axis=1, tiled=True) for x in (k, v))
-        return attend(q, k, v, keys)
-
-    return _on_mesh(local, "BLNK", q, k, v)
+    local = _gathering if sharding.shards("L") > 1 else attend
+    return _on_mesh(lambda *qkv: local(*qkv, keys), "BLNK", q, k, v)
 
 
 def ring(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
     """`attend`, with the devices of `frames` passing blocks of keys and values round a ring.
 
-    Each device attends to one block while it receives the next, and merges the results by their
-    logsumexp in float32 (`kernels.merge`). It holds two blocks at most.
+    Each device attends to one block while it receives the next. A TPU carries the sums of the
+    softmax through its kernel; elsewhere the blocks' results are merged
+    (`kernels.merge`). Both are float32. A device holds two blocks at most.
 
     Raises:
       ConfigError: edits, tokens or heads do not divide over their mesh axis.
     """
-    frames = sharding.shards("L")
-    if frames == 1:
+    if sharding.shards("L") == 1:
         return gathered(q, k, v, keys)
+    return _on_mesh(lambda *qkv: chosen(_RING, *qkv, keys), "BLNK", q, k, v)
 
-    def local(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-        """The work of one device."""
-        size, place = k.shape[1], jax.lax.axis_index("frames")
-        onward = [(i, (i + 1) % frames) for i in range(frames)]
 
-        def part(block: tuple[KeyHeads, KeyHeads], step: int | Int[Array, ""]):
-            """Attention to the block that this device holds at a step."""
-            # After n steps a device holds the block of the device n places back.
-            first = (place - step) % frames * size
-            return attend_part(q, *block, keys if keys is None else jnp.clip(keys - first, 0, size))
+def overlapped(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys = None) -> Heads:
+    """`ring` on TPUs, where it hides the traffic, and `gathered` elsewhere.
 
-        def turn(carry, step: Int[Array, ""]):
-            """Attends to a block while the next one arrives."""
-            block, so_far = carry
-            arriving = jax.lax.ppermute(block, "frames", onward)
-            return (arriving, merge(so_far, part(block, step))), None
+    Raises:
+      ConfigError: edits, tokens or heads do not divide over their mesh axis.
+    """
+    if sharding.shards("L") == 1:
+        return gathered(q, k, v, keys)
+    return _on_mesh(lambda *qkv: chosen(_OVERLAPPED, *qkv, keys), "BLNK", q, k, v)
 
-        nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf))
-        carry = ((k, v), nothing)
-        (block, so_far), _ = jax.lax.scan(turn, carry, jnp.arange(frames - 1))
-        out, _ = merge(so_far, part(block, frames - 1))
-        return out
 
-    return _on_mesh(local, "BLNK", q, k, v)
+def _gathering(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys) -> Heads:
+    """The work of one device that gathers all keys and values."""
+    k, v = (jax.lax.all_gather(x, "frames", axis=1, tiled=True) for x in (k, v))
+    return attend(q, k, v, keys)
+
+
+def _merging(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys) -> Heads:
+    """The work of one device of a ring that merges results."""
+
+    def part(block: Block, keys: Keys, so_far: Part | None) -> Part:
+        """Attention to one more block."""
+        more = attend_part(q, *block, keys)
+        return more if so_far is None else merge(so_far, more)
+
+    return part(*_turned((k, v), keys, part))[0]
+
+
+def _carrying(q: Heads, k: KeyHeads, v: KeyHeads, keys: Keys) -> Heads:
+    """The work of one TPU of a ring, whose kernel goes on from the block before."""
+    from kvlock_jax.models.attention.flash import Rows, side_by_side  # Pallas
+
+    rows = Rows.of(q)
+
+    def more(block: Block, keys: Keys, state: Any) -> Any:
+        """The state after one more block."""
+        return rows.more(*block, keys, state)
+
+    block, keys, state = _turned((side_by_side(k), side_by_side(v)), keys, more)
+    return rows.attend(*block, keys, state)
+
+
+def _turned(block: Block, keys: Keys, more: Callable) -> tuple[Block, Keys, Any]:
+    """Attends to all blocks but the last, each while the next arrives.
+
+    Args:
+      block: the device's own keys and values.
+      keys: number of real keys of all devices.
+      more: attention to a block with a number of keys, on top of that to the blocks before.
+
+    Returns:
+      The last block, its keys, and attention to the others.
+    """
+    frames, place = jax.lax.axis_size("frames"), jax.lax.axis_index("frames")
+    onward, size = [(i, (i + 1) % frames) for i in range(frames)], block[0].shape[1]
+
+    def real(step: int | Int[Array, ""]) -> Keys:
+        """Keys of the block that this device holds at a step: of the device that far back."""
+        first = (place - step) % frames * size
+        return None if keys is None else jnp.clip(keys - first, 0, size)
+
+    def turn(carry: tuple[Block, Any], step: int | Int[Array, ""]) -> tuple[tuple, None]:
+        """Attends to a block while the next one arrives."""
+        block, so_far = carry
+        arriving = jax.lax.ppermute(block, "frames", onward)
+        return (arriving, more(block, real(step), so_far)), None
+
+    carry, _ = turn((block, None), 0)
+    # In pairs of turns two buffers take turns; XLA would copy one of them after each turn.
+    (block, so_far), _ = jax.lax.scan(turn, carry, jnp.arange(1, frames - 1), unroll=2)
+    return block, real(frames - 1), so_far
+
+
+_RING = Choice(_carrying, _merging, _merging, _merging)
+_OVERLAPPED = Choice(_carrying, _gathering, _gathering, _gathering)
 
 
 def replicated_keys(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.models.attention.dispatch import attend
+from kvlock_jax.models.attention.kernels import logit_scale
 from kvlock_jax.models.precision import precision_for
 from kvlock_jax.models.vae.chunks import Coder, in_tiles, over_chunks
 from kvlock_jax.models.vae.config import VAEConfig
@@ -93,7 +94,7 @@ class AttentionBlock(nnx.Module):
         batch, frames, height, width, channels = x.shape
         qkv = _linear(self.to_qkv, self.norm(x))
         q, k, v = jnp.split(qkv.reshape(batch * frames, height * width, 1, 3 * channels), 3, -1)
-        y = attend(q, k, v).astype(x.dtype)
+        y = attend(q * logit_scale(channels), k, v).astype(x.dtype)
         return x + _linear(self.proj, y.reshape(x.shape))
 
 

@@ -1,19 +1,22 @@
 """A block of Wan 2.1's transformer, and a stack of blocks as one module."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvlock_jax.lock import KVCache, Lock
-from kvlock_jax.models.attention.rope import Rope, rotate
+from kvlock_jax.models.attention.kernels import logit_scale
+from kvlock_jax.models.attention.rope import Rope
 from kvlock_jax.models.attention.sharded import Attend, replicated_keys
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear, together
+from kvlock_jax.models.norms import modulated, rotated
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.parameters import PARAMETERS
 from kvlock_jax.parallel import sharding
@@ -31,21 +34,21 @@ def over_tokens(
     rows, length, width = x.shape
     ways = sharding.shards("L")
     local, limit = length // ways, max(1, most // (rows // sharding.shards("B")))
-    if local <= limit:
-        return run(x)
     parts = -(-local // limit)
     size = -(-local // parts)
-    x = x.reshape(rows, ways, local, width)
+    x = sharding.constrain(x.reshape(rows, ways, local, width), "B L own D")
 
-    def part(number: int, out: Float[Array, "B ways n D"]) -> Float[Array, "B ways n D"]:
-        """Writes the results of some tokens."""
-        start = number * size  # XLA clamps the last start, so that some tokens run twice
-        some = jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
-        done = run(some.reshape(rows, ways * size, width)).reshape(some.shape)
-        return jax.lax.dynamic_update_slice_in_dim(out, done, start, axis=2)
+    def part(start: int | Int[Array, ""], x: Float[Array, "B ways n D"], count: int) -> Array:
+        """Replaces some tokens by their results, in place in a loop."""
+        some = jax.lax.dynamic_slice_in_dim(x, start, count, axis=2)
+        done = run(some.reshape(rows, ways * count, width)).reshape(some.shape)
+        return jax.lax.dynamic_update_slice_in_dim(x, done, start, axis=2)
 
-    start = sharding.constrain(jnp.zeros_like(x), "B L own D")
-    return jax.lax.fori_loop(0, parts, part, start).reshape(rows, length, width)
+    whole = local // size
+    x = jax.lax.fori_loop(0, whole, lambda n, x: part(n * size, x, size), x)
+    if local > whole * size:
+        x = part(whole * size, x, local - whole * size)
+    return x.reshape(rows, length, width)
 
 
 Tokens = Float[Array, "B L D"]
@@ -68,21 +71,11 @@ class Positions:
     attend: Attend = dataclasses.field(metadata={"static": True})
 
 
-def layer_norm(config: WanConfig, affine: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A float32 layer norm over channels; with learned scale and shift if `affine`."""
-    return nnx.LayerNorm(
-        config.dim,
-        epsilon=config.eps,
-        use_bias=affine,
-        use_scale=affine,
-        use_fast_variance=False,
-        dtype=jnp.float32,
-        rngs=rngs,
-    )
-
-
 class Attention(nnx.Module):
-    """Projections and norms of an attention; the norms of queries and keys span all heads."""
+    """Projections and norms of an attention, with heads side by side: `D = N K`.
+
+    The norms of queries and keys span all heads.
+    """
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.heads, self.dtype = config.num_attention_heads, dtype
@@ -95,26 +88,42 @@ class Attention(nnx.Module):
         self.norm_q = nnx.RMSNorm(wide, **norm)
         self.norm_k = nnx.RMSNorm(wide, **norm)
 
-    def queries(self, x: Tokens) -> Float[Array, "B L N K"]:
-        """Normalised queries, float32."""
-        return self._split(self.norm_q(self.to_q(x)))
+    def queries(self, x: Tokens) -> Tokens:
+        """Normalised and scaled queries."""
+        return (self.norm_q(self.to_q(x)) * self._logit_scale).astype(self.dtype)
 
-    def queries_keys_values(self, x: Tokens) -> tuple[Array, Array, Array]:
-        """`queries` and `keys_values` of the same tokens."""
+    def queries_keys_values(self, x: Tokens, rope: Rope) -> tuple[Tokens, Tokens, Tokens]:
+        """Queries, keys and values of the same tokens, the first two normalised and rotated.
+
+        The queries are scaled.
+        """
         q, k, v = together((self.to_q, self.to_k, self.to_v), x)
-        return self._split(self.norm_q(q)), self._split(self.norm_k(k)), self._split(v)
+        scales = self.norm_q.scale[...] * self._logit_scale, self.norm_k.scale[...]
+        q, k = (
+            rotated(x, scale, rope, eps=self.norm_q.epsilon, dtype=self.dtype)
+            for x, scale in zip((q, k), scales, strict=True)
+        )
+        return q, k, v.astype(self.dtype)
 
-    def keys_values(self, x: Tokens) -> tuple[Array, Array]:
-        """Normalised keys, float32, and values, each `B S N K`."""
-        return self._split(self.norm_k(self.to_k(x))), self._split(self.to_v(x))
+    def keys_values(self, x: Tokens) -> tuple[Tokens, Tokens]:
+        """Normalised keys, and values."""
+        return self.norm_k(self.to_k(x)).astype(self.dtype), self.to_v(x).astype(self.dtype)
 
-    def attend(self, attend: Attend, q: Array, k: Array, v: Array, *keys: int | None) -> Tokens:
-        """Attention in the compute dtype, and its output projection."""
-        y = attend(*(x.astype(self.dtype) for x in (q, k, v)), *keys)
-        return self.to_out(y.reshape(*y.shape[:2], -1))
+    def attend(
+        self,
+        attend: Attend,
+        q: Tokens,
+        k: Float[Array, "B S D"],
+        v: Float[Array, "B S D"],
+        *keys: int | None,
+    ) -> Tokens:
+        """Attention of scaled queries, and its output projection."""
+        y = attend(*(x.reshape(*x.shape[:2], self.heads, -1) for x in (q, k, v)), *keys)
+        return self.to_out(y.reshape(q.shape))
 
-    def _split(self, x: Tokens) -> Float[Array, "B L N K"]:
-        return x.reshape(*x.shape[:2], self.heads, -1)
+    @property
+    def _logit_scale(self) -> float:
+        return logit_scale(self.to_q.kernel.shape[-1] // self.heads)
 
 
 class FeedForward(nnx.Module):
@@ -126,18 +135,19 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Tokens) -> Tokens:
         """Applies the layer to every token."""
-        return self.net_2(jax.nn.gelu(self.net_0(x), approximate=True))
+        hidden = jax.nn.gelu(self.net_0(x), approximate=True).astype(self.net_2.dtype)
+        # Without the barrier XLA for TPUs fuses both products, and reaches half of the peak.
+        return self.net_2(jax.lax.optimization_barrier(hidden))
 
 
 class Block(nnx.Module):
     """Self-attention, cross-attention to the text, and feed-forward; modulates first and last."""
 
     def __init__(self, config: WanConfig, *, dtype: Any, rngs: nnx.Rngs):
-        self.norm1 = layer_norm(config, False, rngs)
+        self.eps = config.eps
         self.attn1 = Attention(config, dtype=dtype, rngs=rngs)
-        self.norm2 = layer_norm(config, True, rngs) if config.cross_attn_norm else None
+        self.norm2 = nnx.LayerNorm(config.dim, rngs=rngs) if config.cross_attn_norm else None
         self.attn2 = Attention(config, dtype=dtype, rngs=rngs)
-        self.norm3 = layer_norm(config, False, rngs)
         self.ffn = FeedForward(config, dtype=dtype, rngs=rngs)
         init = nnx.initializers.normal(config.dim**-0.5)
         self.scale_shift_table = nnx.Param(init(rngs.params(), (6, config.dim), jnp.float32))
@@ -156,31 +166,27 @@ class Block(nnx.Module):
         attended to, which a lock has fused with the source's.
         """
         table = modulation + self.scale_shift_table[...].astype(jnp.float32)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            m[:, None] for m in jnp.moveaxis(table, 1, 0)
-        )
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table, 1, 0)
+        norm = functools.partial(modulated, eps=self.eps, dtype=self.attn1.dtype)
 
-        y = self.norm1(x) * (1 + scale1) + shift1
-        q, k, v = self.attn1.queries_keys_values(y)
-        q, k = rotate(q, positions.rope), rotate(k, positions.rope)
-        k, v = k.astype(self.attn1.dtype), v.astype(self.attn1.dtype)
+        y = norm(x, 1 + scale1, shift1)
+        q, k, v = self.attn1.queries_keys_values(y, positions.rope)
         if lock is not None:
             if lock.computed is not None:  # these tokens lie anywhere in the video
-                k, v = sharding.constrain((k, v), "BSNK")
+                k, v = sharding.constrain((k, v), "BSN")
             k, v = lock.lead(k, lock.cache.k), lock.lead(v, lock.cache.v)
-            k, v = sharding.constrain((k, v), "BLNK")
-        x = x + self.attn1.attend(positions.attend, q, k, v, positions.keys) * gate1
+            k, v = sharding.constrain((k, v), "BLN")
+        x = x + self.attn1.attend(positions.attend, q, k, v, positions.keys) * gate1[:, None]
 
-        y = self.norm2(x) if self.norm2 else x
+        y = norm(x, self.norm2.scale[None], self.norm2.bias[None]) if self.norm2 else x
         x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
 
         def fed_forward(x: Tokens) -> Tokens:
             """Applies the feed-forward layer to each token independently."""
-            y = self.norm3(x) * (1 + scale2) + shift2
-            return x + self.ffn(y) * gate2
+            return x + self.ffn(norm(x, 1 + scale2, shift2)) * gate2[:, None]
 
         x = sharding.constrain(over_tokens(fed_forward, x, FEED_FORWARD_TOKENS), "BLD")
-        return x, sharding.constrain(KVCache(k=k, v=v), "BLNK")
+        return x, sharding.constrain(KVCache(k=k, v=v), "BLN")
 
 
 def stacked(
@@ -205,7 +211,6 @@ def text_cache(blocks: Block, text: Float[Array, "B S D"]) -> KVCache:
         """Keys and values of one block."""
         attention = nnx.merge(graph, gathered_layer(layer, PARAMETERS))
         k, v = attention.keys_values(text)
-        cache = KVCache(k=k.astype(attention.dtype), v=v.astype(attention.dtype))
-        return sharding.constrain(cache, "BSNK")
+        return sharding.constrain(KVCache(k=k, v=v), "BSN")
 
     return jax.lax.map(of_layer, params)

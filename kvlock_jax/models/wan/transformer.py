@@ -20,15 +20,15 @@ from jaxtyping import Array, Float
 from kvlock_jax.grid import Grid, Patches
 from kvlock_jax.lock import KVCache, Lock, SourcePass, take
 from kvlock_jax.models.attention.rope import rope_table
-from kvlock_jax.models.attention.sharded import Attend, gathered
+from kvlock_jax.models.attention.sharded import Attend, overlapped
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
+from kvlock_jax.models.norms import modulated
 from kvlock_jax.models.wan.block import (
     Block,
     Modulation,
     Positions,
     Tokens,
-    layer_norm,
     stacked,
     text_cache,
 )
@@ -47,7 +47,7 @@ Velocity = Float[Array, "B computed cells out_channels"]
 class Conditioning:
     """Inputs of a pass beside latents and timestep, computed once before the sampling loop."""
 
-    text: KVCache  # cross-attention's, layers B S N K
+    text: KVCache  # cross-attention's, layers B S D
     positions: Positions
 
 
@@ -145,7 +145,7 @@ class WanTransformer(nnx.Module):
         softmax and the residual stream are float32.
       unroll: blocks in one turn of the scan. More take longer to compile; XLA on CPU compiles
         gradients of a loop's body badly, so a small model trains faster with all in one turn.
-      attend: self-attention between tokens on several devices: `gathered` or `ring`.
+      attend: self-attention between tokens on several devices: `overlapped`, `gathered`, `ring`.
       rngs: source of the initial parameters.
     """
 
@@ -155,7 +155,7 @@ class WanTransformer(nnx.Module):
         *,
         dtype: Any = jnp.float32,
         unroll: int = 1,
-        attend: Attend = gathered,
+        attend: Attend = overlapped,
         rngs: nnx.Rngs,
     ):
         self.config, self.dtype, self.unroll, self.attend = config, dtype, unroll, attend
@@ -165,7 +165,6 @@ class WanTransformer(nnx.Module):
         )
         self.condition_embedder = ConditionEmbedder(config, dtype=dtype, rngs=rngs)
         self.blocks = stacked(Block, config.num_layers, config, dtype=dtype, rngs=rngs)
-        self.norm_out = layer_norm(config, False, rngs)
         init = nnx.initializers.normal(config.dim**-0.5)
         self.scale_shift_table = nnx.Param(init(rngs.params(), (2, config.dim), jnp.float32))
         self.proj_out = Linear(config.dim, cells * config.out_channels, dtype=dtype, rngs=rngs)
@@ -208,11 +207,9 @@ class WanTransformer(nnx.Module):
         return self._run(latents, time, conditioning, lock, None)[0]
 
     def empty_cache(self, latents: Patches) -> KVCache:
-        """A cache of zeros for `keys_values` of such latents, `layers B L N K`."""
-        config = self.config
-        heads = (config.num_attention_heads, config.attention_head_dim)
-        shape = (config.num_layers, *latents.shape[:2], *heads)
-        return sharding.constrain(KVCache.zeros(shape, self.dtype), "layers B L N K")
+        """A cache of zeros for `keys_values` of such latents, `layers B L D`."""
+        shape = (self.config.num_layers, *latents.shape[:2], self.config.dim)
+        return sharding.constrain(KVCache.zeros(shape, self.dtype), "layers B L N")
 
     def keys_values(
         self,
@@ -222,7 +219,7 @@ class WanTransformer(nnx.Module):
         lock: Lock | None = None,
         into: KVCache | None = None,
     ) -> tuple[Velocity, KVCache]:
-        """The velocity, and all blocks' self-attention keys and values, `layers B L N K`.
+        """The velocity, and all blocks' self-attention keys and values, `layers B L D`.
 
         It writes them `into` a cache, in place where a compiled loop carries the cache, so that the
         loop never holds two.
@@ -259,7 +256,8 @@ class WanTransformer(nnx.Module):
 
         table = self.scale_shift_table[...].astype(jnp.float32) + time.embedding[:, None]
         shift, scale = jnp.moveaxis(table, 1, 0)
-        x = self.proj_out(self.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
+        x = modulated(x, 1 + scale, shift, eps=self.config.eps, dtype=self.dtype)
+        x = self.proj_out(x)
         x = x.reshape(*x.shape[:2], latents.shape[2], -1)
         return sharding.constrain(x, "B L cells C"), kept
 

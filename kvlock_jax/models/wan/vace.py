@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from kvlock_jax.grid import Grid
 from kvlock_jax.lock import KVCache
-from kvlock_jax.models.attention.sharded import Attend, gathered
+from kvlock_jax.models.attention.sharded import Attend, overlapped
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
 from kvlock_jax.models.wan.block import Block, Modulation, Positions, Tokens, stacked, text_cache
@@ -55,7 +55,7 @@ class VACEContext:
 class VACEConditioning(Conditioning):
     """`Conditioning` of the main blocks and of the context blocks."""
 
-    vace_text: KVCache  # context blocks' cross-attention's, vace_layers B S N K
+    vace_text: KVCache  # context blocks' cross-attention's, vace_layers B S D
     control: Tokens  # after the input projection, float32
     scale: PerEdit
 
@@ -95,7 +95,7 @@ class WanVACETransformer(WanTransformer):
         *,
         dtype: Any = jnp.float32,
         unroll: int = 1,
-        attend: Attend = gathered,
+        attend: Attend = overlapped,
         rngs: nnx.Rngs,
     ):
         super().__init__(config, dtype=dtype, unroll=unroll, attend=attend, rngs=rngs)
@@ -165,7 +165,7 @@ def wan_transformer(
     *,
     dtype: Any = jnp.float32,
     unroll: int = 1,
-    attend: Attend = gathered,
+    attend: Attend = overlapped,
     rngs: nnx.Rngs,
 ) -> WanTransformer:
     """The transformer that a config describes: VACE where it has `vace_layers`."""
