@@ -4,9 +4,9 @@
     python scripts/tpu_costs.py --show "T2V 1.3B, 480x832x81, v6e-8, full"
 
 libtpu compiles the sampling loop with one kind of pass; its optimised program carries
-`estimated_cycles` on every fusion, product and copy. Pallas kernels have none: their time is that of
-their inner block's instruction bundles, which libtpu dumps, without stalls, or that of their bytes
-at the memory's rate where it is longer. `--show` lists a step's lines of code and its dearest
+`estimated_cycles` on every fusion, product and copy. Pallas kernels have none: their time is that
+of their inner block's instruction bundles, which libtpu dumps, without stalls, or that of their
+bytes at the memory's rate where it is longer. `--show` lists a step's lines of code and its dearest
 instructions. Programs and figures stay in `--runs`; a second run does the missing ones. One process
 at a time: libtpu takes a lock.
 """
@@ -301,8 +301,8 @@ SECTION = "## A step on a TPU"
 ABOUT = """{title}
 
 Written by `python scripts/tpu_costs.py`. Milliseconds of one step per chip, of the loop compiled
-with one kind of pass: `plain` without a source, `full` over all tokens, `foreground` over {share:.0%}
-of them. They are the compiler's `estimated_cycles` times the executions, at {clocks}.
+with one kind of pass: `plain` without a source, `full` over all tokens, `foreground` over
+{share:.0%} of them. They are the compiler's `estimated_cycles` times the executions, at {clocks}.
 `products` are matrix products without attention; `at peak` is what their operations would take at
 the published rate. `kernels` are the norms, and like `attention` Pallas: the instruction bundles of
 their inner block as libtpu schedules it, without stalls, times the blocks, or their bytes at the
