@@ -116,6 +116,36 @@ def test_the_foreground_alone_is_enough(model, cache, name, each, references):
         assert locked.any() and not locked.all()
 
 
+@pytest.mark.parametrize("cache, references", [("fused", 0), ("carried", 1)])
+def test_locked_contexts(cache, references):
+    """Fused as carried, and over the foreground as over all tokens; unlocked ones differ."""
+    edits = given(VACE, 2, references)
+    settings = preset("kvlock_anchor", lock_contexts=True)
+    tokens = bucket(int(edits.own.sum(axis=1).max()), GRID)
+    wanted, _ = run(VACE, edits, settings)
+    found, trace = run(VACE, edits, dataclasses.replace(settings, cache=cache), tokens)
+    assert relative(found, wanted) < 1e-5
+    locked = np.asarray((trace.fusion_ratio == 1).all(axis=1))
+    assert locked.any() and not locked.all()
+    others, _ = run(VACE, edits, dataclasses.replace(settings, lock_contexts=False))
+    assert relative(others, wanted) > 1e-3
+
+
+@pytest.mark.parametrize("model, cache", [("t2v", "fused"), ("vace", "carried")])
+def test_a_step_without_guidance_leaves_out_the_unconditional_branch(model, cache):
+    """Omega falls from 3 to its floor of 1, where both programs give the same."""
+    config = MODELS[model]
+    edits = given(config, 2)
+    settings = preset("kvlock_anchor", tau=1e3, cache=cache)
+    wanted, trace = run(config, edits, settings)
+    found, steps_trace = run(config, edits, dataclasses.replace(settings, skip_guidance=True))
+    omega = np.asarray(steps_trace.guidance_scale)
+    assert (omega == 1).all(axis=1).any() and (omega == OMEGA).all(axis=1).any()
+    np.testing.assert_array_equal(omega, np.where(np.abs(omega - 1) <= 0.02, 1, omega))
+    np.testing.assert_allclose(trace.guidance_scale, omega, rtol=0, atol=0.02)
+    assert relative(found, wanted) < 1e-5
+
+
 def test_background_that_is_not_computed_is_the_sources():
     edits = given(T2V)
     found, _ = run(T2V, edits, preset("hard_lock"), 40)

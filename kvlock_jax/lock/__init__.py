@@ -50,6 +50,7 @@ from kvlock_jax.lock.schedules import (
     refreshed,
     source_needed,
     uncond_scale,
+    unguided,
 )
 from kvlock_jax.lock.start import shift_start
 from kvlock_jax.lock.variance import X0Window, hallucination, pooled, push, ready
@@ -88,5 +89,6 @@ __all__ = [
     "to_latent_mask",
     "to_token_mask",
     "uncond_scale",
+    "unguided",
     "zero_init",
 ]

@@ -87,6 +87,8 @@ class Lock:
         section 8). `None` computes all tokens.
       foreground_ratio: beta, the source's share in the foreground, 0 to 1; over 0 only in
         ProEdit's injected steps (METHOD.md section 10).
+      contexts: whether the lock acts on blocks that condition the main ones too (METHOD.md
+        section 11's context blocks).
     """
 
     cache: KVCache | SourcePass
@@ -94,6 +96,7 @@ class Lock:
     fusion_ratio: PerEdit
     computed: int | None = dataclasses.field(default=None, metadata={"static": True})
     foreground_ratio: Number = 0.0
+    contexts: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def lead(self, new: Float[Array, "R n *d"], cached: Cached) -> Float[Array, "R L *d"]:
         """The keys (or values) of all tokens that a block's self-attention attends to."""

@@ -9,6 +9,7 @@ PRESETS = {
     "kvlock": "the paper: alpha and omega follow the statistic, s*; for VACE weights",
     "kvlock_anchor": "ours, for text-to-video weights: locked from the start, background pinned",
     "hard_lock": "source keys and values everywhere in the background, at every step (KV-Edit)",
+    "fast": "ours, for VACE: hard_lock over the foreground, the source's pass in some steps alone",
     "fixed_half": "ablation: alpha 0.5 in the window instead of the schedule",
     "kv_only": "ablation: only alpha follows the statistic; plain guidance",
     "omega_only": "ablation: only omega follows the statistic; no lock, plain guidance",
@@ -49,6 +50,13 @@ def preset(name: str, guidance_scale: float) -> LockConfig:
     unguided = dataclasses.replace(published, adapt_guidance=False, rescale_uncond=False)
     unlocked = dataclasses.replace(published, enabled=False)
     plain = dataclasses.replace(unguided, enabled=False)
+    locked = dataclasses.replace(
+        unguided,
+        warmup_fusion_ratio=1.0,
+        adapt_fusion_ratio=False,
+        fusion_ratio=1.0,
+        background="source",
+    )
     match name:
         case "kvlock":
             return published
@@ -59,13 +67,9 @@ def preset(name: str, guidance_scale: float) -> LockConfig:
                 published, warmup_fusion_ratio=1.0, omega_floor=floor, background="source"
             )
         case "hard_lock":
-            return dataclasses.replace(
-                unguided,
-                warmup_fusion_ratio=1.0,
-                adapt_fusion_ratio=False,
-                fusion_ratio=1.0,
-                background="source",
-            )
+            return locked
+        case "fast":
+            return dataclasses.replace(locked, cache="carried", cache_every=5, lock_contexts=True)
         case "fixed_half":
             return dataclasses.replace(published, adapt_fusion_ratio=False, fusion_ratio=0.5)
         case "kv_only":

@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from kvlock_jax.settings.schema import LockConfig
 from kvlock_jax.shapes import CellMask, PerEdit
 
+UNGUIDED = 0.02
+"""Distance of omega from 1 up to which a step may do without the unconditional velocity."""
+
 Number = Float32[Array, "..."]
 Count = Int32[Array, "..."]
 Switch = Bool[Array, "..."]
@@ -169,6 +172,11 @@ def guidance_scale(sigma2: PerEdit, ready: Switch, in_window: Switch, knobs: Kno
     scheduled = jnp.clip(sigma2 / knobs.tau, knobs.omega_floor, knobs.omega_ceiling)
     adapts = knobs.adapt_guidance & in_window & ready
     return knobs.guidance_scale * jnp.where(adapts, scheduled, 1.0)
+
+
+def unguided(omega: PerEdit) -> Switch:
+    """Whether the unconditional velocity counts in no edit: omega is 1 to within `UNGUIDED`."""
+    return (jnp.abs(omega - 1.0) <= UNGUIDED).all()
 
 
 def uncond_scale(projection: Float[Array, "B"], knobs: Knobs) -> PerEdit:

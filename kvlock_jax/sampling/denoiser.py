@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from jaxtyping import Array, Float
 
 from kvlock_jax.grid import Grid, Patches
-from kvlock_jax.lock import KVCache, Lock
+from kvlock_jax.lock import Lock
 
 
 class Denoiser(Protocol):
@@ -16,6 +16,12 @@ class Denoiser(Protocol):
 
     def condition(self, context: Any, grid: Grid) -> Any:
         """The conditioning of a pass over latents of a grid, from its text (and more)."""
+
+    def conditional(self, conditioning: Any) -> Any:
+        """The conditioning of the edits' conditional branches, the first of every two rows.
+
+        Called where `LockConfig.skip_guidance` lets steps do without the others.
+        """
 
     def times(self, timestep: Float[Array, "*rows"]) -> Any:
         """Embeddings of timesteps (0-1000): a tree of arrays with one row for each."""
@@ -29,9 +35,13 @@ class Denoiser(Protocol):
         """
 
     def keys_values(
-        self, latents: Patches, time: Any, conditioning: Any, *, into: KVCache
-    ) -> tuple[Patches, KVCache]:
+        self, latents: Patches, time: Any, conditioning: Any, *, into: Any
+    ) -> tuple[Patches, Any]:
         """The velocity, and the cache with each block's self-attention keys and values."""
 
-    def empty_cache(self, latents: Patches) -> KVCache:
-        """A cache of the size that `keys_values` fills for such latents."""
+    def empty_cache(self, latents: Patches, *, contexts: bool = False) -> Any:
+        """A cache of the size that `keys_values` fills for such latents.
+
+        `contexts` asks for those of blocks that condition the main ones too (`Lock.contexts`); a
+        model that has none need not take it.
+        """

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from kvlock_jax import lock
 from kvlock_jax.grid import Patches
-from kvlock_jax.lock import Knobs, KVCache, Lock, SourcePass, X0Window
+from kvlock_jax.lock import Knobs, Lock, SourcePass, X0Window
 from kvlock_jax.parallel import sharding
 from kvlock_jax.runtime.compile_cache import Call, call
 from kvlock_jax.sampling import solvers
@@ -42,7 +42,7 @@ class SampleState:
     solver: SolverState
     window: X0Window
     sigma2: Float32[Array, "B"]  # the statistic of the steps before
-    cache: KVCache | None
+    cache: Any
     momentum: Patches | None
 
     def laid_out(self) -> "SampleState":
@@ -172,7 +172,7 @@ def begin(
         solver=solvers.init(latents),
         window=X0Window.zeros(program.window, latents.shape),
         sigma2=jnp.zeros((latents.shape[0],), jnp.float32),
-        cache=model.empty_cache(edits.source) if program.carried else None,
+        cache=_empty_cache(model, edits, program) if program.carried else None,
         momentum=jnp.zeros_like(latents) if program.guidance == "apg" else None,
     )
     return texts, sharding.everywhere(steps), state.laid_out()
@@ -264,7 +264,7 @@ class _Step:
                 lambda _, cache: self._source_pass(inputs, cache),
                 cache,
             )
-        v_cond, v_uncond = self._branches(state.latents, inputs, cache, (alpha, beta))
+        v_cond, v_uncond, omega = self._branches(state.latents, inputs, cache, (alpha, beta), omega)
         region = lock.projection_region(foreground, knobs)
         scale = lock.uncond_scale(lock.projection_scale(v_cond, v_uncond, region), knobs)
         velocity, momentum = self._guide(v_cond, v_uncond, omega, scale, state.momentum)
@@ -292,7 +292,7 @@ class _Step:
         mix = (1 - sigma) * edits.source.astype(wide) + sigma * edits.noise.astype(wide)
         return sharding.constrain(mix, "B L cells C")
 
-    def _source_pass(self, inputs: StepInputs, into: KVCache) -> KVCache:
+    def _source_pass(self, inputs: StepInputs, into: Any) -> Any:
         z = self._noised_source(inputs.solver.sigma)
         return self.model.keys_values(z, _rows(inputs.time, z), self.texts.sources, into=into)[1]
 
@@ -300,45 +300,77 @@ class _Step:
         self,
         latents: Patches,
         inputs: StepInputs,
-        cache: KVCache | None,
+        cache: Any,
         ratios: tuple[PerEdit, Float[Array, ""]],
-    ) -> list[Patches]:
-        """The conditional and the unconditional velocity, from one pass over both.
+        omega: PerEdit,
+    ) -> tuple[Patches, Patches, PerEdit]:
+        """The conditional and the unconditional velocity, from one pass over both, and omega.
 
-        `ratios` are alpha in the background and beta in the foreground.
+        `ratios` are alpha in the background and beta in the foreground. Where the step leaves out
+        the unconditional branch, the conditional velocity takes its place, and omega is 1.
         """
+        kind = self._kind(ratios, inputs.needed)
+
+        def both() -> Float[Array, "rows L cells C"]:
+            """A pass over both branches."""
+            return self._velocity(latents, inputs, cache, ratios, kind, branches=2)
+
+        def conditional() -> Float[Array, "rows L cells C"]:
+            """A pass over the conditional branch, which stands for both."""
+            velocity = self._velocity(latents, inputs, cache, ratios, kind, branches=1)
+            return jnp.repeat(velocity, 2, axis=0)
+
+        if self.program.skips:
+            alone = lock.unguided(omega)
+            velocity = jax.lax.cond(alone, conditional, both)
+            omega = jnp.where(alone, 1.0, omega)
+        else:
+            velocity = both()
+        branches = velocity.reshape(-1, 2, *latents.shape[1:])
+        return branches[:, 0], branches[:, 1], omega
+
+    def _velocity(
+        self,
+        latents: Patches,
+        inputs: StepInputs,
+        cache: Any,
+        ratios: tuple[PerEdit, Float[Array, ""]],
+        kind: Int[Array, ""],
+        branches: int,
+    ) -> Float[Array, "rows L cells C"]:
+        """The velocity of each edit's first `branches`, from one pass over them."""
         edits, tokens, (alpha, beta) = self.edits, self.edits.own, ratios
-        z = jnp.stack([latents, latents], axis=1).reshape(-1, *latents.shape[1:])
-        args = (z, _rows(inputs.time, z), self.texts.edits)
+        z = jnp.stack([latents] * branches, axis=1).reshape(-1, *latents.shape[1:])
+        texts = self.texts.edits
+        if branches == 1:
+            texts = self.model.conditional(texts)
+        args = (z, _rows(inputs.time, z), texts)
         if self.program.locked and cache is None:
             source = self._noised_source(inputs.solver.sigma)
             cache = SourcePass(source, _rows(inputs.time, source), self.texts.sources)
+        held = functools.partial(Lock, cache, tokens, alpha, contexts=self.program.contexts)
 
-        def plain() -> Patches:
+        def plain() -> Float[Array, "rows L cells C"]:
             """Runs the model without the source."""
             return self.model(*args, None)
 
-        def full() -> Patches:
+        def full() -> Float[Array, "rows L cells C"]:
             """Runs the model over all tokens, locked."""
-            held = Lock(cache, tokens, alpha, foreground_ratio=beta)
-            return self.model(*args, held)
+            return self.model(*args, held(foreground_ratio=beta))
 
-        def foreground() -> Patches:
+        def foreground() -> Float[Array, "rows L cells C"]:
             """Runs the model over the foreground; the background's velocity ends at the source."""
-            held = Lock(cache, tokens, alpha, self.program.tokens)
             whole = edits.noise.astype(jnp.float32) - edits.source.astype(jnp.float32)
-            return lock.splice(self.model(*args, held), whole, tokens)
+            return lock.splice(self.model(*args, held(self.program.tokens)), whole, tokens)
 
         passes = {"plain": plain, "full": full, "foreground": foreground}
-        kind = self._kind(ratios, inputs.needed)
         velocity = jax.lax.switch(kind, [passes[name] for name in self.program.passes])
         velocity = sharding.constrain(velocity, "B L cells C")
         if edits.grid.tokens < edits.grid.length:
             # Padding stays 0, in the latents and in every sum over them.
             real = jnp.arange(z.shape[1]) < edits.grid.tokens
             velocity = jnp.where(real[:, None, None], velocity, 0.0)
-        branches = velocity.reshape(-1, 2, *latents.shape[1:])
-        return [branches[:, 0], branches[:, 1]]
+        return velocity
 
     def _kind(
         self, ratios: tuple[PerEdit, Float[Array, ""]], needed: Bool[Array, ""]
@@ -362,6 +394,12 @@ class _Step:
             bounds = (self.knobs.apg_eta, self.knobs.apg_norm, self.knobs.apg_momentum)
             return lock.apg(v_cond, v_uncond, omega, momentum, *bounds)
         return lock.guide(v_cond, v_uncond, omega, scale), momentum
+
+
+def _empty_cache(model: Denoiser, edits: Edits, program: Program) -> Any:
+    """The cache that the first step starts from."""
+    asked = {"contexts": True} if program.contexts else {}
+    return model.empty_cache(edits.source, **asked)
 
 
 def _rows(time: Any, latents: Patches) -> Any:

@@ -16,6 +16,8 @@ class Program:
       window: number of clean estimates in the statistic.
       carried: whether the state carries the source's keys and values from step to step.
       tokens: number of tokens that a foreground pass computes.
+      contexts: whether the lock acts on context blocks too.
+      skips: whether a step may leave out the unconditional branch.
     """
 
     passes: tuple[str, ...]
@@ -23,6 +25,8 @@ class Program:
     window: int
     carried: bool = False
     tokens: int | None = None
+    contexts: bool = False
+    skips: bool = False
 
     @classmethod
     def of(cls, settings: LockConfig, tokens: int | None = None) -> "Program":
@@ -32,7 +36,9 @@ class Program:
             kinds = tuple(dict.fromkeys("full" if k == "foreground" else k for k in kinds))
         tokens = tokens if "foreground" in kinds else None
         carried = settings.cache == "carried" and kinds != ("plain",)
-        return cls(kinds, settings.guidance, settings.window, carried, tokens)
+        contexts = settings.lock_contexts and kinds != ("plain",)
+        skips = settings.skip_guidance
+        return cls(kinds, settings.guidance, settings.window, carried, tokens, contexts, skips)
 
     @property
     def locked(self) -> bool:

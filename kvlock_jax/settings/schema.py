@@ -78,8 +78,12 @@ class LockConfig:
       cache: `"fused"` computes the source's keys and values block by block beside the edit's, and
         stores none; `"carried"` stores those of all blocks from step to step.
       cache_every: number of steps that a carried cache serves, 1 or more.
+      lock_contexts: whether a VACE model's context blocks are locked as its main blocks are, and
+        left out with them; an approximation, since the source shows them an empty mask.
       skip_background: whether a pass leaves out the background's tokens where they cannot reach
         the result (METHOD.md section 8).
+      skip_guidance: whether a step leaves out the unconditional branch where omega is 1 to within
+        `UNGUIDED`, and takes it as 1.
     """
 
     enabled: bool = True
@@ -106,7 +110,9 @@ class LockConfig:
     apg_momentum: float = 0.0
     cache: str = "fused"
     cache_every: int = 1
+    lock_contexts: bool = False
     skip_background: bool = True
+    skip_guidance: bool = False
 
     def __post_init__(self) -> None:
         ratios = ("warmup_fusion_ratio", "fusion_ratio", "foreground_ratio", "start_shift")

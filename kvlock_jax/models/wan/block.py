@@ -34,8 +34,9 @@ def over_tokens(
     rows, length, width = x.shape
     ways = sharding.shards("L")
     local, limit = length // ways, max(1, most // (rows // sharding.shards("B")))
-    parts = -(-local // limit)
-    size = -(-local // parts)
+    fewest = -(-local // limit)
+    equal = (n for n in range(fewest, 2 * fewest + 1) if local % n == 0)
+    size = -(-local // next(equal, fewest))
     x = sharding.constrain(x.reshape(rows, ways, local, width), "B L own D")
 
     def part(start: int | Int[Array, ""], x: Float[Array, "B ways n D"], count: int) -> Array:

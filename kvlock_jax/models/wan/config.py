@@ -45,3 +45,18 @@ class WanConfig:
     def dim(self) -> int:
         """Width `D = N K` of the residual stream."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def hint_groups(self) -> list[tuple[list[int], list[int], int]]:
+        """The layers from each hint up to the next, in runs of groups of equal length.
+
+        For each run: its context blocks, the first main block of each group, and the number of main
+        blocks in a group.
+        """
+        ends = (*self.vace_layers, self.num_layers)[1:]
+        gaps = [end - first for first, end in zip(self.vace_layers, ends, strict=True)]
+        runs = []
+        for length, run in itertools.groupby(enumerate(gaps), key=lambda gap: gap[1]):
+            contexts = [context for context, _ in run]
+            runs.append((contexts, [self.vace_layers[c] for c in contexts], length))
+        return runs

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvlock_jax.grid import Grid, Patches
 from kvlock_jax.lock import KVCache, Lock, SourcePass, take
@@ -93,47 +93,29 @@ class ConditionEmbedder(nnx.Module):
         return self.text_embedder.linear_2(x)
 
 
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """A computation beside the blocks, which may change the residual stream after each of them.
-
-    Attributes:
-      state: initial state, a tree of arrays.
-      layers: inputs, a tree of arrays with a leading axis of layers.
-      after: function of the stream after a block, the state, and the block's part of `layers`;
-        returns the stream for the next block, and the next state.
-    """
-
-    state: Any = None
-    layers: Any = None
-    after: Callable[[Tokens, Any, Any], tuple[Tokens, Any]] = lambda x, state, layer: (x, state)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Stream:
-    """Rows of tokens and all that the blocks need to process them.
+class Pass:
+    """Rows of tokens that go through the blocks, and all that the blocks need to process them.
 
     Attributes:
-      start: tokens, and the state of `Side`.
-      layers: the text's keys and values, and the inputs of `Side`, with an axis of layers.
+      start: tokens before the first block.
+      texts: cross-attention's keys and values, `layers B S D`.
       modulation: modulations of the timestep.
       positions: positions of the tokens.
-      after: function of `Side`.
+      lock: the lock of an edit's rows, whose cache is that of each block in turn.
+      beside: what a computation beside the blocks needs (`WanTransformer._beside`).
     """
 
-    start: tuple[Tokens, Any]
-    layers: tuple[KVCache, Any]
+    start: Tokens
+    texts: KVCache
     modulation: Modulation
     positions: Positions
-    after: Callable[[Tokens, Any, Any], tuple[Tokens, Any]]
+    lock: Lock | None
+    beside: Any
 
-    def block(
-        self, run: Block, carry: tuple[Tokens, Any], layer: tuple[KVCache, Any], lock: Lock | None
-    ) -> tuple[tuple[Tokens, Any], KVCache]:
-        """Runs one block and its `Side`; returns the next carry, and keys and values."""
-        (x, state), (text, side_layer) = carry, layer
-        x, kv = run(x, self.modulation, text, self.positions, lock)
-        return self.after(x, state, side_layer), kv
+
+Streams = tuple[Float[Array, "_ _ D"], ...]
+"""Tokens of each pass."""
 
 
 class WanTransformer(nnx.Module):
@@ -184,6 +166,11 @@ class WanTransformer(nnx.Module):
         keys = grid.tokens if grid.tokens < grid.length else None
         return Conditioning(text, Positions((cos, sin), keys, self.attend))
 
+    def conditional(self, conditioning: Conditioning) -> Conditioning:
+        """The conditioning of the first of every two rows."""
+        text = jax.tree.map(lambda x: x[:, ::2], conditioning.text)
+        return dataclasses.replace(conditioning, text=text)
+
     def times(self, timestep: Float[Array, "rows"]) -> Time:
         """Embeddings and modulations of timesteps `1000 sigma`, such as those of all steps."""
         return self.condition_embedder.time(timestep)
@@ -206,8 +193,11 @@ class WanTransformer(nnx.Module):
         """
         return self._run(latents, time, conditioning, lock, None)[0]
 
-    def empty_cache(self, latents: Patches) -> KVCache:
-        """A cache of zeros for `keys_values` of such latents, `layers B L D`."""
+    def empty_cache(self, latents: Patches, *, contexts: bool = False) -> KVCache:
+        """A cache of zeros for `keys_values` of such latents, `layers B L D`.
+
+        This model has no context blocks whose keys and values `contexts` could ask for.
+        """
         shape = (self.config.num_layers, *latents.shape[:2], self.config.dim)
         return sharding.constrain(KVCache.zeros(shape, self.dtype), "layers B L N")
 
@@ -217,12 +207,12 @@ class WanTransformer(nnx.Module):
         time: Time | PerEdit,
         conditioning: Conditioning,
         lock: Lock | None = None,
-        into: KVCache | None = None,
-    ) -> tuple[Velocity, KVCache]:
+        into: Any = None,
+    ) -> tuple[Velocity, Any]:
         """The velocity, and all blocks' self-attention keys and values, `layers B L D`.
 
-        It writes them `into` a cache, in place where a compiled loop carries the cache, so that the
-        loop never holds two.
+        It writes them `into` a cache that `empty_cache` made, in place where a compiled loop
+        carries the cache, so that the loop never holds two.
         """
         into = self.empty_cache(latents) if into is None else into
         return self._run(latents, time, conditioning, lock, into)
@@ -230,29 +220,28 @@ class WanTransformer(nnx.Module):
     def _run(self, latents, time, conditioning, lock, kept):
         graph, params = nnx.split(self.blocks)
         time = time if isinstance(time, Time) else self.times(time)
-        edit = self._stream(latents, time, conditioning, lock)
-        cache, beside = lock and lock.cache, None
+        passes, cache = [self._pass(latents, time, conditioning, lock)], lock and lock.cache
         if isinstance(cache, SourcePass):
-            inputs = cache.latents, cache.time, cache.conditioning
-            beside, cache = self._stream(*inputs, None), None
+            source = self._pass(cache.latents, cache.time, cache.conditioning, None)
+            passes, cache = [source, *passes], None
 
-        def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
-            """A turn of the scan: the source's rows, then the edit's."""
-            (stream, source, kept), (index, weights, edit_layer, source_layer, cache) = carry, layer
-            run = nnx.merge(graph, gathered_layer(weights, PARAMETERS))
-            if beside is not None:
-                source, cache = beside.block(run, source, source_layer, None)
-            held = lock and dataclasses.replace(lock, cache=cache)
-            stream, kv = edit.block(run, stream, edit_layer, held)
-            if kept is not None:
-                write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
-                kept = jax.tree.map(write, kept, kv)
-            return (stream, source, kept), None
+        def block(streams: Streams, layer: tuple, hints: Any) -> tuple[Streams, KVCache]:
+            """Runs a block over the source's rows, if any, then over the edit's, which take theirs.
 
-        index = jnp.arange(self.config.num_layers)
-        carry = (edit.start, beside and beside.start, kept)
-        layers = (index, params, edit.layers, beside and beside.layers, cache)
-        ((x, _), _, kept), _ = jax.lax.scan(block, carry, layers, unroll=self.unroll)
+            Returns the streams with the hints added, if any, and the edit's keys and values.
+            """
+            weights, texts, cache = layer
+            run, done = nnx.merge(graph, gathered_layer(weights, PARAMETERS)), []
+            for one, x, text in zip(passes, streams, texts, strict=True):
+                held = one.lock and dataclasses.replace(one.lock, cache=cache)
+                x, cache = run(x, one.modulation, text, one.positions, held)
+                done.append(x)
+            if hints is not None:
+                done = jax.tree.map(jnp.add, done, hints)
+            return tuple(done), cache
+
+        layers = (params, tuple(one.texts for one in passes))
+        (*_, x), kept = self._through(block, passes, layers, cache, kept)
 
         table = self.scale_shift_table[...].astype(jnp.float32) + time.embedding[:, None]
         shift, scale = jnp.moveaxis(table, 1, 0)
@@ -261,9 +250,35 @@ class WanTransformer(nnx.Module):
         x = x.reshape(*x.shape[:2], latents.shape[2], -1)
         return sharding.constrain(x, "B L cells C"), kept
 
-    def _stream(
+    def _through(
+        self, block: Callable, passes: list[Pass], layers: Any, cache: Any, kept: Any
+    ) -> tuple[Streams, Any]:
+        """Runs `block` for each layer; returns the streams behind the last, and `kept`.
+
+        Args:
+          block: function of the streams, of a layer's part of `layers` and of the cache, and of
+            what is added to the streams.
+          passes: passes that go through the blocks.
+          layers: weights and texts, with an axis of layers.
+          cache: cache that the edit's rows take, with an axis of layers.
+          kept: cache to write the last pass's keys and values into.
+        """
+
+        def turn(carry: tuple[Streams, Any], layer: tuple) -> tuple[tuple[Streams, Any], None]:
+            """One layer."""
+            streams, kept = carry
+            index, *rest = layer
+            streams, kv = block(streams, (*rest[0], rest[1]), None)
+            return (streams, written(kept, kv, index)), None
+
+        index = jnp.arange(self.config.num_layers)
+        start = tuple(one.start for one in passes), kept
+        carry, _ = jax.lax.scan(turn, start, (index, layers, cache), unroll=self.unroll)
+        return carry
+
+    def _pass(
         self, latents: Patches, time: Time, conditioning: Conditioning, lock: Lock | None
-    ) -> "_Stream":
+    ) -> Pass:
         """Patch-embeds latents into the tokens that go through the blocks."""
         x = self.patch_embedding(latents.reshape(*latents.shape[:2], -1))
         x = sharding.constrain(x, "BLD")
@@ -276,19 +291,25 @@ class WanTransformer(nnx.Module):
             """Selects the tokens that the pass computes."""
             return tokens if index is None else sharding.constrain(take(tokens, index), "BLD")
 
-        side = self._side(x, time.modulation, conditioning, some)
-        start, layers = (some(x), side.state), (conditioning.text, side.layers)
-        return _Stream(start, layers, time.modulation, positions, side.after)
+        one = Pass(some(x), conditioning.text, time.modulation, positions, lock, None)
+        return dataclasses.replace(one, beside=self._beside(x, one, conditioning, some))
 
-    def _side(
+    def _beside(
         self,
         x: Tokens,
-        modulation: Modulation,
+        one: Pass,
         conditioning: Conditioning,
         some: Callable[[Tokens], Tokens],
-    ) -> Side:
-        """The computation beside the blocks, of patch-embedded latents `x`; none here.
+    ) -> Any:
+        """What a computation beside the blocks needs of a pass; none here.
 
-        The blocks process the tokens that `some` selects.
+        The blocks process the tokens that `some` selects of the patch-embedded latents `x`.
         """
-        return Side()
+
+
+def written(kept: KVCache | None, kv: KVCache, index: Int[Array, ""]) -> KVCache | None:
+    """A cache of all layers, if there is one, with a layer's keys and values."""
+    if kept is None:
+        return None
+    write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+    return jax.tree.map(write, kept, kv)

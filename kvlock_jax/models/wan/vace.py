@@ -8,6 +8,7 @@ projection, which only the first context block has, is a module beside the stack
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,20 +18,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kvlock_jax.grid import Grid
-from kvlock_jax.lock import KVCache
+from kvlock_jax.grid import Grid, Patches
+from kvlock_jax.lock import KVCache, Lock
 from kvlock_jax.models.attention.sharded import Attend, overlapped
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
 from kvlock_jax.models.wan.block import Block, Modulation, Positions, Tokens, stacked, text_cache
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.parameters import PARAMETERS
-from kvlock_jax.models.wan.transformer import Conditioning, Side, WanTransformer
+from kvlock_jax.models.wan.transformer import (
+    Conditioning,
+    Pass,
+    Streams,
+    WanTransformer,
+    written,
+)
 from kvlock_jax.parallel import sharding
 from kvlock_jax.shapes import PerEdit
-
-Control = Float[Array, "B all D"]
-"""Control tokens: of the whole video, also where the main blocks run on a part of its tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -68,11 +72,46 @@ class VACEBlock(Block):
         self.proj_out = _zero_linear(config.dim, dtype, rngs)
 
     def hint(
-        self, control: Tokens, modulation: Modulation, text: KVCache, positions: Positions
-    ) -> tuple[Tokens, Tokens]:
-        """The unscaled hint for the main stream, and the control tokens after this block."""
-        control, _ = self(control, modulation, text, positions, None)
-        return self.proj_out(control), control
+        self,
+        control: Tokens,
+        modulation: Modulation,
+        text: KVCache,
+        positions: Positions,
+        lock: Lock | None,
+    ) -> tuple[Tokens, Tokens, KVCache]:
+        """The unscaled hint for the main stream, and what the block itself returns."""
+        control, kv = self(control, modulation, text, positions, lock)
+        return self.proj_out(control), control, kv
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VACECache:
+    """Keys and values of the main blocks and of the context blocks."""
+
+    main: KVCache  # layers B L D
+    context: KVCache  # vace_layers B L D
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Beside:
+    """The context blocks' part of a pass.
+
+    Attributes:
+      control: control tokens before the first block.
+      positions: their positions.
+      texts: cross-attention's keys and values, `vace_layers B S D`.
+      scale: scale of each row's hints.
+      lock: lock of the context blocks; `None` leaves them alone.
+      some: function that selects the tokens of the main blocks from a hint.
+    """
+
+    control: Tokens
+    positions: Positions
+    texts: KVCache
+    scale: Float[Array, "B one one"]
+    lock: Lock | None
+    some: Callable[[Tokens], Tokens]
 
 
 class WanVACETransformer(WanTransformer):
@@ -84,9 +123,11 @@ class WanVACETransformer(WanTransformer):
         c_{i+1} = vace_block_i(c_i)
         x_{l+1} = block_l(x_l) + scale proj_out_i(c_{i+1})
 
-    A lock acts on the main blocks only: `keys_values` returns theirs, and context blocks attend to
-    their own tokens alone. Hints of initial parameters are zero, as when the publisher began
-    training.
+    A lock acts on the main blocks: `keys_values` returns theirs, and context blocks attend to their
+    own tokens alone. With `Lock.contexts` it acts on context blocks in the same way, which a pass
+    over the foreground then need not run over the background either: both videos show them the same
+    there, but for the mask's channels. Hints of initial parameters are zero, as when the publisher
+    began training.
     """
 
     def __init__(
@@ -123,41 +164,98 @@ class WanVACETransformer(WanTransformer):
             scale=context.scale,
         )
 
-    def _side(
+    def conditional(self, conditioning: VACEConditioning) -> VACEConditioning:
+        """The conditioning of the first of every two rows; control serves each edit's rows."""
+        text = jax.tree.map(lambda x: x[:, ::2], conditioning.vace_text)
+        return dataclasses.replace(super().conditional(conditioning), vace_text=text)
+
+    def empty_cache(self, latents: Patches, *, contexts: bool = False) -> KVCache | VACECache:
+        """A cache of zeros for `keys_values` of such latents, with context blocks' if asked for."""
+        main = super().empty_cache(latents)
+        if not contexts:
+            return main
+        shape = (len(self.config.vace_layers), *latents.shape[:2], self.config.dim)
+        context = KVCache.zeros(shape, self.dtype)
+        return VACECache(main, sharding.constrain(context, "layers B L N"))
+
+    def _beside(
         self,
         x: Tokens,
-        modulation: Modulation,
+        one: Pass,
         conditioning: VACEConditioning,
         some: Callable[[Tokens], Tokens],
-    ) -> Side:
-        graph, params = nnx.split(self.vace_blocks)
+    ) -> Beside:
         rows = len(x) // len(conditioning.scale)
         scale = jnp.repeat(conditioning.scale.astype(jnp.float32), rows)[:, None, None]
         control = x.reshape(-1, rows, *x.shape[1:]) + conditioning.control[:, None]
+        control = sharding.constrain(control.reshape(x.shape), "BLD")
+        texts = conditioning.vace_text
+        if one.lock is None or not one.lock.contexts:
+            return Beside(control, conditioning.positions, texts, scale, None, some)
+        return Beside(some(control), one.positions, texts, scale, one.lock, lambda hint: hint)
 
-        def hinted(x: Tokens, control: Control, index: Array) -> tuple[Tokens, Control]:
-            """Adds a hint after a layer."""
-            # Indexed inside the branch, so that a layer without a hint moves no weights.
-            weights, text = jax.tree.map(lambda p: p[index], (params, conditioning.vace_text))
-            block = nnx.merge(graph, gathered_layer(weights, PARAMETERS))
-            hint, control = block.hint(control, modulation, text, conditioning.positions)
-            return x + scale * some(hint), control
+    def _through(
+        self, block: Callable, passes: list[Pass], layers: Any, cache: Any, kept: Any
+    ) -> tuple[Streams, Any]:
+        graph, params = nnx.split(self.vace_blocks)
+        sides = [one.beside for one in passes]
+        of_context, of_kept = (
+            c.context if isinstance(c, VACECache) else None for c in (cache, kept)
+        )
+        cache, main = (c.main if isinstance(c, VACECache) else c for c in (cache, kept))
 
-        def plain(x: Tokens, control: Control, index: Array) -> tuple[Tokens, Control]:
-            """Leaves the stream as it is."""
-            return x, control
-
-        def after(x: Tokens, control: Control, layer: Any) -> tuple[Tokens, Control]:
-            """Adds a hint if the layer has one."""
-            has_hint, index = layer
-            return jax.lax.cond(has_hint, hinted, plain, x, control, index)
+        def hinted(controls: Streams, index: Array) -> tuple[Streams, Streams, KVCache]:
+            """A context block over every pass: hints, control tokens, the last keys and values."""
+            layer = params, tuple(side.texts for side in sides), of_context
+            weights, texts, kv = jax.tree.map(lambda p: p[index], layer)
+            run, hints, done = nnx.merge(graph, gathered_layer(weights, PARAMETERS)), [], []
+            for one, side, control, text in zip(passes, sides, controls, texts, strict=True):
+                held = side.lock and dataclasses.replace(side.lock, cache=kv)
+                hint, control, kv = run.hint(control, one.modulation, text, side.positions, held)
+                hints.append(side.scale * side.some(hint))
+                done.append(control)
+            return tuple(hints), tuple(done), kv
 
         # Each hint is computed where it is added: all 8 of 14B would take 5.4 GB a row, at 81
-        # frames of 480x832.
-        has_hint = np.isin(np.arange(self.config.num_layers), self.config.vace_layers)
-        index = np.maximum(np.cumsum(has_hint, dtype=np.int32) - 1, 0)
-        control = sharding.constrain(control.reshape(x.shape), "BLD")
-        return Side(control, (has_hint, index), after)
+        # frames of 480x832. Weights are indexed inside, so that no group copies its layers'.
+        def group(carry: tuple, place: tuple, *, length: int) -> tuple[tuple, None]:
+            """A context block, and the main blocks up to the next one."""
+            (streams, controls, main, of_kept), (context, first) = carry, place
+            hints, controls, kv = hinted(controls, context)
+
+            def turn(carry: tuple, offset: Array) -> tuple[tuple, None]:
+                """A main block; the first is followed by the hint."""
+                (streams, main), index = carry, first + offset
+                layer = jax.tree.map(lambda p: p[index], (*layers, cache))
+                added = hints
+                if length > 1:
+                    added = jax.tree.map(lambda hint: jnp.where(offset == 0, hint, 0.0), hints)
+                streams, kv = block(streams, layer, list(added))
+                return (streams, written(main, kv, index)), None
+
+            unroll = min(length, self.unroll)
+            (streams, main), _ = jax.lax.scan(
+                turn, (streams, main), jnp.arange(length), unroll=unroll
+            )
+            return (streams, controls, main, written(of_kept, kv, context)), None
+
+        carry = (
+            tuple(one.start for one in passes),
+            tuple(side.control for side in sides),
+            main,
+            of_kept,
+        )
+        for contexts, firsts, length in self.config.hint_groups:
+            places = jnp.asarray(contexts), jnp.asarray(firsts)
+            run = functools.partial(group, length=length)
+            carry, _ = jax.lax.scan(run, carry, places, unroll=max(1, self.unroll // length))
+        streams, _, main, of_kept = carry
+        return streams, main if of_kept is None else VACECache(main, of_kept)
+
+
+def _apart(cache: KVCache | VACECache | None) -> tuple[KVCache | None, KVCache | None]:
+    """The main blocks' cache and the context blocks', if there are any."""
+    return (cache.main, cache.context) if isinstance(cache, VACECache) else (cache, None)
 
 
 def wan_transformer(
