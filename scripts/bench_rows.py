@@ -265,7 +265,7 @@ def first_step(warm: bool) -> Run:
 ROWS = [
     Row(
         f"a block of 1.3B, {tokens:,} tokens, batch 2 / Diffusers",
-        0.75,
+        None,
         functools.partial(passes, tokens, 1),
         functools.partial(peers_passes, tokens, 1),
         memory=1.1 if tokens == 8000 else None,
@@ -309,6 +309,12 @@ ROWS += [
             functools.partial(loop, "cfg", False, tokens=tokens),
         )
         for tokens in (1950, 195)
+    ),
+    Row(
+        "fast, a fifth edited, 1,950 tokens, VACE / cfg",
+        0.37,
+        functools.partial(loop, "fast", True, tokens=1950),
+        functools.partial(loop, "cfg", True, tokens=1950),
     ),
     Row(
         "hard_lock, a fifth edited, 195 tokens, 4 prompts of one source, each / cfg",

@@ -22,6 +22,7 @@ TABLE = {
     "kvlock": (0, [0.1, 0.25], [0.5, 1.25], 0.8),
     "kvlock_anchor": (1, [0.1, 0.25], [1.0, 1.25], 0.8),
     "hard_lock": (1, [1, 1], [5, 5], 1),
+    "fast": (1, [1, 1], [5, 5], 1),
     "fixed_half": (0, [0.5, 0.5], [0.5, 1.25], 0.8),
     "kv_only": (0, [0.1, 0.25], [5, 5], 1),
     "omega_only": (0, [0, 0], [0.5, 1.25], 1),
@@ -33,7 +34,8 @@ TABLE = {
     "apg": (0, [0, 0], [5, 5], 1),
     "proedit": (0, [0, 0], [5, 5], 1),
 }
-LOCKED = {"kvlock", "kvlock_anchor", "hard_lock", "fixed_half", "kv_only", "global_detection"}
+PINNED = {"kvlock_anchor", "hard_lock", "fast"}
+LOCKED = PINNED | {"kvlock", "fixed_half", "kv_only", "global_detection"}
 
 
 def test_every_preset_is_listed_and_described():
@@ -54,8 +56,7 @@ def test_presets_do_what_the_table_says(name):
     np.testing.assert_allclose(guidance_scale(sigma2, yes, yes, traced), omegas, rtol=1e-6)
     np.testing.assert_allclose(uncond_scale(jnp.asarray([0.8]), traced), [s])
 
-    pinned = name in ("kvlock_anchor", "hard_lock")
-    assert lock.background == ("source" if pinned else "model")
+    assert lock.background == ("source" if name in PINNED else "model")
     assert lock.detection == ("global" if name == "global_detection" else "local")
     assert lock.zero_init_steps == (2 if name == "cfg_zero_star" else 0)
     assert lock.guidance == ("apg" if name == "apg" else "cfg")
@@ -66,7 +67,7 @@ def test_presets_do_what_the_table_says(name):
 def test_source_passes_of_a_run_of_fifty_steps(name):
     traced = knobs(preset(name, OMEGA_0), OMEGA_0)
     passes = source_needed(in_window(50, traced.kappa), traced).sum()
-    counts = {"kvlock_anchor": 50, "hard_lock": 50, "proedit": 17}
+    counts = dict.fromkeys(PINNED, 50) | {"proedit": 17}
     assert passes == counts.get(name, 20 if name in LOCKED else 0)
 
 
