@@ -28,7 +28,7 @@ def rows() -> list[Row]:
     found = [Row(m, *size, s) for s in TOPOLOGIES for size in sizes for m in MODELS]
     found += [Row(m, 480, 832, 213, s) for s in TOPOLOGIES for m in MODELS if "1.3B" in m]
     found += [Row(m, 480, 832, 81, "v6e-8", batch=4, mesh=(4, 2, 1)) for m in MODELS if "1.3B" in m]
-    found += [Row(m, 720, 1280, 81, "v6e-8", ring=True) for m in MODELS if "14B" in m]
+    found += [Row(m, 720, 1280, 81, "v6e-8", gathered=True) for m in MODELS if "14B" in m]
     small = Row("T2V 1.3B", 480, 832, 81, "v6e-8")
     return [
         *found,
@@ -39,7 +39,7 @@ def rows() -> list[Row]:
 
 def key(row: Row, program: str) -> str:
     """The name of a program's file; rows share programs that do not depend on the transformer."""
-    same = {"model": "any", "ring": False, "cache": "fused", "preset": ""}
+    same = {"model": "any", "gathered": False, "cache": "fused", "preset": ""}
     if program == "text":
         same |= {"height": 0, "width": 0, "frames": 0}
     shared = row if program == "loop" else dataclasses.replace(row, **same)
@@ -222,7 +222,8 @@ def table(head: str, lines: list[list[str]]) -> str:
 def described(row: Row) -> tuple[str, ...]:
     """The first columns of a row."""
     mesh = "data {}, frames {}, model {}".format(*row.mesh) if row.mesh else "all on frames"
-    more = (f", {row.batch} edits" if row.batch > 1 else "") + (", ring" if row.ring else "")
+    more = f", {row.batch} edits" if row.batch > 1 else ""
+    more += ", gathered" if row.gathered else ""
     more += f", {row.preset}" if row.preset else ", carried" * (row.cache == "carried")
     return row.model + more, f"{row.height}x{row.width}x{row.frames}", row.slice, mesh
 

@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts"))
 import hlo
 import tpu_costs
+import tpu_kernels
 
 TEXT = (pathlib.Path(__file__).parent / "data" / "step.hlo").read_text()
 CASE = tpu_costs.Case("T2V 1.3B", 480, 832, "v6e-8", "full")
@@ -41,7 +42,7 @@ def test_a_step_adds_up(tmp_path):
 
 def test_bundles_of_the_largest_region():
     lines = ["0x0 LB: > {}", "0x10 End region 0", "0x11 PB: {}", "0x91 End region 1", "0xa0 {}"]
-    assert tpu_costs.largest_region("\n".join(lines)) == 0x81
+    assert tpu_kernels.largest_region("\n".join(lines)) == 0x81
 
 
 def test_a_section_is_replaced_where_it_stands():

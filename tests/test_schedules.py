@@ -187,7 +187,8 @@ def test_knobs_carry_every_traced_setting():
     assert traced.guidance_scale == 7
     for field in dataclasses.fields(LockConfig):
         # Shapes, other programs, and two words that are switches here.
-        untraced = "window guidance pool_seeds cache skip_background background detection"
+        untraced = "window guidance pool_seeds cache lock_contexts skip_background skip_guidance "
+        untraced += "background detection"
         if field.name in untraced.split():
             continue
         value = getattr(traced, field.name)

@@ -267,7 +267,8 @@ def test_collectives_are_the_expected_ones(shape):
         ("all-reduce", (edits,))
     )  # sigma2, s*, and whether all is finite: one number an edit
     assert set(found) <= expected
-    assert found["all-gather", (2 * edits, length, heads, SIZE)] == 4  # K, V; main, context blocks
+    # K, V; main, context blocks; two groups of layers
+    assert found["all-gather", (2 * edits, length, heads, SIZE)] == 8
     # neither latents nor a cache of all layers
     gathered_sizes = [np.prod(s) for kind, s in found if kind == "all-gather"]
     assert max(gathered_sizes) <= 2 * edits * length * heads * SIZE

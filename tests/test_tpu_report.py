@@ -28,7 +28,7 @@ report.VAE = VAEConfig(base_dim=8, num_res_blocks=1)
 report.STEPS = 4
 ROWS = {
     "text": report.Row("T2V", 128, 256, 9, "v5e-8"),
-    "loop": report.Row("T2V", 128, 256, 9, "v5e-8", ring=True, cache="carried"),
+    "loop": report.Row("T2V", 128, 256, 9, "v5e-8", gathered=True, cache="carried"),
     "spread loop": report.Row("VACE", 128, 256, 9, "v6e-8", batch=2, mesh=(2, 2, 2)),
     "decode": report.Row("T2V", 128, 256, 9, "v5e-8"),
 }
@@ -42,7 +42,7 @@ for name in sys.argv[2:]:
     with report.jax.set_mesh(mesh):
         facts = report.measure(report.PROGRAMS[program](mesh, row))
     facts["cache"] = cache // mesh.shape["model"]
-    print("FOUND", json.dumps([row.model, row.ring, program, facts]), flush=True)
+    print("FOUND", json.dumps([row.model, row.gathered, program, facts]), flush=True)
 """
 
 
@@ -59,13 +59,13 @@ def test_the_tpu_compiler_takes_what_is_run(names):
     lines = [line.split(" ", 1)[1] for line in ran.stdout.splitlines() if line[:5] == "FOUND"]
     found = [json.loads(line) for line in lines]
     assert len(found) == len(names)
-    for model, ring, program, facts in found:
+    for model, gathered, program, facts in found:
         assert not facts["refused"] and facts["temporaries"] > 0, (model, program)
         if program != "loop":
             continue
         assert facts["cache"] < facts["temporaries"], model
         counted = facts["collectives"]
-        assert counted["collective-permute" if ring else "all-gather"][0] > 0
+        assert counted["all-gather" if gathered else "collective-permute"][0] > 0
 
 
 @pytest.fixture

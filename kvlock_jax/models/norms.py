@@ -42,6 +42,7 @@ def modulated(
       eps: the norm's epsilon, added to the variance.
       dtype: dtype of the result.
     """
+    factor, shift = factor.astype(jnp.float32), shift.astype(jnp.float32)
     specs = ("BLD", "BD" if len(factor) == len(x) else "-D", "BD" if len(shift) == len(x) else "-D")
     run = _Choice(_modulated, modulated_kernel, specs, eps, dtype)
     return run(x, factor, shift) if x.shape[-1] % _LANES == 0 else run.plain(x, factor, shift)
@@ -57,7 +58,7 @@ def rotated(x: Wide, scale: Float[Array, "D"], rope: Rope, *, eps: float, dtype:
       eps: the norm's epsilon, added to the mean square.
       dtype: dtype of the result.
     """
-    table = "BLK" if rope[0].ndim == 3 else "LK"
+    scale, table = scale.astype(jnp.float32), "BLK" if rope[0].ndim == 3 else "LK"
     run = _Choice(_rotated, rotated_kernel, ("BLN", "N", table, table), eps, dtype)
     whole = 2 * rope[0].shape[-1] % _LANES == 0 and sharding.shards("N") == 1
     return run(x, scale, *rope) if whole else run.plain(x, scale, *rope)

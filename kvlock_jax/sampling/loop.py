@@ -167,12 +167,13 @@ def begin(
     texts = Texts(model.condition(edits.prompts, edits.grid), sources)
 
     latents = latents.astype(jnp.float32)
+    asked = {"contexts": True} if program.contexts else {}
     state = SampleState(
         latents=latents,
         solver=solvers.init(latents),
         window=X0Window.zeros(program.window, latents.shape),
         sigma2=jnp.zeros((latents.shape[0],), jnp.float32),
-        cache=_empty_cache(model, edits, program) if program.carried else None,
+        cache=model.empty_cache(edits.source, **asked) if program.carried else None,
         momentum=jnp.zeros_like(latents) if program.guidance == "apg" else None,
     )
     return texts, sharding.everywhere(steps), state.laid_out()
@@ -320,13 +321,12 @@ class _Step:
             velocity = self._velocity(latents, inputs, cache, ratios, kind, branches=1)
             return jnp.repeat(velocity, 2, axis=0)
 
+        velocity = both
         if self.program.skips:
             alone = lock.unguided(omega)
-            velocity = jax.lax.cond(alone, conditional, both)
+            velocity = functools.partial(jax.lax.cond, alone, conditional, both)
             omega = jnp.where(alone, 1.0, omega)
-        else:
-            velocity = both()
-        branches = velocity.reshape(-1, 2, *latents.shape[1:])
+        branches = velocity().reshape(-1, 2, *latents.shape[1:])
         return branches[:, 0], branches[:, 1], omega
 
     def _velocity(
@@ -341,9 +341,7 @@ class _Step:
         """The velocity of each edit's first `branches`, from one pass over them."""
         edits, tokens, (alpha, beta) = self.edits, self.edits.own, ratios
         z = jnp.stack([latents] * branches, axis=1).reshape(-1, *latents.shape[1:])
-        texts = self.texts.edits
-        if branches == 1:
-            texts = self.model.conditional(texts)
+        texts = self.texts.edits if branches == 2 else self.model.conditional(self.texts.edits)
         args = (z, _rows(inputs.time, z), texts)
         if self.program.locked and cache is None:
             source = self._noised_source(inputs.solver.sigma)
@@ -394,12 +392,6 @@ class _Step:
             bounds = (self.knobs.apg_eta, self.knobs.apg_norm, self.knobs.apg_momentum)
             return lock.apg(v_cond, v_uncond, omega, momentum, *bounds)
         return lock.guide(v_cond, v_uncond, omega, scale), momentum
-
-
-def _empty_cache(model: Denoiser, edits: Edits, program: Program) -> Any:
-    """The cache that the first step starts from."""
-    asked = {"contexts": True} if program.contexts else {}
-    return model.empty_cache(edits.source, **asked)
 
 
 def _rows(time: Any, latents: Patches) -> Any:

@@ -99,7 +99,8 @@ class Attention(nnx.Module):
         The queries are scaled.
         """
         q, k, v = together((self.to_q, self.to_k, self.to_v), x)
-        scales = self.norm_q.scale[...] * self._logit_scale, self.norm_k.scale[...]
+        scales = self.norm_q.scale[...], self.norm_k.scale[...]
+        scales = scales[0].astype(jnp.float32) * self._logit_scale, scales[1]
         q, k = (
             rotated(x, scale, rope, eps=self.norm_q.epsilon, dtype=self.dtype)
             for x, scale in zip((q, k), scales, strict=True)

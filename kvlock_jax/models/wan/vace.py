@@ -77,7 +77,7 @@ class VACEBlock(Block):
         modulation: Modulation,
         text: KVCache,
         positions: Positions,
-        lock: Lock | None,
+        lock: Lock | None = None,
     ) -> tuple[Tokens, Tokens, KVCache]:
         """The unscaled hint for the main stream, and what the block itself returns."""
         control, kv = self(control, modulation, text, positions, lock)
