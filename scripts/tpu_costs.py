@@ -18,6 +18,7 @@ import gzip
 import json
 import pathlib
 import re
+import tempfile
 
 import hlo
 from tpu_kernels import CLOCKS, bundles, kernel_cycles
@@ -83,9 +84,13 @@ def compiled(case: Case, runs: pathlib.Path) -> tuple[str, dict]:
         mesh = tpu_programs.mesh_of(row)
         with jax.set_mesh(mesh):
             lowered = tpu_programs.loop(mesh, row, tpu_programs.spreads(row), case.kind, FOREGROUND)
-            program = lowered.compile()
-        with gzip.open(text, "wt") as file:
-            file.write(program.as_text())
+            with tempfile.TemporaryDirectory() as folder:
+                # dumped, since jaxlib cannot read all that a newer libtpu writes
+                dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+                program = lowered.compile(compiler_options=dump)
+                (dumped,) = pathlib.Path(folder).glob("*.after_codegen.txt")
+                with gzip.open(text, "wt") as file:
+                    file.write(dumped.read_text())
         size = program.memory_analysis().temp_size_in_bytes
         facts.write_text(json.dumps({"temporaries": size}))
     with gzip.open(text, "rt") as file:

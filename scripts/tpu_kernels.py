@@ -28,7 +28,7 @@ def bundles(kernel: str, chip: str, sizes: tuple[int, ...], runs: pathlib.Path) 
         with tempfile.TemporaryDirectory() as folder:
             flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=false"
             flags += " --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
-            env = dict(os.environ, LIBTPU_INIT_ARGS=flags)
+            env = dict(os.environ, LIBTPU_INIT_ARGS=flags, ALLOW_MULTIPLE_LIBTPU_LOAD="1")
             command = [sys.executable, __file__, kernel, chip, *map(str, sizes)]
             ran = subprocess.run(command, env=env, capture_output=True, text=True)
             if ran.returncode:
