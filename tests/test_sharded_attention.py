@@ -86,8 +86,8 @@ def test_equals_one_device(shape, function, keys):
         assert sent(run) == {}
     elif function is gathered:  # keys and values, whole along frames
         assert sent(run) == {"all-gather": [rows, rows]}
-    else:  # a block of keys and one of values: before the loop of turns, and in each of its pairs
-        turns = 1 if frames == 2 else 1 + 2
+    else:  # a block of keys and one of values: before the loop of turns, and in its body
+        turns = 1 if frames == 2 else 2
         assert sent(run) == {"collective-permute": [rows // frames] * 2 * turns}
 
 
