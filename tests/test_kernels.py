@@ -155,14 +155,14 @@ def test_flash_goes_on_from_a_state():
     q, k, v = qkv(2, 20, 90, 2, 16)
     q, rows = 3 * q, flash.Rows.of(3 * q, interpret=True)
     k, v = k.at[:, 70:].mul(10), v.at[:, 70:].set(1e4)
-    parts = [
-        (flash.side_by_side(k[:, a:b]), flash.side_by_side(v[:, a:b]))
-        for a, b in ((0, 30), (30, 60), (60, 90), (60, 90))
-    ]
-    state = None
-    for part, keys in zip(parts, (None, 30, jnp.int32(0), None), strict=False):
-        state = rows.more(*part, keys, state) if keys is not None or state is None else state
-    found = rows.attend(*parts[-1], jnp.int32(10), state)
+    first, second, third = (
+        (flash.side_by_side(k[:, a : a + 30]), flash.side_by_side(v[:, a : a + 30]))
+        for a in (0, 30, 60)
+    )
+    state = rows.more(*first)
+    state = rows.more(*second, 30, state)
+    state = rows.more(*third, jnp.int32(0), state)  # padding alone changes nothing
+    found = rows.attend(*third, jnp.int32(10), state)
     np.testing.assert_allclose(found, softmax(q, k, v, 70)[0], rtol=0, atol=1e-5)
 
 

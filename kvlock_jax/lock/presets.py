@@ -31,6 +31,10 @@ def preset(name: str, guidance_scale: float) -> LockConfig:
     keeps omega at 1 or more, so that the prompt never fades. (The ceiling of 2 comes first: an
     omega_0 under 1/2 stays under 1.)
 
+    `fast` is `hard_lock` with the source's pass in every fifth step, and VACE's context blocks
+    locked too: on the demo model equal to it within noise, and at every tenth step still
+    (`scripts/eval_demo.py`).
+
     `cfg_zero_star` starts with 2 steps of zero velocity, its authors' choice for Wan at 50 steps;
     for few steps set `zero_init_steps` lower. `apg` takes eta 0 from its paper, and norm 55 and
     momentum -0.75 from the public code that guides Wan 2.1 by it at 480x832 and 81 frames

@@ -199,10 +199,7 @@ class WanVACETransformer(WanTransformer):
     ) -> tuple[Streams, Any]:
         graph, params = nnx.split(self.vace_blocks)
         sides = [one.beside for one in passes]
-        of_context, of_kept = (
-            c.context if isinstance(c, VACECache) else None for c in (cache, kept)
-        )
-        cache, main = (c.main if isinstance(c, VACECache) else c for c in (cache, kept))
+        (cache, of_context), (main, of_kept) = map(_apart, (cache, kept))
 
         def hinted(controls: Streams, index: Array) -> tuple[Streams, Streams, KVCache]:
             """A context block over every pass: hints, control tokens, the last keys and values."""
