@@ -191,6 +191,13 @@ def networks(mesh: Mesh):
     return abstract(mesh, VAE, jnp.float32, False)
 
 
+def encoder(mesh: Mesh, row: Row):
+    """The lowered encoder of the VAE, of a clip of uint8 levels."""
+    w = row.workload
+    video = array(mesh, (row.batch, w.frames, w.height, w.width, 3), "b T H W C", jnp.uint8)
+    return autoencoder.encode.lower(networks(mesh), video)
+
+
 def decoder(mesh: Mesh, row: Row):
     """The lowered decoder of the VAE."""
     latents = array(mesh, (row.batch, *row.workload.latent_shape, VAE.z_dim), "b T H W C")
@@ -264,5 +271,6 @@ def held(mesh: Mesh, spread: bool, config: WanConfig) -> dict[str, int]:
 PROGRAMS = {
     "loop": lambda mesh, row: loop(mesh, row, spreads(row)),
     "text": text_encoder,
+    "encode": encoder,
     "decode": decoder,
 }

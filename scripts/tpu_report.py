@@ -92,9 +92,9 @@ includes both. `fused / carried` is the ratio of the memory that each adds.
 
 ## The other programs
 
-Temporaries of the text encoder over an edit's three texts and of the VAE's decoder, and the
-seconds that each program took to compile, on two cores that had other work at times. `-` marks a
-program that was not compiled.
+Temporaries of the text encoder over an edit's three texts and of the VAE's encoder and decoder, and
+the seconds that each program took to compile, on two cores that had other work at times. `-` marks
+a program that was not compiled.
 
 {others}
 
@@ -156,7 +156,7 @@ def page(found: list[tuple[Row, dict]]) -> str:
                 "yes" if totals[worst] <= chip.memory and not loop["refused"] else "**no**",
             ]
         )
-        rest = [programs[name] for name in ("text", "decode")]
+        rest = [programs[name] for name in ("text", "encode", "decode")]
         others.append(
             [
                 *about,
@@ -191,7 +191,9 @@ def page(found: list[tuple[Row, dict]]) -> str:
         ),
         lock_case=about,
         lock=table("loop | temporaries, GB | over plain, GB | fused / carried", added),
-        others=table(f"{what} | text | decode | loop, s | text, s | decode, s", others),
+        others=table(
+            f"{what} | text | encode | decode | loop, s | text, s | encode, s | decode, s", others
+        ),
         collectives=table(f"{what} | collectives", kinds),
         roofline=table(
             f"{what} | compute, s | memory, s | interconnect, s | step, s | {STEPS} steps, s | "

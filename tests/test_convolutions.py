@@ -1,5 +1,6 @@
 """Each form of the VAE's convolutions on CPU is the convolution that other backends run."""
 
+import contextlib
 import re
 
 import fresh
@@ -12,6 +13,8 @@ from flax import nnx
 from kvlock_jax.models.vae import convolutions
 from kvlock_jax.models.vae.chunks import over_chunks
 from kvlock_jax.models.vae.convolutions import CausalConv3d, DoublingConv2d, HalvingConv2d
+from kvlock_jax.parallel import sharding
+from kvlock_jax.parallel.mesh import make_mesh
 
 
 def features(*shape):
@@ -36,6 +39,22 @@ def test_frames_on_cpu_are_the_whole_convolution(c_in, size, time_stride, frames
     layer = fresh_layer(CausalConv3d, c_in, 5, size, time_stride)
     x, kernel = features(2, frames + 2, 6, 9, c_in), layer.kernel[...]
     same(jax.jit(layer._by_frames)(x, kernel), layer._whole(x, kernel))
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 4, 1), (1, 4, 2), (2, 2, 1)])
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [(CausalConv3d, (size, time_stride)) for size in (1, 3) for time_stride in (1, 2)]
+    + [(HalvingConv2d, ()), (DoublingConv2d, ())],
+)
+def test_a_loop_over_taps_is_the_whole_convolution(kind, sizes, mesh):
+    layer = fresh_layer(kind, 3, 5, *sizes)
+    # columns divide by 2, rows by 4 and nothing by 8 before halving
+    x, kernel = features(2, 5, 8, 12 if mesh == (2, 2, 1) else 6, 3), layer.kernel[...]
+    where = jax.set_mesh(make_mesh(*mesh)) if mesh else contextlib.nullcontext()
+    with where:
+        found = jax.jit(lambda x, k: sharding.everywhere(layer._by_taps(x, k)))(x, kernel)
+    same(found, layer._whole(x, kernel))
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])
@@ -110,7 +129,7 @@ def test_a_cpu_convolves_no_more_than_a_frame(c_in):
     x = features(2, 7, 6, 9, c_in)
     by_platform = {
         platform: jax.jit(layer.valid).trace(x).lower(lowering_platforms=(platform,)).as_text()
-        for platform in ("cpu", "tpu")
+        for platform in ("cpu", "cuda")
     }
     found = {platform: "[b, 0, 1, 2, f]" in text for platform, text in by_platform.items()}
-    assert found == {"cpu": False, "tpu": True}
+    assert found == {"cpu": False, "cuda": True}

@@ -82,19 +82,24 @@ def everywhere(tree: _T) -> _T:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
-def spread_space(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
-    """Lays frames on the ambient mesh by columns or rows, over all but the `data` axis.
+def space(shape: tuple[int, ...]) -> PartitionSpec | None:
+    """The spec of frames, `"B T H W C"`, over all devices but the `data` axis'; none off a mesh.
 
     By columns where they divide, else by rows, else every device has them all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return x
+        return None
     wanted = (PartitionSpec("data", None, *axes) for axes in ((None, SPACE), (SPACE, None)))
     ways = mesh.shape["frames"] * mesh.shape["model"]
-    fitting = (s for s, n in zip(wanted, (x.shape[3], x.shape[2]), strict=True) if n % ways == 0)
-    spec = next(fitting, PartitionSpec("data"))
-    return jax.lax.with_sharding_constraint(x, dividing(spec, x.shape, mesh))
+    fitting = (s for s, n in zip(wanted, (shape[3], shape[2]), strict=True) if n % ways == 0)
+    return dividing(next(fitting, PartitionSpec("data")), shape, mesh)
+
+
+def spread_space(x: Float[Array, "B T H W C"]) -> Float[Array, "B T H W C"]:
+    """Lays frames on the ambient mesh as `space` says."""
+    spec = space(x.shape)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
 def dividing(

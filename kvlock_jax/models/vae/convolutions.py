@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kvlock_jax.models.precision import precision_for
-from kvlock_jax.models.vae import filtering
+from kvlock_jax.models.vae import filtering, taps
 from kvlock_jax.parallel import sharding
 
 Feature = Float[Array, "B _T _H _W _C"]
@@ -49,6 +49,11 @@ def _same(x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
     return _conv2d(x, kernel, 1, "SAME")
 
 
+def _one_plane(x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+    """`_same` as a loop over its taps."""
+    return taps.convolve(x, kernel[None])
+
+
 def _padded(x: Feature) -> Feature:
     """Pads a row or column of zeros on every side."""
     return jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
@@ -84,9 +89,9 @@ def _matmul(x: Feature, kernel: Float[Array, "I O"]) -> Feature:
     return jnp.matmul(x, kernel, precision=precision_for(x.dtype))
 
 
-def _product_of_rows(x: Feature, taps: Float[Array, "h I O"], form: filtering.Filter) -> Feature:
+def _product_of_rows(x: Feature, kernel: Float[Array, "h I O"], form: filtering.Filter) -> Feature:
     each = filtering.stacked
-    return filtering.convolve(x, taps, _matmul, form, axis=2, each=each)
+    return filtering.convolve(x, kernel, _matmul, form, axis=2, each=each)
 
 
 def _doubled(x: Feature) -> Feature:
@@ -115,6 +120,13 @@ class HalvingConv2d(_Conv2d):
     """A 3x3 convolution of every frame to half as many rows and columns."""
 
     def _convolve(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+        forms = {"tpu": self._by_taps, "default": self._whole}
+        return jax.lax.platform_dependent(x, kernel, **forms)
+
+    def _by_taps(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+        return taps.convolve(taps.cells_of_four(x), taps.halved(kernel))
+
+    def _whole(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
         return _conv2d(x, kernel, 2, ((0, 1), (0, 1)))
 
 
@@ -125,7 +137,7 @@ class DoublingConv2d(_Conv2d):
     """
 
     def _convolve(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
-        forms = {"cpu": self._filtered, "default": self._whole}
+        forms = {"cpu": self._filtered, "tpu": self._by_taps, "default": self._whole}
         return jax.lax.platform_dependent(x, kernel, **forms)
 
     def _filtered(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
@@ -134,6 +146,9 @@ class DoublingConv2d(_Conv2d):
         form, each = filtering.DOUBLED, filtering.looped
         rows = functools.partial(_product_of_rows, form=form)
         return filtering.convolve(_padded(x), kernel.swapaxes(0, 1), rows, form, axis=3, each=each)
+
+    def _by_taps(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
+        return taps.fours(taps.convolve(x, taps.doubled(kernel)))
 
     def _whole(self, x: Feature, kernel: Float[Array, "h w I O"]) -> Feature:
         return _same(_doubled(x), kernel)
@@ -144,8 +159,8 @@ class CausalConv3d(nnx.Module):
 
     On CPU its taps in time are filtered, so that products are 2-D convolutions of frames. A single
     frame is the sum of three of them, or with few channels one convolution of three frames'
-    channels. Other backends run one convolution: several would each exchange the edges of frames
-    between chips.
+    channels. A TPU loops over all taps (`taps`). Other backends run one convolution: several would
+    each exchange the edges of frames between chips.
     """
 
     def __init__(self, c_in: int, c_out: int, size: int = 3, time_stride: int = 1, *, rngs):
@@ -157,7 +172,7 @@ class CausalConv3d(nnx.Module):
     def valid(self, x: Feature) -> Feature:
         """Convolves without padding in time, which drops two frames."""
         kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
-        forms = {"cpu": self._by_frames, "default": self._whole}
+        forms = {"cpu": self._by_frames, "tpu": self._by_taps, "default": self._whole}
         return jax.lax.platform_dependent(x, kernel, **forms) + bias
 
     def _by_frames(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
@@ -168,15 +183,19 @@ class CausalConv3d(nnx.Module):
         if not plain and x.dtype == jnp.float32:
             form = filtering.TWO if len(starts) == 2 else filtering.FOUR
             return filtering.convolve(x, kernel, _planes, form, axis=1, each=_each(x, kernel))
-        frames, taps = jnp.split(x, x.shape[1], axis=1), list(kernel)
+        frames, planes = jnp.split(x, x.shape[1], axis=1), list(kernel)
         if c_in <= _NARROW:
-            taps = [jnp.concatenate(taps, axis=-2)]
+            planes = [jnp.concatenate(planes, axis=-2)]
         y = []
         for first in starts:
             seen = frames[first : first + 3]
-            seen = [jnp.concatenate(seen, axis=-1)] if len(taps) == 1 else seen
-            y.append(sum(_planes(s, t) for s, t in zip(seen, taps, strict=True)))
+            seen = [jnp.concatenate(seen, axis=-1)] if len(planes) == 1 else seen
+            y.append(sum(_planes(s, p) for s, p in zip(seen, planes, strict=True)))
         return jnp.concatenate(y, axis=1)
+
+    def _by_taps(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
+        y = taps.convolve(x, kernel)
+        return y if self.time_stride == 1 else y[:, :: self.time_stride]
 
     def _whole(self, x: Feature, kernel: Float[Array, "t h w I O"]) -> Feature:
         beside = kernel.shape[1] // 2
@@ -194,7 +213,7 @@ class CausalConv3d(nnx.Module):
         whole = jnp.concatenate([past(x) if cache is None else cache, x], axis=1)
         if cache is None and x.shape[1] == 1:  # two of the three taps in time see zeros
             kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
-            forms = {"cpu": _planes, "default": _same}
+            forms = {"cpu": _planes, "tpu": _one_plane, "default": _same}
             y = jax.lax.platform_dependent(x, kernel[2], **forms) + bias
         else:
             y = self.valid(whole)
