@@ -259,12 +259,8 @@ class _Step:
         cache = state.cache
         if self.program.carried:
             # A loop of one turn or none updates the cache in place; `cond` would hold two of them.
-            cache = jax.lax.fori_loop(
-                0,
-                inputs.refresh.astype(jnp.int32),
-                lambda _, cache: self._source_pass(inputs, cache),
-                cache,
-            )
+            turns, run = inputs.refresh.astype(jnp.int32), self._source_pass
+            cache = jax.lax.fori_loop(0, turns, lambda *turn: run(inputs, *turn), cache)
         v_cond, v_uncond, omega = self._branches(state.latents, inputs, cache, (alpha, beta), omega)
         region = lock.projection_region(foreground, knobs)
         scale = lock.uncond_scale(lock.projection_scale(v_cond, v_uncond, region), knobs)
@@ -293,7 +289,9 @@ class _Step:
         mix = (1 - sigma) * edits.source.astype(wide) + sigma * edits.noise.astype(wide)
         return sharding.constrain(mix, "B L cells C")
 
-    def _source_pass(self, inputs: StepInputs, into: Any) -> Any:
+    def _source_pass(self, inputs: StepInputs, turn: Int[Array, ""], into: Any) -> Any:
+        # Without the turn XLA would move what needs no cache before the loop, where it always runs.
+        inputs, _ = jax.lax.optimization_barrier((inputs, turn))
         z = self._noised_source(inputs.solver.sigma)
         return self.model.keys_values(z, _rows(inputs.time, z), self.texts.sources, into=into)[1]
 
