@@ -313,8 +313,8 @@ ROWS += [
         for tokens in (1950, 195)
     ),
     Row(
-        "fast, a fifth edited, 1,950 tokens, VACE / cfg",
-        0.37,  # 10 steps are two turns of the cache
+        "fast, a fifth edited, 1,950 tokens, VACE, 10 steps / cfg",
+        0.37,
         functools.partial(loop, "fast", True, tokens=1950, steps=10),
         functools.partial(loop, "cfg", True, tokens=1950, steps=10),
     ),
