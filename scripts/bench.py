@@ -71,7 +71,8 @@ HEAD = """# Benchmarks
 
 Written by `python scripts/bench.py`; do not edit. Each section names its machine and the commits
 that were measured. Everything is float32 on a CPU, with {threads} threads on both sides; weights
-are random except the demo model's; a loop has {steps} steps where its row does not say another number.
+are random except the demo model's; a loop has {steps} steps, or as many as its
+row says.
 
 Ratios compare two programs that ran in turn: `median (least to most)` over the given number of
 rounds. Seconds are medians. They drift from row to row with the machine's clock, so read them as

@@ -210,9 +210,7 @@ def peers_pipeline() -> Run:
 # --- the lock -----------------------------------------------------------------------------------
 
 
-def loop(
-    preset: str, context: bool, count: int = 1, tokens: int = 195, steps: int = STEPS
-) -> Run:
+def loop(preset: str, context: bool, count: int = 1, tokens: int = 195, steps: int = STEPS) -> Run:
     """A whole sampling loop over edits of one source that edit a fifth of the tokens."""
     config = dataclasses.replace(WIDE, vace_layers=(0,)) if context else WIDE
     grid = Grid.of(GRIDS[tokens])

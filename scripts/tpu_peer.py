@@ -3,7 +3,7 @@
     python scripts/tpu_peer.py FOLDER [--runs runs/costs] [--page docs/tpu.md]
 
 FOLDER is a checkout of AI-Hypercomputer/maxdiffusion; its imports need `pip install einops
-tensorboardX qwix aqtp google-cloud-storage` beside the test dependencies. Both are Wan 2.1 1.3B at
+qwix aqtp` beside the test dependencies. Both are Wan 2.1 1.3B at
 480x832x81 on v6e-8 in bfloat16, conditional and unconditional branch at once, with weights whole on
 every chip: ours is all of a `plain` step but attention, theirs the scan over layers without its
 attention kernels, compiled with and without the flags that its README publishes. A difference of
@@ -12,8 +12,10 @@ attention kernels is not counted.
 
 import argparse
 import importlib.machinery
+import itertools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -44,7 +46,10 @@ xla_tpu_assign_all_reduce_scatter_layout=true
 refuses for v6e."""
 
 LAYERS, HEADS, HEAD, FEED_FORWARD = 30, 12, 128, 8960
-FRAMES, HEIGHT, WIDTH = 21, 60, 104
+GRIDS = {"32,760 tokens": (21, 60, 104), "32,768 tokens": (16, 64, 128)}
+"""Latent frames, rows and columns: the video's, which 8 chips do not divide evenly in 8s of tokens,
+and as many tokens as ours pads it to."""
+
 CHIP = "v6e"
 
 SECTION = "## Beside MaxDiffusion"
@@ -72,7 +77,8 @@ def stand_ins() -> None:
 
     old.shard_map = shard_map
     jax.experimental.shard_map = sys.modules["jax.experimental.shard_map"] = old
-    for name in ("torch", "torch.nn", "torch.utils", "torch.utils.data", "transformers"):
+    unused = "google google.cloud google.cloud.storage tensorboardX transformers torch torch.nn"
+    for name in f"{unused} torch.utils torch.utils.data".split():
         try:
             __import__(name)
         except ImportError:
@@ -82,7 +88,7 @@ def stand_ins() -> None:
             sys.modules[name] = module
 
 
-def compile_peer(folder: pathlib.Path, target: pathlib.Path) -> None:
+def compile_peer(folder: pathlib.Path, grid: tuple[int, ...], target: pathlib.Path) -> None:
     """Compiles MaxDiffusion's transformer, and writes the optimised program's text."""
     os.environ["TPU_ACCELERATOR_TYPE"] = "v6e-8"
     sys.path.insert(0, str(folder / "src"))
@@ -157,7 +163,7 @@ def compile_peer(folder: pathlib.Path, target: pathlib.Path) -> None:
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), rest),
         )
         text = jax.ShapeDtypeStruct((2, 512, 4096), jnp.bfloat16, sharding=whole)
-        latents = jax.ShapeDtypeStruct((2, 16, FRAMES, HEIGHT, WIDTH), jnp.bfloat16, sharding=whole)
+        latents = jax.ShapeDtypeStruct((2, 16, *grid), jnp.bfloat16, sharding=whole)
         timestep = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=whole)
         caches = jax.eval_shape(
             lambda *parts: nnx.merge(graph, *parts[:2]).compute_kv_cache(parts[2]),
@@ -204,25 +210,26 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path, help="checkout of MaxDiffusion")
     parser.add_argument("--runs", type=pathlib.Path, default=tpu_costs.ROOT / "runs" / "costs")
     parser.add_argument("--page", type=pathlib.Path, default=tpu_costs.ROOT / "docs" / "tpu.md")
-    parser.add_argument("--compile", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", nargs=2, metavar=("GRID", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compile:
-        return compile_peer(args.folder, args.compile)
+        grid, target = args.compile
+        return compile_peer(args.folder, GRIDS[grid], pathlib.Path(target))
     args.runs.mkdir(parents=True, exist_ok=True)
     case = tpu_costs.Case("T2V 1.3B", 480, 832, "v6e-8", "plain")
-    ours = sum(
-        tpu_costs.step(tpu_costs.compiled(case, args.runs)[0], case, args.runs).kinds.values()
-    )
-    lines = [f"| ours | {ours * 1e3:.1f} | |"]
-    for name, flags in (("MaxDiffusion", []), ("MaxDiffusion, its published flags", FLAGS)):
-        target = args.runs / f"maxdiffusion_{'flags' if flags else 'plain'}.txt"
+    spent = tpu_costs.step(tpu_costs.compiled(case, args.runs)[0], case, args.runs)
+    ours = sum(spent.kinds.values()) * 1e3
+    lines = [f"| ours | {ours:.1f} | |"]
+    for grid, flags in itertools.product(GRIDS, ([], FLAGS)):
+        name = f"MaxDiffusion, {grid}" + ", its published flags" * bool(flags)
+        target = args.runs / (re.sub("[^a-z0-9]+", "_", name.lower()) + ".txt")
         if not target.exists():
-            argv = [sys.executable, __file__, str(args.folder), "--compile", str(target)]
+            argv = [sys.executable, __file__, str(args.folder), "--compile", grid, str(target)]
             given = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
             given["LIBTPU_INIT_ARGS"] = " ".join(f"--{flag}" for flag in flags)
             subprocess.run(argv, env=os.environ | given, check=True)
         taken = between_attention(target.read_text())
-        lines.append(f"| {name} | {taken:.1f} | {ours * 1e3 / taken:.2f} |")
+        lines.append(f"| {name} | {taken:.1f} | {ours / taken:.2f} |")
     print("\n".join(lines))
     head = subprocess.run(
         ["git", "-C", str(args.folder), "rev-parse", "--short", "HEAD"],
