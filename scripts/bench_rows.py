@@ -210,7 +210,14 @@ def peers_pipeline() -> Run:
 # --- the lock -----------------------------------------------------------------------------------
 
 
-def loop(preset: str, context: bool, count: int = 1, tokens: int = 195, steps: int = STEPS) -> Run:
+def loop(
+    preset: str,
+    context: bool,
+    count: int = 1,
+    tokens: int = 195,
+    steps: int = STEPS,
+    branches: int = 2,
+) -> Run:
     """A whole sampling loop over edits of one source that edit a fifth of the tokens."""
     config = dataclasses.replace(WIDE, vace_layers=(0,)) if context else WIDE
     grid = Grid.of(GRIDS[tokens])
@@ -228,7 +235,7 @@ def loop(preset: str, context: bool, count: int = 1, tokens: int = 195, steps: i
     edits = Edits(source, noise, foreground, texts, source_texts, grid)
     settings = lock.preset(preset, 5.0)
     args = edits, solvers.unipc(steps, 5.0), lock.knobs(settings, 5.0)
-    program = Program.of(settings, bucket(int(own.sum()), grid))
+    program = Program.of(settings, bucket(int(own.sum()), grid), branches=branches)
 
     def run() -> None:
         start = jnp.array(edits.spread(edits.noise), copy=True)
@@ -315,6 +322,12 @@ ROWS += [
         0.37,
         functools.partial(loop, "fast", True, tokens=1950, steps=10),
         functools.partial(loop, "cfg", True, tokens=1950, steps=10),
+    ),
+    Row(
+        "guidance 1, 1,950 tokens, 10 steps / cfg",
+        0.55,
+        functools.partial(loop, "cfg", False, tokens=1950, steps=10, branches=1),
+        functools.partial(loop, "cfg", False, tokens=1950, steps=10),
     ),
     Row(
         "hard_lock, a fifth edited, 195 tokens, 4 prompts of one source, each / cfg",

@@ -53,10 +53,10 @@ def given(config, each=1, references=0) -> Edits:
     return Edits(source, noise, cells, texts, source_texts, GRID, references)
 
 
-def run(config, edits, settings, tokens=None):
-    program = Program.of(settings, tokens)
+def run(config, edits, settings, tokens=None, omega=OMEGA, branches=2):
+    program = Program.of(settings, tokens, branches=branches)
     start = jnp.array(edits.spread(edits.noise), copy=True)
-    table, knobs = solvers.unipc(STEPS, SHIFT), lock.knobs(settings, OMEGA)
+    table, knobs = solvers.unipc(STEPS, SHIFT), lock.knobs(settings, omega)
     return sample(network(config), start, edits, table, knobs, program=program)
 
 
@@ -144,6 +144,18 @@ def test_a_step_without_guidance_leaves_out_the_unconditional_branch(model, cach
     np.testing.assert_array_equal(omega, np.where(np.abs(omega - 1) <= 0.02, 1, omega))
     np.testing.assert_allclose(trace.guidance_scale, omega, rtol=0, atol=0.02)
     assert relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("model, name", [("t2v", "kvlock_anchor"), ("vace", "kvlock")])
+def test_without_guidance_every_step_computes_one_branch(model, name):
+    """At omega 1 both programs give the same; the lock's ratio follows the statistic in both."""
+    edits, settings = given(MODELS[model], 2), preset(name, adapt_guidance=False)
+    wanted, wanted_trace = run(MODELS[model], edits, settings, omega=1.0)
+    found, trace = run(MODELS[model], edits, preset(name), omega=1.0, branches=1)
+    assert relative(found, wanted) < 1e-6
+    assert (trace.guidance_scale == 1).all()
+    np.testing.assert_allclose(trace.fusion_ratio, wanted_trace.fusion_ratio, atol=1e-6)
+    assert len(np.unique(trace.fusion_ratio)) > 2
 
 
 def test_background_that_is_not_computed_is_the_sources():

@@ -33,6 +33,7 @@ def test_arithmetic_of_a_step():
     edit, one = costs.pass_flops(video(), 2).total, costs.pass_flops(video(), 1)
     source = one.total - one.head  # its velocity is not needed
     assert step(video(), 1, CFG).flops == edit
+    assert step(video(branches=1), 1, CFG).flops == one.total
     assert step(video(), 1, KVLOCK).flops == pytest.approx(edit + 0.4 * source)
     assert step(video(), 1, ANCHOR).flops == edit + source
     padded = costs.pass_flops(video(), 3, Layout.of(8, False, 32_760))

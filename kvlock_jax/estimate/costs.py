@@ -35,6 +35,7 @@ class Workload:
       height: height of each video in pixels, a multiple of the VAE's stride times the patch.
       width: width of each video, likewise.
       batch: number of edits `B`.
+      branches: guidance branches of each edit: 2, or 1 without guidance.
       references: reference pictures of a VACE edit, a latent frame each (METHOD.md section 11).
       text_tokens: number of text tokens `S`.
       dtype_bytes: bytes of a number in matrix products and in the cache, 2 for bfloat16.
@@ -50,6 +51,7 @@ class Workload:
     text_tokens: int = TEXT_TOKENS
     dtype_bytes: int = 2
     weight_bytes: float = 2.0
+    branches: int = 2
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "batch", "text_tokens", "dtype_bytes"):
@@ -238,10 +240,10 @@ class Activations:
 def activations(workload: Workload, layout: Layout, lock: LockConfig) -> Activations:
     """A device's memory in a step of the loop beside weights and cache, with all tokens computed.
 
-    Both guidance branches of `B` edits run as one pass of `R = 2 B` rows. The source's `B` rows run
-    before them in each block, or, with a carried cache, in a pass of their own. With `n` tokens on
-    each of `P` devices, `D` and `F` the widths and `a` bytes of the compute dtype, a block holds at
-    most the largest of
+    The guidance branches of `B` edits run as one pass of `R = 2 B` rows; without guidance `R = B`.
+    The source's `B` rows run before them in each block, or, with a carried cache, in a pass of
+    their own. With `n` tokens on each of `P` devices, `D` and `F` the widths and `a` bytes of the
+    compute dtype, a block holds at most the largest of
 
     - `R n D (a + 3 * 4)`: input, and queries, keys and values before their cast;
     - `R n D (3 a + 4) + 2 a R P n D`: all three, the result, and the keys and values of all
@@ -253,7 +255,11 @@ def activations(workload: Workload, layout: Layout, lock: LockConfig) -> Activat
     weights. Attention's logits stay on the chip.
     """
     config, number, edits = workload.config, workload.dtype_bytes, workload.batch
-    wide, rows, local = config.dim, 2 * workload.batch, layout.local(workload.tokens)
+    wide, rows, local = (
+        config.dim,
+        workload.branches * workload.batch,
+        layout.local(workload.tokens),
+    )
     tokens, contexts = rows * local, len(config.vace_layers)
     text = (config.num_layers + contexts) * (rows + edits) * workload.text_tokens * wide
     gathered = 2 * number * layout.devices * wide if layout.devices > 1 else 0

@@ -81,6 +81,7 @@ def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
         batch=settings.lock.pool_seeds,
         dtype_bytes=plan.dtype_bytes,
         weight_bytes=stored.size / stored.parameters,
+        branches=settings.sample.branches,
     )
     frames, height, width = plan.video.model_shape
     tokens = f"{workload.tokens:,} tokens of {frames} frames of {width}x{height}"

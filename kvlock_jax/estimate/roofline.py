@@ -100,9 +100,9 @@ def step_cost(
       computed: share of the tokens that the main blocks of the edit's pass compute.
       passes_of_its_own: whether the source's pass reads the weights for itself.
     """
-    edits = costs.pass_flops(workload, 2 * workload.batch, layout, computed)
+    edit_rows, source_rows = workload.branches * workload.batch, sources * workload.batch
+    edits = costs.pass_flops(workload, edit_rows, layout, computed)
     source = costs.pass_flops(workload, workload.batch, layout)
-    edit_rows, source_rows = 2 * workload.batch, sources * workload.batch
     flops = edits.total + sources * (source.total - source.head)
     # Half of attention; context blocks have a share of their own.
     logits = (edits.self_attention + edits.cross_attention) / 2

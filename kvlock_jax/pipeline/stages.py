@@ -137,7 +137,7 @@ class Loop:
         else:
             start = run(_start, edits)
         args = (network, start, edits, table, knobs)
-        return cls(args, Program.of(settings.lock, computed), by_step)
+        return cls(args, Program.of(settings.lock, computed, branches=sample.branches), by_step)
 
     def begun(self, run: Call) -> tuple:
         """The arguments of `loop.stepwise`."""

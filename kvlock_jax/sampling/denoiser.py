@@ -20,7 +20,8 @@ class Denoiser(Protocol):
     def conditional(self, conditioning: Any) -> Any:
         """The conditioning of the edits' conditional branches, the first of every two rows.
 
-        Called where `LockConfig.skip_guidance` lets steps do without the others.
+        Called where steps do without the others: all of them where there is no guidance, some with
+        `LockConfig.skip_guidance`.
         """
 
     def times(self, timestep: Float[Array, "*rows"]) -> Any:

@@ -115,7 +115,7 @@ class Texts:
     """The model's conditioning of both branches, computed once for all steps.
 
     Attributes:
-      edits: conditioning of the edits.
+      edits: conditioning of the edits' branches that the program's passes compute.
       sources: conditioning of the source branch; `None` where no step runs it.
     """
 
@@ -164,7 +164,8 @@ def begin(
     refresh = lock.refreshed(needed, knobs.cache_every)
     times = model.times(table.timestep)
     steps = StepInputs(number, table, times, scheduled, injected, needed, refresh)
-    texts = Texts(model.condition(edits.prompts, edits.grid), sources)
+    texts = model.condition(edits.prompts, edits.grid)
+    texts = Texts(texts if program.branches == 2 else model.conditional(texts), sources)
 
     latents = latents.astype(jnp.float32)
     asked = {"contexts": True} if program.contexts else {}
@@ -309,18 +310,17 @@ class _Step:
         the unconditional branch, the conditional velocity takes its place, and omega is 1.
         """
         kind = self._kind(ratios, inputs.needed)
-
-        def both() -> Float[Array, "rows L cells C"]:
-            """A pass over both branches."""
-            return self._velocity(latents, inputs, cache, ratios, kind, branches=2)
+        over = functools.partial(self._velocity, latents, inputs, cache, ratios, kind)
+        both = functools.partial(over, branches=2)
 
         def conditional() -> Float[Array, "rows L cells C"]:
             """A pass over the conditional branch, which stands for both."""
-            velocity = self._velocity(latents, inputs, cache, ratios, kind, branches=1)
-            return jnp.repeat(velocity, 2, axis=0)
+            return jnp.repeat(over(branches=1), 2, axis=0)
 
         velocity = both
-        if self.program.skips:
+        if self.program.branches == 1:
+            velocity, omega = conditional, jnp.ones_like(omega)
+        elif self.program.skips:
             alone = lock.unguided(omega)
             velocity = functools.partial(jax.lax.cond, alone, conditional, both)
             omega = jnp.where(alone, 1.0, omega)
@@ -339,7 +339,9 @@ class _Step:
         """The velocity of each edit's first `branches`, from one pass over them."""
         edits, tokens, (alpha, beta) = self.edits, self.edits.own, ratios
         z = jnp.stack([latents] * branches, axis=1).reshape(-1, *latents.shape[1:])
-        texts = self.texts.edits if branches == 2 else self.model.conditional(self.texts.edits)
+        texts = self.texts.edits
+        if branches < self.program.branches:
+            texts = self.model.conditional(texts)
         args = (z, _rows(inputs.time, z), texts)
         if self.program.locked and cache is None:
             source = self._noised_source(inputs.solver.sigma)

@@ -18,6 +18,7 @@ class Program:
       tokens: number of tokens that a foreground pass computes.
       contexts: whether the lock acts on context blocks too.
       skips: whether a step may leave out the unconditional branch.
+      branches: guidance branches of every pass, the conditional one alone or both.
     """
 
     passes: tuple[str, ...]
@@ -27,18 +28,24 @@ class Program:
     tokens: int | None = None
     contexts: bool = False
     skips: bool = False
+    branches: int = 2
 
     @classmethod
-    def of(cls, settings: LockConfig, tokens: int | None = None) -> "Program":
-        """The program that the settings need; without `tokens` every pass computes all tokens."""
+    def of(cls, settings: LockConfig, tokens: int | None = None, *, branches: int = 2) -> "Program":
+        """The program that the settings need; without `tokens` every pass computes all tokens.
+
+        With one of the `branches` there is no guidance, so none of its settings counts.
+        """
         kinds = lock.passes(settings)
         if tokens is None and "foreground" in kinds:
             kinds = tuple(dict.fromkeys("full" if k == "foreground" else k for k in kinds))
         tokens = tokens if "foreground" in kinds else None
         carried = settings.cache == "carried" and kinds != ("plain",)
         contexts = settings.lock_contexts and kinds != ("plain",)
-        skips = settings.skip_guidance
-        return cls(kinds, settings.guidance, settings.window, carried, tokens, contexts, skips)
+        skips = settings.skip_guidance and branches == 2
+        guidance = settings.guidance if branches == 2 else "cfg"
+        window = settings.window
+        return cls(kinds, guidance, window, carried, tokens, contexts, skips, branches)
 
     @property
     def locked(self) -> bool:

@@ -21,7 +21,8 @@ class SampleConfig:
     Attributes:
       steps: number of solver steps; the only setting here whose change recompiles the loop.
       shift: `s` of METHOD.md section 1, over 0; a higher one spends more steps on high noise.
-      guidance_scale: `omega_0` of METHOD.md section 6; 1 is no guidance.
+      guidance_scale: `omega_0` of METHOD.md section 6. 1 is no guidance: every step computes the
+        conditional branch alone, and omega stays 1 whatever the lock's settings.
       solver: `"unipc"`, `"euler"` or `"dpm++"`.
       seed: seed of the noise that an edit starts from.
     """
@@ -44,6 +45,11 @@ class SampleConfig:
             "'unipc', 'euler' or 'dpm++'",
         )
         require(0 <= self.seed < 2**32, self, "seed", "between 0 and 4294967295")
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches that each step computes."""
+        return 1 if self.guidance_scale == 1 else 2
 
 
 @dataclasses.dataclass(frozen=True)
