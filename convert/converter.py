@@ -2,10 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints import format, registry
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.store import OnBytes
+from kvlock_jax.convert.lora import Lora, open_loras
 from kvlock_jax.convert.published import Published
 from kvlock_jax.convert.source import open_source
 from kvlock_jax.errors import CheckpointError
@@ -36,6 +38,7 @@ def convert(
     target: str | os.PathLike,
     dtype: Any = None,
     on_start: OnStart = lambda published, total: lambda count: None,
+    loras: Sequence[Lora] = (),
 ) -> Contents:
     """Converts a published checkpoint, a layer of a parameter at a time.
 
@@ -48,18 +51,22 @@ def convert(
         missing. Other files in it stay.
       dtype: dtype of the parameters; None keeps the source's.
       on_start: called after all checks, before parameters are read.
+      loras: files and strengths that change the transformer (`convert.lora`).
 
     Raises:
       CheckpointError: the source has no known layout, is damaged, does not fit its configs or holds
         numbers that are not finite; or the target cannot be written.
     """
     published, target = open_source(source), epath.Path(target).expanduser()
+    if loras:
+        model = registry.abstract(published.configs.transformer, np.float32)
+        published = dataclasses.replace(published, changes=open_loras(loras, model))
     parameters = published.parameters(dtype)
     _check_target(published.folder, target)
     Tokenizer(published.tokenizer)  # raises its errors before the work, not after
     total = sum(p.nbytes for values in parameters.values() for p in values.values())
     on_bytes = on_start(published, total)
-    with _sums(published) as sums:
+    with _sums(published, loras) as sums:
         format.save(
             target,
             published.configs,
@@ -85,8 +92,13 @@ def _check_target(folder: Path, target: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def _sums(published: Published) -> Iterator[dict[str, concurrent.futures.Future[str]]]:
-    """Computes the SHA-256 of a checkpoint's files in other threads until the `with` block ends."""
+def _sums(
+    published: Published, loras: Sequence[Lora]
+) -> Iterator[dict[str, concurrent.futures.Future[str]]]:
+    """Computes the SHA-256 of a checkpoint's files in other threads until the `with` block ends.
+
+    A LoRA's name has its strength.
+    """
     ended = threading.Event()
 
     def sha256(path: Path) -> str:
@@ -102,6 +114,7 @@ def _sums(published: Published) -> Iterator[dict[str, concurrent.futures.Future[
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         names = {path.relative_to(published.folder).as_posix(): path for path in published.files}
+        names |= {f"{path.name}:{strength:g}": path for path, strength in loras}
         try:
             yield {name: pool.submit(sha256, path) for name, path in sorted(names.items())}
         finally:

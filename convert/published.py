@@ -15,7 +15,16 @@ from kvlock_jax.checkpoints import format, registry
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, PlaceFor, on_first_device
 from kvlock_jax.checkpoints.store import Parameter
-from kvlock_jax.convert.table import LazyTensor, Table, parameters, plan, read
+from kvlock_jax.convert.table import (
+    Changes,
+    LazyTensor,
+    Source,
+    Table,
+    changed,
+    parameters,
+    plan,
+    read,
+)
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.models.layout import ParameterRules
 
@@ -40,6 +49,7 @@ class Published:
       weights: weights of each of `registry.NETWORKS`.
       tokenizer: folder of its tokenizer.
       files: every file that it is read from.
+      changes: of the transformer, by LoRAs.
     """
 
     layout: str
@@ -48,6 +58,7 @@ class Published:
     weights: Mapping[str, Weights]
     tokenizer: Path
     files: tuple[Path, ...]
+    changes: Changes = dataclasses.field(default_factory=dict)
 
     def parameters(self, dtype: Any = None) -> Mapping[str, Mapping[str, Parameter]]:
         """The parameters of each model by dotted path, not read yet.
@@ -69,9 +80,21 @@ class Published:
                 rules = registry.network(getattr(self.configs, name)).parameters
                 kinds = functools.partial(_dtype, rules, dtype)
                 fitting[name] = parameters(sources, weights.tensors, kinds)
+                if name == "transformer" and self.changes:
+                    fitting[name] |= self._changed(sources, fitting[name])
         if problems:
             raise CheckpointError("\n".join(problems))
         return fitting
+
+    def _changed(
+        self, sources: Iterable[Source], made: Mapping[str, Parameter]
+    ) -> dict[str, Parameter]:
+        """The parameters that LoRAs change, which are read in float32 and rounded once."""
+        wide = parameters(sources, self.weights["transformer"].tensors, lambda *_: np.float32)
+        return {
+            path: changed(wide[path], made[path].dtype, by_layer)
+            for path, by_layer in self.changes.items()
+        }
 
     def describe(self) -> Contents:
         """Describes the checkpoint."""

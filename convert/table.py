@@ -9,7 +9,7 @@ can be read a layer at a time. A tensor that no parameter asks for is unexpected
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import ml_dtypes
@@ -39,6 +39,11 @@ Path = tuple[str | int, ...]
 Transform = Callable[[np.ndarray], np.ndarray]
 DtypeOf = Callable[[str, np.dtype], np.dtype]
 """Maps a parameter's dotted path and the dtype of its tensors to the parameter's dtype."""
+
+
+Changes = Mapping[str, Mapping[int | None, Sequence[Callable[[], np.ndarray]]]]
+"""By a parameter's dotted path and layer (`None` where it is not stacked): functions that return
+what is added, in the parameter's layout, float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +150,7 @@ def plan(
     """
     missing, misshapen, used, sources = [], [], set(), []
     for path, variable in nnx.to_flat_state(abstract):
-        row, names, stacked = _published(path, variable.shape, table)
+        row, names, stacked = published_names(path, variable.shape, table)
         keys = []
         for name, *aliases in names:
             used.update((name, *aliases))
@@ -184,6 +189,23 @@ def parameters(
         path: _parameter(source, tensors, np.dtype(dtype(path, source.dtype)))
         for path, source in by_path.items()
     }
+
+
+def changed(parameter: Parameter, kind: np.dtype, by_layer: Mapping) -> Parameter:
+    """A parameter with its changes, rounded to `kind`; it is read in float32."""
+
+    def read(first: int, last: int) -> np.ndarray:
+        """Some rows of the leading axis."""
+        array = np.array(parameter.read(first, last), np.float32)
+        for layer, functions in by_layer.items():
+            for change in functions:
+                if layer is None:
+                    array += change()[first:last]
+                elif first <= layer < last:
+                    array[layer - first] += change()
+        return array.astype(kind)
+
+    return Parameter(parameter.shape, kind, parameter.rows, read)
 
 
 def _parameter(source: Source, tensors: Mapping[str, LazyTensor], kind: np.dtype) -> Parameter:
@@ -282,7 +304,7 @@ def read(
     return nnx.from_flat_state(filled)
 
 
-def _published(
+def published_names(
     path: Path, shape: tuple[int, ...], table: Table
 ) -> tuple[Row, list[tuple[str, ...]], bool]:
     """A parameter's row, its layers' published names with aliases, and whether it is stacked."""

@@ -86,14 +86,24 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     Raises:
       CheckpointError: the file is damaged or cut short, is a LoRA, or holds quantised weights.
     """
+    kinds = _kinds(path)
+    _check_keys(path, kinds)
+    return {key: _lazy(path, key, *kind) for key, kind in kinds.items()}
+
+
+def lazy_tensors(path: Path) -> dict[str, LazyTensor]:
+    """`open_file` of a file that need not hold a checkpoint."""
+    return {key: _lazy(path, key, *kind) for key, kind in _kinds(path).items()}
+
+
+def _kinds(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a safetensors file."""
     try:
         with safe_open(path, framework="numpy") as file:
             entries = {key: file.get_slice(key) for key in file.keys()}
-            kinds = {key: (tuple(e.get_shape()), e.get_dtype()) for key, e in entries.items()}
+            return {key: (tuple(e.get_shape()), e.get_dtype()) for key, e in entries.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
-    _check_keys(path, kinds)
-    return {key: _lazy(path, key, *kind) for key, kind in kinds.items()}
 
 
 def _lazy(path: Path, key: str, shape: tuple[int, ...], kind: str) -> LazyTensor:

@@ -18,8 +18,8 @@ from kvlock_jax.media.folders import IMAGE_SUFFIXES
 _ENDS = 1 << 16  # bytes of a weight file's head and tail that identify it
 
 
-def checkpoint_identity(source: str) -> dict[str, str]:
-    """Name and identity of a checkpoint, without reading its weights.
+def checkpoint_identity(source: str, loras: Sequence[tuple[Path, float]] = ()) -> dict[str, str]:
+    """Name and identity of a checkpoint, without reading its weights, and of the LoRAs on it.
 
     The identity of a converted checkpoint is a digest of its sources' checksums (its own files
     differ after each conversion) and of its dtypes; that of a published one, of its files' names,
@@ -41,7 +41,11 @@ def checkpoint_identity(source: str) -> dict[str, str]:
                 content.seek(max(0, size - _ENDS))
                 ends += content.read(_ENDS)
             digest.update(f"{file.parent.name}/{file.name} {size} ".encode() + ends)
-    return {"name": source, "identity": digest.hexdigest()}
+    found = {"name": source, "identity": digest.hexdigest()}
+    if loras:
+        sums = [f"{path.name}:{by:g}:{storage.identity(str(path))}" for path, by in loras]
+        found["loras"] = ", ".join(sums)
+    return found
 
 
 def _weight_files(folder: epath.Path, depth: int) -> Iterator[epath.Path]:

@@ -15,7 +15,7 @@ from kvlock_jax.cli.terminal import SOME_FAILED, counting, interruptibly, say, w
 from kvlock_jax.media import storage
 from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline.api import Result
-from kvlock_jax.pipeline.load import Model, describe
+from kvlock_jax.pipeline.load import Model, describe, parse_loras
 from kvlock_jax.pipeline.settings import default_config_name, resolve_settings
 
 
@@ -57,7 +57,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
         manifest=storage.resolve(args.manifest),
         save_dir=storage.resolve(args.save_dir),
         common=Common(settings, manifest.resolved(defaults, ".")),
-        checkpoint=checkpoint_identity(args.ckpt_dir) | {"dtype": dtype_name(args)},
+        checkpoint=checkpoint_identity(args.ckpt_dir, parse_loras(args.lora))
+        | {"dtype": dtype_name(args)},
         batch_size=size,
         shard=(args.shard_index, args.num_shards),
         overwrite=args.overwrite,

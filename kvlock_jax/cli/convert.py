@@ -10,7 +10,9 @@ from rich.console import Console
 
 from kvlock_jax.checkpoints import registry
 from kvlock_jax.checkpoints.store import OnBytes
+from kvlock_jax.cli.flags import add_lora
 from kvlock_jax.convert.converter import DTYPES, convert
+from kvlock_jax.convert.lora import parse_loras
 from kvlock_jax.convert.published import Published
 from kvlock_jax.errors import InputError
 
@@ -29,6 +31,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--dst", required=True, metavar="DIR", help="folder to write, or gs://...")
     about = "dtype of the weights; the source's by default"
     parser.add_argument("--dtype", choices=DTYPES, help=about)
+    add_lora(parser)
 
 
 def _command(args: argparse.Namespace, others: list[str]) -> None:
@@ -41,6 +44,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
             args.dst,
             DTYPES.get(args.dtype),
             lambda published, total: _begin(bar, published, total),
+            parse_loras(args.lora),
         )
     seconds = time.perf_counter() - start
     size = sum(model.size for model in contents.models.values())

@@ -23,7 +23,7 @@ from kvlock_jax.pipeline.api import run as run_edit
 from kvlock_jax.pipeline.background import BackgroundCompiler
 from kvlock_jax.pipeline.encode import draw_noise
 from kvlock_jax.pipeline.inputs import read_inputs
-from kvlock_jax.pipeline.load import Model, describe
+from kvlock_jax.pipeline.load import Model, describe, parse_loras
 from kvlock_jax.pipeline.outputs import (
     SUFFIXES,
     Outputs,
@@ -65,6 +65,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     join(args)
     if agreement.is_writer():
         probe_outputs(outputs)
+    parse_loras(args.lora)  # raises its errors before the work, not after
     contents = describe(args.ckpt_dir)
     name = default_config_name(args.ckpt_dir, contents.configs)
     settings = resolve_settings(gather_settings(args, others, name))
@@ -104,7 +105,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     seconds |= result.seconds
     say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     say("kept", summarize_metrics(result.metrics))
-    names = "prompt ckpt_dir src_video src_mask src_ref_images bbox".split()
+    names = "prompt ckpt_dir lora src_video src_mask src_ref_images bbox".split()
     about = {name: getattr(args, name) for name in names} | {"dtype": dtype_name(args)}
     agreement.together("writing the results", lambda: _write(outputs, result, about))
 

@@ -83,6 +83,7 @@ def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) ->
     """Adds the flags that `kvlock edit` and `kvlock batch` share."""
     about = "'demo' (default), or a checkpoint's folder"
     parser.add_argument("--ckpt_dir", "--ckpt", default="demo", help=about)
+    add_lora(parser)
     for names, about in EDIT_INPUTS.items():
         flag = [f"--{name}" for name in names.split()]
         parser.add_argument(*flag, required=names.split()[0] in required, help=about)
@@ -91,6 +92,12 @@ def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) ->
     add_dtype(parser)
     add_devices(parser)
     add_settings(parser)
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """Adds `--lora` to a command's parser."""
+    about = "LoRA files that change the transformer; a strength is 1 by default"
+    parser.add_argument("--lora", default="", metavar="FILE[:STRENGTH],...", help=about)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

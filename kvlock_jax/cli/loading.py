@@ -49,8 +49,10 @@ def load_model(
 ) -> Model:
     """Loads the model that the flags name and prints what was loaded."""
     name, where = dtype_name(args), dataclasses.asdict(placed)
-    model = load(args.ckpt_dir, DTYPES[name], **where, on_shapes=on_shapes)
+    model = load(args.ckpt_dir, DTYPES[name], **where, loras=args.lora, on_shapes=on_shapes)
     say("loaded", f"{args.ckpt_dir}: {summary(contents)}, computing in {name}")
+    if args.lora:
+        say("changed", f"by {args.lora}")
     say("on", str(placed))
     return model
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +72,7 @@ def load(
     spread: bool = False,
     attend: Attend = overlapped,
     vae_tiles: int = 1,
+    loras: str | Sequence[tuple[FilePath, float]] = (),
     on_shapes: Callable[[Model], None] = lambda model: None,
 ) -> Model:
     """Loads a model to edit with.
@@ -86,13 +87,19 @@ def load(
       attend: self-attention between devices: `overlapped`, `gathered` or `ring`.
       vae_tiles: number of column tiles of a frame that the VAE processes one by one, to save
         memory; the result is the same.
+      loras: LoRA files that change the transformer: `"a.safetensors:0.8,b.safetensors"`, or files
+        and strengths.
       on_shapes: called with the model before its weights are read, with shapes in their place.
 
     Raises:
-      CheckpointError: the source is none of these, or is damaged.
+      CheckpointError: the source is none of these, or is damaged; or a LoRA does not fit it.
       ConfigError: the mesh does not divide the model's heads.
     """
+    from kvlock_jax.convert import lora
+
     reader, folder = _reader(source)
+    loras = parse_loras(loras) if isinstance(loras, str) else [(Path(f), s) for f, s in loras]
+    changes = {}
     dtype = default_dtype(mesh) if dtype is None else dtype
     place = functools.partial(registry.on_mesh, mesh, spread=spread) if mesh else None
 
@@ -102,10 +109,22 @@ def load(
         return Model(os.fspath(source), networks, Tokenizer(networks.tokenizer), mesh)
 
     def announce(shapes: Checkpoint) -> None:
-        """Calls `on_shapes` with a model."""
+        """Checks the LoRAs, and calls `on_shapes` with a model."""
+        changes.update(lora.open_loras(loras, shapes.transformer))
         on_shapes(model(shapes))
 
-    return model(reader.load(folder, compute_dtype=dtype, place_for=place, on_shapes=announce))
+    networks = reader.load(folder, compute_dtype=dtype, place_for=place, on_shapes=announce)
+    if changes:
+        changed = lora.merged(networks.transformer, changes)
+        networks = dataclasses.replace(networks, transformer=changed)
+    return model(networks)
+
+
+def parse_loras(text: str) -> tuple[tuple[Path, float], ...]:
+    """The files and strengths of `FILE[:STRENGTH],...`; errors as in `convert.lora`."""
+    from kvlock_jax.convert import lora
+
+    return lora.parse_loras(text)
 
 
 def describe(source: FilePath) -> Contents:
