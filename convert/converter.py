@@ -39,6 +39,7 @@ def convert(
     dtype: Any = None,
     on_start: OnStart = lambda published, total: lambda count: None,
     loras: Sequence[Lora] = (),
+    transformer: Path | None = None,
 ) -> Contents:
     """Converts a published checkpoint, a layer of a parameter at a time.
 
@@ -51,13 +52,14 @@ def convert(
         missing. Other files in it stay.
       dtype: dtype of the parameters; None keeps the source's.
       on_start: called after all checks, before parameters are read.
+      transformer: file of a transformer in place of the folder's, as in `open_source`.
       loras: files and strengths that change the transformer (`convert.lora`).
 
     Raises:
       CheckpointError: the source has no known layout, is damaged, does not fit its configs or holds
         numbers that are not finite; or the target cannot be written.
     """
-    published, target = open_source(source), epath.Path(target).expanduser()
+    published, target = open_source(source, transformer), epath.Path(target).expanduser()
     if loras:
         model = registry.abstract(published.configs.transformer, np.float32)
         published = dataclasses.replace(published, changes=open_loras(loras, model))
@@ -114,6 +116,7 @@ def _sums(
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         names = {path.relative_to(published.folder).as_posix(): path for path in published.files}
+        names |= {path.name: path for path in published.apart}
         names |= {f"{path.name}:{strength:g}": path for path, strength in loras}
         try:
             yield {name: pool.submit(sha256, path) for name, path in sorted(names.items())}

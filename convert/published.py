@@ -48,7 +48,8 @@ class Published:
       configs: sizes of its models.
       weights: weights of each of `registry.NETWORKS`.
       tokenizer: folder of its tokenizer.
-      files: every file that it is read from.
+      files: every file in the folder that it is read from.
+      apart: files elsewhere that it is read from.
       changes: of the transformer, by LoRAs.
     """
 
@@ -58,6 +59,7 @@ class Published:
     weights: Mapping[str, Weights]
     tokenizer: Path
     files: tuple[Path, ...]
+    apart: tuple[Path, ...] = ()
     changes: Changes = dataclasses.field(default_factory=dict)
 
     def parameters(self, dtype: Any = None) -> Mapping[str, Mapping[str, Parameter]]:

@@ -1,5 +1,6 @@
 """Recognises the layout of a published checkpoint, opens it, and loads it."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, PlaceFor
 from kvlock_jax.convert import diffusers, original, sizes
 from kvlock_jax.convert.published import Published, Weights, files_in
-from kvlock_jax.convert.weights import files, open_folder, open_pickle, read_json, refuse
+from kvlock_jax.convert.weights import (
+    files,
+    open_folder,
+    open_pickle,
+    open_weights,
+    read_json,
+    refuse,
+)
 from kvlock_jax.errors import CheckpointError
 
 INDEX = "model_index.json"
@@ -21,6 +29,7 @@ INDEX = "model_index.json"
 TRANSFORMER = "diffusion_pytorch_model"
 WEIGHTS = (f"{TRANSFORMER}.safetensors", f"{TRANSFORMER}.safetensors.index.json")
 VAE = "Wan2.1_VAE.pth"
+VAES = (VAE, "Wan2.1_VAE.safetensors")
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl"
 """Files and folders of the publisher's layout."""
@@ -28,7 +37,7 @@ TOKENIZER = "google/umt5-xxl"
 
 def is_published(folder: epath.PathLike) -> bool:
     """Whether a folder has the layout of a published checkpoint, complete or not."""
-    return _is_diffusers(folder) or _is_original(folder)
+    return _is_diffusers(folder) or _is_original(folder) or _has(folder, *VAES)
 
 
 def load(
@@ -37,40 +46,55 @@ def load(
     compute_dtype: Any = jnp.float32,
     place_for: PlaceFor | None = None,
     on_shapes: OnShapes = lambda checkpoint: None,
+    transformer: Path | None = None,
 ) -> Checkpoint:
-    """Loads a published checkpoint; see `Published.load`, and `open_source` for more errors."""
-    return open_source(source).load(dtype, compute_dtype, place_for, on_shapes)
+    """Loads a published checkpoint; see `Published.load`, and `open_source` for more errors.
+
+    The parameters of a `transformer` from a file of its own, which may be quantised, are rounded to
+    the compute dtype.
+    """
+    published = open_source(source, transformer)
+    dtype = compute_dtype if transformer and dtype is None else dtype
+    return published.load(dtype, compute_dtype, place_for, on_shapes)
 
 
-def describe(source: str | os.PathLike) -> Contents:
+def describe(source: str | os.PathLike, transformer: Path | None = None) -> Contents:
     """Describes a published checkpoint without reading its weights; errors as in `open_source`."""
-    return open_source(source).describe()
+    return open_source(source, transformer).describe()
 
 
-def open_source(source: str | os.PathLike) -> Published:
+def open_source(source: str | os.PathLike, transformer: Path | None = None) -> Published:
     """Opens a published checkpoint without reading its weights.
 
     Args:
       source: local folder in Diffusers' or the publisher's own layout.
+      transformer: safetensors or GGUF file with the publisher's names, whose transformer takes the
+        place of the folder's. One in the publisher's layout need not have one then.
 
     Raises:
       CheckpointError: the folder has neither layout, is not of Wan 2.1, or a file is missing or
         damaged.
     """
+    if transformer is not None and not transformer.is_file():
+        raise CheckpointError(f"{transformer}: no such file of a transformer")
     if "://" in os.fspath(source):
         raise CheckpointError(f"{source}: published checkpoints are read from local folders only")
     folder = Path(source).expanduser()
     if folder.is_file():
         refuse(folder)
-        raise CheckpointError(f"{folder} is a file; give the folder of a whole checkpoint")
+        raise CheckpointError(
+            f"{folder} is a file; give the folder of a whole checkpoint, and a transformer's file "
+            "as --transformer"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if _is_diffusers(folder):
-        return diffusers.open_published(folder)
+        published = diffusers.open_published(folder)
+        return published if transformer is None else _with_transformer(published, transformer)
     if format.is_checkpoint(folder):
         raise CheckpointError(f"{folder} is a converted checkpoint already")
-    if _is_original(folder):
-        return open_original(folder)
+    if _is_original(folder) or (transformer is not None and _has(folder, *VAES)):
+        return open_original(folder, transformer)
     for path in sorted(folder.iterdir()):
         refuse(path)
     raise CheckpointError(
@@ -79,10 +103,22 @@ def open_source(source: str | os.PathLike) -> Published:
     )
 
 
-def open_original(folder: Path) -> Published:
+def _with_transformer(published: Published, file: Path) -> Published:
+    """A checkpoint with the transformer of a file in place of its own."""
+    tensors = open_weights(file)
+    config = sizes.transformer(tensors, {}, file)
+    return dataclasses.replace(
+        published,
+        configs=dataclasses.replace(published.configs, transformer=config),
+        weights={**published.weights, "transformer": Weights(tensors, original.WAN, file)},
+        apart=(file,),
+    )
+
+
+def open_original(folder: Path, transformer: Path | None = None) -> Published:
     """Opens a folder in the publisher's own layout, as `open_source` does."""
     config = folder / "config.json"
-    values = read_json(config) if config.is_file() else {}
+    values = read_json(config) if config.is_file() and transformer is None else {}
     one_of = (diffusers.TRANSFORMER.family, diffusers.VACE_TRANSFORMER.family)
     if values.get("_class_name") in one_of:
         raise CheckpointError(
@@ -94,27 +130,31 @@ def open_original(folder: Path) -> Published:
         absent.append(f"{TOKENIZER}/tokenizer.json")
     if absent:
         raise CheckpointError(f"{folder} has no {', '.join(absent)}")
+    own = open_folder(folder, TRANSFORMER) if transformer is None else open_weights(transformer)
     tensors = {
-        "transformer": open_folder(folder, TRANSFORMER),
+        "transformer": own,
         "vae": open_pickle(folder / VAE),
         "text_encoder": open_pickle(folder / TEXT_ENCODER),
     }
     configs = Configs(
-        sizes.transformer(tensors["transformer"], values, folder),
+        sizes.transformer(own, values, transformer or folder),
         sizes.vae(tensors["vae"], parts[VAE]),
         sizes.umt5(tensors["text_encoder"], parts[TEXT_ENCODER]),
         {},  # the publisher's solver is code
     )
     weights = {
-        "transformer": Weights(tensors["transformer"], original.WAN, folder),
+        "transformer": Weights(own, original.WAN, transformer or folder),
         "vae": Weights(tensors["vae"], original.vae(configs.vae), parts[VAE]),
         "text_encoder": Weights(tensors["text_encoder"], original.UMT5, parts[TEXT_ENCODER]),
     }
-    read = [*files(folder, TRANSFORMER), *parts.values(), *files_in(folder / TOKENIZER)]
+    read = [*parts.values(), *files_in(folder / TOKENIZER)]
+    if transformer is None:
+        read += files(folder, TRANSFORMER)
     if values:
         read.append(config)
     tokenizer = folder / TOKENIZER
-    return Published("original", folder, configs, weights, tokenizer, tuple(read))
+    apart = () if transformer is None else (transformer,)
+    return Published("original", folder, configs, weights, tokenizer, tuple(read), apart)
 
 
 def _is_diffusers(folder: epath.PathLike) -> bool:
@@ -122,7 +162,12 @@ def _is_diffusers(folder: epath.PathLike) -> bool:
 
 
 def _is_original(folder: epath.PathLike) -> bool:
-    return any((epath.Path(folder) / name).exists() for name in WEIGHTS)
+    return _has(folder, *WEIGHTS)
+
+
+def _has(folder: epath.PathLike, *names: str) -> bool:
+    """Whether a folder has any of some files."""
+    return any((epath.Path(folder) / name).exists() for name in names)
 
 
 def _beside(path: Path) -> Path:

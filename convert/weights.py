@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kvlock_jax.convert.quantised import FLOAT8, dequantised, open_gguf
 from kvlock_jax.convert.table import LazyTensor
 from kvlock_jax.errors import CheckpointError
 
@@ -24,10 +25,12 @@ _DTYPES = {
 
 _LORA = re.compile(r"lora_|\.alpha$|\.diff(_b)?$|\.(hada|lokr|oft)_|\.dora_scale$")
 _QUANTISED = re.compile(
-    r"weight_scale|scale_weight|scale_input|input_scale|scaled_fp8|weight_format"
-    r"|quant_(state|map)|\.(absmax|SCB|qweight|qzeros|g_idx)$"
+    r"weight_scale_2|weight_format|quant_(state|map)|\.(absmax|SCB|qweight|qzeros|g_idx)$"
 )
-"""Keys that bitsandbytes, GPTQ and writers of scaled float8 files add beside the weights."""
+"""Keys that bitsandbytes, GPTQ and writers of packed formats add beside the weights."""
+
+_SCALED = re.compile(r"weight_scale|scale_weight|scale_input|input_scale|scaled_fp8")
+"""The same of scaled float8 files, which only safetensors are."""
 
 
 def read_json(path: Path) -> dict:
@@ -84,15 +87,18 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     """Tensors of one safetensors file, whose values are read on demand.
 
     Raises:
-      CheckpointError: the file is damaged or cut short, is a LoRA, or holds quantised weights.
+      CheckpointError: the file is damaged or cut short, is a LoRA, or is quantised in a way that
+        `quantised.dequantised` does not read.
     """
     kinds = _kinds(path)
     _check_keys(path, kinds)
-    return {key: _lazy(path, key, *kind) for key, kind in kinds.items()}
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    return dequantised(path, lazy_tensors(path), metadata)
 
 
 def lazy_tensors(path: Path) -> dict[str, LazyTensor]:
-    """`open_file` of a file that need not hold a checkpoint."""
+    """The tensors of a safetensors file as they lie in it, on demand."""
     return {key: _lazy(path, key, *kind) for key, kind in _kinds(path).items()}
 
 
@@ -106,7 +112,14 @@ def _kinds(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
 
 
+def open_weights(path: Path) -> dict[str, LazyTensor]:
+    """Tensors of one safetensors or GGUF file; errors as in `open_file` and `open_gguf`."""
+    return open_gguf(path) if path.suffix == ".gguf" else open_file(path)
+
+
 def _lazy(path: Path, key: str, shape: tuple[int, ...], kind: str) -> LazyTensor:
+    if kind in FLOAT8 or key.endswith(".comfy_quant"):
+        return _raw(path, key, shape, FLOAT8.get(kind, np.dtype(np.uint8)))
     if kind not in _DTYPES:
         raise CheckpointError(
             f"{path}: {key} is {kind}, probably quantised; expected one of {', '.join(_DTYPES)}"
@@ -129,6 +142,24 @@ def _lazy(path: Path, key: str, shape: tuple[int, ...], kind: str) -> LazyTensor
     )
 
 
+def _raw(path: Path, key: str, shape: tuple[int, ...], kind: np.dtype) -> LazyTensor:
+    """A tensor of a dtype that safetensors does not give to NumPy, by its place in the file."""
+
+    def read() -> np.ndarray:
+        """Reads the tensor from the file."""
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                first, last = json.loads(file.read(size))[key]["data_offsets"]
+                file.seek(8 + size + first)
+                data = file.read(last - first)
+            return np.frombuffer(data, kind).reshape(shape)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"cannot read {key} of {path}: {error}") from error
+
+    return LazyTensor(shape, kind, read)
+
+
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
     """Tensors of a `.pth`, or of a `.safetensors` of the same stem beside it.
 
@@ -145,6 +176,8 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{path.parent} has neither {path.name} nor {beside.name}")
     tensors = _unpickle(path)
     _check_keys(path, tensors)
+    if scaled := list(filter(_SCALED.search, tensors)):
+        raise CheckpointError(f"{path} is quantised (it holds {scaled[0]}), which no .pth may be")
     kinds = _torch_dtypes()
     strange = [
         key for key, tensor in tensors.items() if getattr(tensor, "dtype", None) not in kinds
@@ -219,10 +252,8 @@ def refuse(path: Path) -> None:
     Raises:
       CheckpointError: the file is a LoRA, is quantised, or is damaged.
     """
-    if path.suffix == ".gguf":
-        raise CheckpointError(f"{path} is quantised (GGUF): convert the published checkpoint")
-    if path.suffix == ".safetensors":
-        open_file(path)
+    if path.suffix in (".safetensors", ".gguf"):
+        open_weights(path)
 
 
 def _check_keys(path: Path, keys: Iterable[str]) -> None:

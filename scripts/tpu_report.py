@@ -248,7 +248,13 @@ def main() -> None:
         programs = {name: compiled(row, name, flags.runs, flags.only) for name in PROGRAMS}
         if programs["loop"]:
             found.append((row, programs))
-    flags.page.write_text(page(found))
+    written = page(found)
+    before = flags.page.read_text() if flags.page.exists() else ""
+    # the sections of tpu_costs.py and tpu_peer.py
+    others = [
+        part for part in before.split("\n## ")[1:] if f"## {part.splitlines()[0]}" not in written
+    ]
+    flags.page.write_text(written + "".join(f"\n## {part.rstrip()}\n" for part in others))
     print(f"{len(found)} of {len(rows())} rows in {flags.page}")
 
 

@@ -286,7 +286,7 @@ def _cut(path: Path) -> None:
 
 
 def _quantise(path: Path) -> None:
-    arrays = {k: v.astype(ml_dtypes.float8_e4m3fn) for k, v in load_file(path).items()}
+    arrays = {k: v.astype(np.int8) for k, v in load_file(path).items()}
     save_file(arrays, path)
 
 
@@ -341,7 +341,7 @@ BROKEN = {
     "no weights": (Path.unlink, WEIGHTS, r"vae has neither diffusion_pytorch_model\.safetensors"),
     "cut short": (_cut, WEIGHTS, rf"{WEIGHTS} is damaged or cut short"),
     "empty": (lambda p: p.write_bytes(b""), WEIGHTS, rf"{WEIGHTS} is damaged or cut short"),
-    "quantised": (_quantise, WEIGHTS, "is F8_E4M3, probably quantised"),
+    "quantised": (_quantise, WEIGHTS, "is I8, probably quantised"),
 }
 
 

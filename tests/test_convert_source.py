@@ -330,10 +330,6 @@ REFUSED = {
         ),
         r"style\.safetensors is a LoRA",
     ),
-    "float8": (
-        lambda f: one("blocks.0.ffn.0.weight", f / TRANSFORMER, ml_dtypes.float8_e4m3fn),
-        "blocks.0.ffn.0.weight is F8_E4M3, probably quantised",
-    ),
     "int8": (
         lambda f: one("blocks.0.ffn.0.weight", f / TRANSFORMER, np.int8),
         "blocks.0.ffn.0.weight is I8, probably quantised",
@@ -342,13 +338,13 @@ REFUSED = {
         lambda f: one("blocks.0.ffn.0.weight.absmax", f / TRANSFORMER),
         r"is quantised \(it holds blocks\.0\.ffn\.0\.weight\.absmax\)",
     ),
-    "scaled float8": (
+    "a scale without its weight": (
         lambda f: one("blocks.0.ffn.0.weight_scale", f / TRANSFORMER),
-        "is quantised",
+        "has a scale for blocks.0.ffn.0.weight, which it lacks",
     ),
-    "GGUF": (
+    "an empty GGUF": (
         lambda f: ((f / TRANSFORMER).unlink(), (f / "wan-Q4_K_M.gguf").touch()),
-        r"wan-Q4_K_M\.gguf is quantised \(GGUF\)",
+        r"wan-Q4_K_M\.gguf is damaged, or no GGUF file",
     ),
 }
 
@@ -368,7 +364,7 @@ def test_refused(folder, case):
     ("name", "message"),
     [
         ("style.safetensors", r"style\.safetensors is a LoRA"),
-        ("wan.gguf", r"wan\.gguf is quantised \(GGUF\)"),
+        ("wan.gguf", r"wan\.gguf is damaged, or no GGUF file"),
         ("wan.ckpt", r"wan\.ckpt is a file; give the folder of a whole checkpoint"),
     ],
 )

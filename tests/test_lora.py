@@ -196,7 +196,7 @@ def test_the_command_line_takes_loras(tmp_path, capsys):
 
 def test_a_lora_is_a_part_of_what_a_batch_made_an_edit_from():
     plain, half, whole = (
-        checkpoint_identity("demo", lora.parse_loras(text))
+        checkpoint_identity("demo", loras=lora.parse_loras(text))
         for text in ("", f"{LORAS}/kohya.safetensors:0.5", f"{LORAS}/kohya.safetensors")
     )
     assert "loras" not in plain and half["loras"] != whole["loras"]

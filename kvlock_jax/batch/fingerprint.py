@@ -18,8 +18,10 @@ from kvlock_jax.media.folders import IMAGE_SUFFIXES
 _ENDS = 1 << 16  # bytes of a weight file's head and tail that identify it
 
 
-def checkpoint_identity(source: str, loras: Sequence[tuple[Path, float]] = ()) -> dict[str, str]:
-    """Name and identity of a checkpoint, without reading its weights, and of the LoRAs on it.
+def checkpoint_identity(
+    source: str, transformer: str | None = None, loras: Sequence[tuple[Path, float]] = ()
+) -> dict[str, str]:
+    """Name and identity of a checkpoint, without reading its weights, and of files beside it.
 
     The identity of a converted checkpoint is a digest of its sources' checksums (its own files
     differ after each conversion) and of its dtypes; that of a published one, of its files' names,
@@ -42,6 +44,8 @@ def checkpoint_identity(source: str, loras: Sequence[tuple[Path, float]] = ()) -
                 ends += content.read(_ENDS)
             digest.update(f"{file.parent.name}/{file.name} {size} ".encode() + ends)
     found = {"name": source, "identity": digest.hexdigest()}
+    if transformer:
+        found["transformer"] = f"{transformer}:{storage.identity(transformer)}"
     if loras:
         sums = [f"{path.name}:{by:g}:{storage.identity(str(path))}" for path, by in loras]
         found["loras"] = ", ".join(sums)

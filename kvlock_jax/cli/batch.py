@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
 
 def _command(args: argparse.Namespace, others: list[str]) -> int:
     join(args)
-    contents = describe(args.ckpt_dir)
+    contents = describe(args.ckpt_dir, args.transformer)
     placed = place(args, contents, many=True)
     size = args.batch_size
     if size is None:
@@ -57,7 +57,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
         manifest=storage.resolve(args.manifest),
         save_dir=storage.resolve(args.save_dir),
         common=Common(settings, manifest.resolved(defaults, ".")),
-        checkpoint=checkpoint_identity(args.ckpt_dir, parse_loras(args.lora))
+        checkpoint=checkpoint_identity(args.ckpt_dir, args.transformer, parse_loras(args.lora))
         | {"dtype": dtype_name(args)},
         batch_size=size,
         shard=(args.shard_index, args.num_shards),

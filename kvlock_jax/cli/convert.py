@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 from rich import progress
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from kvlock_jax.checkpoints import registry
 from kvlock_jax.checkpoints.store import OnBytes
-from kvlock_jax.cli.flags import add_lora
+from kvlock_jax.cli.flags import add_transformer
 from kvlock_jax.convert.converter import DTYPES, convert
 from kvlock_jax.convert.lora import parse_loras
 from kvlock_jax.convert.published import Published
@@ -31,7 +32,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--dst", required=True, metavar="DIR", help="folder to write, or gs://...")
     about = "dtype of the weights; the source's by default"
     parser.add_argument("--dtype", choices=DTYPES, help=about)
-    add_lora(parser)
+    add_transformer(parser)
 
 
 def _command(args: argparse.Namespace, others: list[str]) -> None:
@@ -45,6 +46,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
             DTYPES.get(args.dtype),
             lambda published, total: _begin(bar, published, total),
             parse_loras(args.lora),
+            Path(args.transformer).expanduser() if args.transformer else None,
         )
     seconds = time.perf_counter() - start
     size = sum(model.size for model in contents.models.values())

@@ -66,7 +66,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     if agreement.is_writer():
         probe_outputs(outputs)
     parse_loras(args.lora)  # raises its errors before the work, not after
-    contents = describe(args.ckpt_dir)
+    contents = describe(args.ckpt_dir, args.transformer)
     name = default_config_name(args.ckpt_dir, contents.configs)
     settings = resolve_settings(gather_settings(args, others, name))
     mask = args.src_mask if args.bbox is None else parse_box(args.bbox)
@@ -105,7 +105,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     seconds |= result.seconds
     say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     say("kept", summarize_metrics(result.metrics))
-    names = "prompt ckpt_dir lora src_video src_mask src_ref_images bbox".split()
+    names = "prompt ckpt_dir transformer lora src_video src_mask src_ref_images bbox".split()
     about = {name: getattr(args, name) for name in names} | {"dtype": dtype_name(args)}
     agreement.together("writing the results", lambda: _write(outputs, result, about))
 

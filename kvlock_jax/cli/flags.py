@@ -83,7 +83,7 @@ def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) ->
     """Adds the flags that `kvlock edit` and `kvlock batch` share."""
     about = "'demo' (default), or a checkpoint's folder"
     parser.add_argument("--ckpt_dir", "--ckpt", default="demo", help=about)
-    add_lora(parser)
+    add_transformer(parser)
     for names, about in EDIT_INPUTS.items():
         flag = [f"--{name}" for name in names.split()]
         parser.add_argument(*flag, required=names.split()[0] in required, help=about)
@@ -94,8 +94,10 @@ def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) ->
     add_settings(parser)
 
 
-def add_lora(parser: argparse.ArgumentParser) -> None:
-    """Adds `--lora` to a command's parser."""
+def add_transformer(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of files beside a checkpoint's folder to a command's parser."""
+    about = "safetensors or GGUF file, in place of a published folder's transformer"
+    parser.add_argument("--transformer", metavar="FILE", help=about)
     about = "LoRA files that change the transformer; a strength is 1 by default"
     parser.add_argument("--lora", default="", metavar="FILE[:STRENGTH],...", help=about)
 

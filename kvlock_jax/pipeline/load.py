@@ -72,6 +72,7 @@ def load(
     spread: bool = False,
     attend: Attend = overlapped,
     vae_tiles: int = 1,
+    transformer: str | os.PathLike | None = None,
     loras: str | Sequence[tuple[FilePath, float]] = (),
     on_shapes: Callable[[Model], None] = lambda model: None,
 ) -> Model:
@@ -87,6 +88,8 @@ def load(
       attend: self-attention between devices: `overlapped`, `gathered` or `ring`.
       vae_tiles: number of column tiles of a frame that the VAE processes one by one, to save
         memory; the result is the same.
+      transformer: safetensors or GGUF file, float8 and block-quantised ones too, whose transformer
+        takes the place of a published folder's; it is rounded to the compute dtype.
       loras: LoRA files that change the transformer: `"a.safetensors:0.8,b.safetensors"`, or files
         and strengths.
       on_shapes: called with the model before its weights are read, with shapes in their place.
@@ -97,7 +100,7 @@ def load(
     """
     from kvlock_jax.convert import lora
 
-    reader, folder = _reader(source)
+    reader, folder, own = _reader(source, transformer)
     loras = parse_loras(loras) if isinstance(loras, str) else [(Path(f), s) for f, s in loras]
     changes = {}
     dtype = default_dtype(mesh) if dtype is None else dtype
@@ -113,7 +116,7 @@ def load(
         changes.update(lora.open_loras(loras, shapes.transformer))
         on_shapes(model(shapes))
 
-    networks = reader.load(folder, compute_dtype=dtype, place_for=place, on_shapes=announce)
+    networks = reader.load(folder, compute_dtype=dtype, place_for=place, on_shapes=announce, **own)
     if changes:
         changed = lora.merged(networks.transformer, changes)
         networks = dataclasses.replace(networks, transformer=changed)
@@ -127,14 +130,16 @@ def parse_loras(text: str) -> tuple[tuple[Path, float], ...]:
     return lora.parse_loras(text)
 
 
-def describe(source: FilePath) -> Contents:
-    """Describes a checkpoint without reading its weights; errors as in `load`."""
-    reader, folder = _reader(source)
-    return reader.describe(folder)
+def describe(source: FilePath, transformer: str | os.PathLike | None = None) -> Contents:
+    """Describes a checkpoint without reading its weights; arguments and errors as in `load`."""
+    reader, folder, own = _reader(source, transformer)
+    return reader.describe(folder, **own)
 
 
-def _reader(source: FilePath) -> tuple[ModuleType, epath.Path]:
-    """The module that reads a checkpoint, and the checkpoint's folder."""
+def _reader(
+    source: FilePath, transformer: str | os.PathLike | None
+) -> tuple[ModuleType, epath.Path, dict[str, Path]]:
+    """The module that reads a checkpoint, the checkpoint's folder, and further arguments."""
     from kvlock_jax.convert import source as published
 
     folder = epath.Path(_DEMO if os.fspath(source) == "demo" else source).expanduser()
@@ -144,7 +149,14 @@ def _reader(source: FilePath) -> tuple[ModuleType, epath.Path]:
         raise CheckpointError(f"{source}: {error}") from error
     if not exists:
         raise CheckpointError(f"{source}: no such folder; give 'demo' or a checkpoint's folder")
-    return (published if published.is_published(folder) else format), folder
+    reader = published if published.is_published(folder) else format
+    if transformer is None:
+        return reader, folder, {}
+    if reader is format:
+        raise CheckpointError(
+            f"{source} is a converted checkpoint; a transformer's own file takes a published folder"
+        )
+    return reader, folder, {"transformer": Path(transformer).expanduser()}
 
 
 def default_config(model: Model) -> ConfigDict:
