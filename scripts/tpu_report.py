@@ -100,8 +100,8 @@ a program that was not compiled.
 
 ## Collectives of the loop
 
-The number of collectives in the compiled loop and the bytes of their results, per chip. The loops over
-steps and layers count once.
+The number of collectives in the compiled loop and the bytes of their results, per chip. The loops
+over steps and layers count once.
 
 {collectives}
 
