@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
 import os
 import threading
@@ -14,10 +13,10 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from kvlock_jax.checkpoints import format, registry
+from kvlock_jax.checkpoints import format
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.store import OnBytes
-from kvlock_jax.convert.lora import Lora, open_loras
+from kvlock_jax.convert.lora import Lora
 from kvlock_jax.convert.published import Published
 from kvlock_jax.convert.source import open_source
 from kvlock_jax.errors import CheckpointError
@@ -59,10 +58,7 @@ def convert(
       CheckpointError: the source has no known layout, is damaged, does not fit its configs or holds
         numbers that are not finite; or the target cannot be written.
     """
-    published, target = open_source(source, transformer), epath.Path(target).expanduser()
-    if loras:
-        model = registry.abstract(published.configs.transformer, np.float32)
-        published = dataclasses.replace(published, changes=open_loras(loras, model))
+    published, target = open_source(source, transformer, loras), epath.Path(target).expanduser()
     parameters = published.parameters(dtype)
     _check_target(published.folder, target)
     Tokenizer(published.tokenizer)  # raises its errors before the work, not after

@@ -2,16 +2,18 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from etils import epath
 
-from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints import format, registry
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, PlaceFor
 from kvlock_jax.convert import diffusers, original, sizes
+from kvlock_jax.convert.lora import Lora, open_loras
 from kvlock_jax.convert.published import Published, Weights, files_in
 from kvlock_jax.convert.weights import (
     files,
@@ -47,14 +49,16 @@ def load(
     place_for: PlaceFor | None = None,
     on_shapes: OnShapes = lambda checkpoint: None,
     transformer: Path | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Checkpoint:
     """Loads a published checkpoint; see `Published.load`, and `open_source` for more errors.
 
-    The parameters of a `transformer` from a file of its own, which may be quantised, are rounded to
-    the compute dtype.
+    With a `transformer` from a file of its own, which may be quantised, parameters are rounded to a
+    compute dtype of 16 bits.
     """
-    published = open_source(source, transformer)
-    dtype = compute_dtype if transformer and dtype is None else dtype
+    published = open_source(source, transformer, loras)
+    if transformer and dtype is None and jnp.dtype(compute_dtype).itemsize == 2:
+        dtype = compute_dtype
     return published.load(dtype, compute_dtype, place_for, on_shapes)
 
 
@@ -63,18 +67,29 @@ def describe(source: str | os.PathLike, transformer: Path | None = None) -> Cont
     return open_source(source, transformer).describe()
 
 
-def open_source(source: str | os.PathLike, transformer: Path | None = None) -> Published:
+def open_source(
+    source: str | os.PathLike, transformer: Path | None = None, loras: Sequence[Lora] = ()
+) -> Published:
     """Opens a published checkpoint without reading its weights.
 
     Args:
       source: local folder in Diffusers' or the publisher's own layout.
       transformer: safetensors or GGUF file with the publisher's names, whose transformer takes the
         place of the folder's. One in the publisher's layout need not have one then.
+      loras: files and strengths that change the transformer (`lora`).
 
     Raises:
-      CheckpointError: the folder has neither layout, is not of Wan 2.1, or a file is missing or
-        damaged.
+      CheckpointError: the folder has neither layout, is not of Wan 2.1, or a file is missing,
+        damaged or does not fit.
     """
+    published = _opened(source, transformer)
+    if not loras:
+        return published
+    model = registry.abstract(published.configs.transformer, jnp.float32)
+    return dataclasses.replace(published, changes=open_loras(loras, model))
+
+
+def _opened(source: str | os.PathLike, transformer: Path | None) -> Published:
     if transformer is not None and not transformer.is_file():
         raise CheckpointError(f"{transformer}: no such file of a transformer")
     if "://" in os.fspath(source):

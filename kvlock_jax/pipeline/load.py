@@ -89,7 +89,8 @@ def load(
       vae_tiles: number of column tiles of a frame that the VAE processes one by one, to save
         memory; the result is the same.
       transformer: safetensors or GGUF file, float8 and block-quantised ones too, whose transformer
-        takes the place of a published folder's; it is rounded to the compute dtype.
+        takes the place of a published folder's. Matrices are rounded to a compute dtype of 16
+        bits.
       loras: LoRA files that change the transformer: `"a.safetensors:0.8,b.safetensors"`, or files
         and strengths.
       on_shapes: called with the model before its weights are read, with shapes in their place.
@@ -102,7 +103,8 @@ def load(
 
     reader, folder, own = _reader(source, transformer)
     loras = parse_loras(loras) if isinstance(loras, str) else [(Path(f), s) for f, s in loras]
-    changes = {}
+    changes, restored = {}, reader is format
+    own |= {} if restored or not loras else {"loras": loras}
     dtype = default_dtype(mesh) if dtype is None else dtype
     place = functools.partial(registry.on_mesh, mesh, spread=spread) if mesh else None
 
@@ -112,8 +114,9 @@ def load(
         return Model(os.fspath(source), networks, Tokenizer(networks.tokenizer), mesh)
 
     def announce(shapes: Checkpoint) -> None:
-        """Checks the LoRAs, and calls `on_shapes` with a model."""
-        changes.update(lora.open_loras(loras, shapes.transformer))
+        """Checks the LoRAs on what is restored, and calls `on_shapes` with a model."""
+        if restored:
+            changes.update(lora.open_loras(loras, shapes.transformer))
         on_shapes(model(shapes))
 
     networks = reader.load(folder, compute_dtype=dtype, place_for=place, on_shapes=announce, **own)
