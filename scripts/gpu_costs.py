@@ -47,8 +47,8 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-"""XLA's description of the chip; its numbers are those of NVIDIA's Hopper tuning guide and the data
-sheet."""
+"""A target description as XLA takes it; the chip's numbers are those of openxla/xla's pull request
+25919."""
 
 ABOUT = """{title}
 

@@ -4,11 +4,23 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+
 from kvlock_jax.models.text import tokenizer
 
 DATA = Path(__file__).parent / "data" / "original"
 SIZES = json.loads((DATA / "config.json").read_text())
 CLASSES = {"t2v": "WanModel", "vace": "VaceWanModel"}
+
+
+def golden_inputs() -> list:
+    """Latents, timestep and padded context of the tiny text-to-video model's golden velocity."""
+    with np.load(DATA / "t2v_io.npz") as data:
+        latents, timestep, context = (data[key] for key in ("latents", "timestep", "context"))
+    padding = SIZES["dit"]["text_len"] - len(context)
+    context = np.pad(context, ((0, padding), (0, 0)))[None]
+    return [jnp.asarray(x) for x in (np.moveaxis(latents, 0, -1)[None], timestep, context)]
 
 
 def write_folder(folder: Path, family: str = "t2v") -> Path:

@@ -5,7 +5,6 @@ import re
 import warnings
 from pathlib import Path
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import originals
@@ -38,12 +37,7 @@ def model():
 
 
 def velocity(model):
-    with np.load(DATA / "original" / "t2v_io.npz") as data:
-        latents, timestep, context = (data[key] for key in ("latents", "timestep", "context"))
-    padding = originals.SIZES["dit"]["text_len"] - len(context)
-    context = np.pad(context, ((0, padding), (0, 0)))[None]
-    given = (np.moveaxis(latents, 0, -1)[None], timestep, context)
-    return np.moveaxis(velocity_of(model, *map(jnp.asarray, given))[0], -1, 0)
+    return np.moveaxis(velocity_of(model, *originals.golden_inputs())[0], -1, 0)
 
 
 def relative(found, key):

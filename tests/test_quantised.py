@@ -1,9 +1,9 @@
 """Float8 and GGUF files: the velocity of what each holds, and what is refused."""
 
-import functools
 import json
 from pathlib import Path
 
+import gguf
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -31,22 +31,15 @@ def filled(tensors):
     return nnx.merge(graph, table.fill(state, tensors, original.WAN, "quantised"))
 
 
-@functools.cache
-def given():
-    with np.load(DATA / "original" / "t2v_io.npz") as data:
-        latents, timestep, context = (data[key] for key in ("latents", "timestep", "context"))
-    padding = originals.SIZES["dit"]["text_len"] - len(context)
-    context = np.pad(context, ((0, padding), (0, 0)))[None]
-    return [jnp.asarray(x) for x in (np.moveaxis(latents, 0, -1)[None], timestep, context)]
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_what_it_stands_for(name):
     path = QUANTISED / name
     key = f"gguf_{path.stem}" if path.suffix == ".gguf" else path.stem
     with np.load(QUANTISED / "expected.npz") as data:
         want, plain = data[key], data["velocity"]
-    found = np.moveaxis(velocity_of(filled(weights.open_weights(path)), *given())[0], -1, 0)
+    found = np.moveaxis(
+        velocity_of(filled(weights.open_weights(path)), *originals.golden_inputs())[0], -1, 0
+    )
     norm = np.linalg.norm(want)
     # the published float32 weights give 1.1e-6 as well: what the networks' sums differ by
     assert np.linalg.norm(found - want) < 2e-6 * norm
@@ -101,12 +94,23 @@ def test_other_formats_are_refused_by_name(tmp_path, more, message):
 
 
 def test_broken_gguf_files_get_a_line(tmp_path):
-    path = tmp_path / "a.gguf"
-    for content in (b"", b"GGUF", (QUANTISED / "q8_0.gguf").read_bytes()[:3000]):
+    path, whole = tmp_path / "a.gguf", (QUANTISED / "q8_0.gguf").read_bytes()
+    for content in (b"", b"GGUF", *(whole[:size] for size in (3000, 90_000, -9))):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="is damaged, or no GGUF file") as caught:
             weights.open_weights(path)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_type_that_gguf_cannot_read_is_named(tmp_path):
+    path = tmp_path / "a.gguf"
+    writer = gguf.GGUFWriter(path, "wan")
+    writer.add_tensor("a.weight", np.zeros((2, 32), np.int32))
+    for write in ("header_to_file", "kv_data_to_file", "tensors_to_file"):
+        getattr(writer, f"write_{write}")()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"a\.weight is I32, which gguf cannot read"):
+        weights.open_weights(path)
 
 
 def test_a_prefix_of_many_keys_is_no_part_of_a_name(tmp_path):

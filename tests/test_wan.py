@@ -8,6 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import originals
 import pytest
 import torch
 import whole
@@ -167,13 +168,8 @@ def test_equals_the_publisher():
     tensors = weights.open_file(DATA / "original" / "t2v.safetensors")
     model = nnx.merge(graph, table.fill(abstract, tensors, original.WAN, "t2v"))
     with np.load(DATA / "original" / "t2v_io.npz") as data:
-        latents, timestep, context, want = (
-            data[key] for key in ("latents", "timestep", "context", "velocity")
-        )
-    padding = sizes["text_len"] - context.shape[0]
-    context = np.pad(context, ((0, padding), (0, 0)))[None]
-    latents = np.moveaxis(latents, 0, -1)[None]
-    got = velocity_of(model, *map(jnp.asarray, (latents, timestep, context)))
+        want = data["velocity"]
+    got = velocity_of(model, *originals.golden_inputs())
     assert relative_l2(np.moveaxis(got[0], -1, 0), want) < 1e-5
 
 

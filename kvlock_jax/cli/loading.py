@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.cli.flags import DTYPES
@@ -50,7 +49,8 @@ def load_model(
 ) -> Model:
     """Loads the model that the flags name and prints what was loaded."""
     name, where = dtype_name(args), dataclasses.asdict(placed)
-    model = load(args.ckpt_dir, DTYPES[name], **where, **beside(args), on_shapes=on_shapes)
+    beside = {"transformer": args.transformer, "loras": args.lora}
+    model = load(args.ckpt_dir, DTYPES[name], **where, **beside, on_shapes=on_shapes)
     say("loaded", f"{args.ckpt_dir}: {summary(contents)}, computing in {name}")
     if args.transformer:
         say("of it", f"the transformer is {args.transformer}")
@@ -58,11 +58,6 @@ def load_model(
         say("changed", f"by {args.lora}")
     say("on", str(placed))
     return model
-
-
-def beside(args: argparse.Namespace) -> dict[str, Any]:
-    """The files beside the checkpoint's folder, as `load` takes them."""
-    return {"transformer": args.transformer, "loras": args.lora}
 
 
 def summary(contents: Contents) -> str:

@@ -1,8 +1,8 @@
 """Convolutions as loops over their taps, for TPUs.
 
-libtpu's compiler takes up to 90 seconds for a 3x3x3 convolution of float32 numbers, and a VAE has
-60 of them. A loop over the taps has one product to compile, of a shifted view of the frames with
-one tap's matrix, and takes about as many cycles. Frames may be spread over devices by columns or
+libtpu's compiler is slow with large convolutions of float32 numbers, of which a VAE has 60. A loop
+over the taps has one product to compile, of a shifted view of the frames with one tap's matrix;
+docs/tpu.md has the seconds. Frames may be spread over devices by columns or
 rows; each device then receives the edges of its neighbours' parts.
 """
 
