@@ -7,8 +7,8 @@ libtpu compiles the sampling loop with one kind of pass; its optimised program c
 `estimated_cycles` on every fusion, product and copy. Pallas kernels have none: their time is that
 of their inner block's instruction bundles, which libtpu dumps, without stalls, or that of their
 bytes at the memory's rate where it is longer. `--show` lists a step's lines of code and its dearest
-instructions. Programs and figures stay in `--runs`; a second run does the missing ones. One process
-at a time: libtpu takes a lock.
+instructions. Programs and figures stay in `--runs`; a second run does the missing ones. `--only`
+compiles some, and the page keeps its rows of the others. One process at a time: libtpu takes a lock.
 """
 
 import argparse
@@ -210,13 +210,14 @@ with values sums over keys and fills them.
 """
 
 
-def table(found: list[tuple[Case, dict, Step]]) -> str:
-    """The table of steps."""
+def table(found: list[tuple[Case, dict, Step]], page: str) -> str:
+    """The table of steps: those found, and of the others the rows that a page has."""
     head = [*KINDS, "at peak", "sum", "attention", "ring", "exposed", "step", "roofline", "ratio"]
     lines = [
         "| step | temporaries, GB | " + " | ".join(head) + " |",
         "|---" * (len(head) + 2) + "|",
     ]
+    rows = {line.split(" | ")[0]: line for line in page.splitlines()}
     for case, facts, spent in found:
         total = sum(spent.kinds.values())
         whole, bound = total + spent.attention + spent.exposed, roofline_of(case)
@@ -225,8 +226,10 @@ def table(found: list[tuple[Case, dict, Step]]) -> str:
         hidden = spent.hidden / spent.sent if spent.sent else 1.0
         cells += [f"{spent.attention * 1e3:.0f}", f"{hidden:.2f}", f"{spent.exposed * 1e3:.0f}"]
         cells += [f"{whole * 1e3:.0f}", f"{bound * 1e3:.0f}", f"{whole / bound:.2f}"]
-        lines.append(f"| {case.name} | {facts['temporaries'] / 1e9:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        row = f"| {case.name} | {facts['temporaries'] / 1e9:.2f} | {' | '.join(cells)} |"
+        rows[f"| {case.name}"] = row
+    known = [rows.get(f"| {case.name}") for case in cases()]
+    return "\n".join(lines + [row for row in known if row])
 
 
 def rate(case: Case) -> float:
@@ -298,7 +301,7 @@ def main() -> None:
         clocks=clocks,
         unknown=", ".join(unknown),
         bundles=" and ".join(blocks),
-        table=table(found),
+        table=table(found, args.page.read_text()),
     )
     args.page.write_text(section(args.page.read_text(), SECTION, text))
 
