@@ -1,5 +1,6 @@
 """A model of a few lines, and the loop over it in plain NumPy and float64."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -12,7 +13,8 @@ from kvlock_jax.grid import Grid
 from kvlock_jax.lock import KVCache
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.loop import Program, Trace, begin, sample, stepwise
+from kvlock_jax.sampling.loop import Program, Trace, sample
+from kvlock_jax.sampling.stepwise import stepwise
 
 EDITS, T, H, W, C = SHAPE = (2, 3, 4, 6, 2)
 LAYERS, HEADS, SIZE = 2, 2, 4  # a patch of 1 x 2 x 2 cells of 2 channels is 2 heads of 4
@@ -157,11 +159,12 @@ def run(model, edits, settings, table=None, omega=OMEGA, on_step=None):
     table = solvers.euler(STEPS, SHIFT) if table is None else table
     program, knobs = Program.of(settings), lock.knobs(settings, omega)
     latents = jnp.array(edits.spread(edits.noise), copy=True)
-    args = (model, latents, edits, table, knobs)
+    args = (latents, edits, table, knobs)
     if on_step is None:
-        return sample(*args, program=program)
-    begun = begin(*args, program=program)
-    return stepwise(model, edits, knobs, *begun, program=program, on_step=on_step)
+        return sample(model, *args, program=program)
+    experts = model if isinstance(model, list) else [model]
+    using = lambda number: contextlib.nullcontext(experts[number])  # noqa: E731
+    return stepwise(using, *args, program=program, on_step=on_step)
 
 
 def np_tokens(z):

@@ -34,7 +34,7 @@ def test_a_second_process_compiles_nothing(tiny_checkpoint, tmp_path):
     kept = tmp_path / "user" / "kvlock_jax" / "programs"
     edit(tiny_checkpoint, tmp_path)
     found, first = programs(kept), decode.read_video(tmp_path / "out.mkv").frames
-    for name in ("advance", "begin", "encode", "decode", "_edits"):
+    for name in ("advance", "prepare", "start", "encode", "decode", "_edits"):
         assert any(program.startswith(f"jit_{name}-") for program in found), name
     edit(tiny_checkpoint, tmp_path, "--sample_steps", "3", "--jax_cache_dir", str(kept))
     assert {p for p in programs(kept) - found if "advance" in p or "encode" in p} == set()

@@ -12,7 +12,14 @@ from PIL import Image
 from kvlock_jax import lock
 from kvlock_jax.convert import diffusers as layout
 from kvlock_jax.models.vae import autoencoder
-from kvlock_jax.models.wan.conditioning import control, fold_mask, on_canvas
+from kvlock_jax.models.wan.conditioning import (
+    VACEConditioner,
+    control,
+    fold_mask,
+    on_canvas,
+    on_canvas_of_fun,
+)
+from kvlock_jax.models.wan.families import VACE, VACE_FUN
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 MASKS = ("box", "one frame", "first frame", "one pixel", "everything", "nothing", "odd")
@@ -78,7 +85,8 @@ def test_channels_are_those_of_diffusers(pipeline, encode, kind, references):
     pictures = [rng.integers(0, 256, (*s, 3), np.uint8) for s in PICTURES[:references]]
     want = theirs(pipeline, clip, mask, pictures)
     video = jnp.asarray(clip, jnp.float32)[None] / 127.5 - 1.0
-    canvases = [on_canvas(picture, HEIGHT, WIDTH)[None] for picture in pictures]
+    canvases = VACEConditioner().canvases(pictures, HEIGHT, WIDTH)
+    canvases = [canvas[None] for canvas in canvases]
     got = np.asarray(channels(encode, video, jnp.asarray(mask)[None], canvases))
     assert got.shape == want.shape == (1, 3 + references, 4, 6, 4 + 4 + 64)
     np.testing.assert_array_equal(got[..., 8:], want[..., 8:])
@@ -89,12 +97,24 @@ def test_channels_are_those_of_diffusers(pipeline, encode, kind, references):
     assert not got[:, :references, ..., 4:].any()
 
 
-def test_pictures_that_differ_come_out_reversed(encode):
-    video = jnp.zeros((1, 5, 16, 16, 3))
-    pictures = [jnp.full((1, 16, 16, 3), level) for level in (-0.5, 0.5)]
-    both = channels(encode, video, jnp.zeros((1, 5, 16, 16), bool), pictures)
-    last = channels(encode, video, jnp.zeros((1, 5, 16, 16), bool), pictures[1:])
-    np.testing.assert_array_equal(both[:, 0], last[:, 0])
+@pytest.mark.parametrize(
+    ("conditioner", "first"), [(VACE.conditioner, 1), (VACE_FUN.conditioner, 0)]
+)
+def test_pictures_stand_in_the_publishers_order(conditioner, first):
+    pictures = [np.full((16, 16, 3), level, np.uint8) for level in (50, 200)]
+    canvases = conditioner.canvases(pictures, 16, 16)
+    np.testing.assert_allclose(canvases[0], pictures[first] / 127.5 - 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 40), (20, 30)])
+def test_vace_fun_scales_pictures_by_pillow(size):
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    canvas = on_canvas_of_fun(picture, HEIGHT, WIDTH)
+    fitted = (20, 32) if size == (64, 40) else (48, 32)
+    want = np.asarray(Image.fromarray(picture).resize(fitted), np.float32) / 127.5 - 1
+    left = (WIDTH - fitted[0]) // 2
+    np.testing.assert_array_equal(canvas[:, left : left + fitted[0]], want)
+    assert (np.delete(canvas, range(left, left + fitted[0]), axis=1) == 1).all()
 
 
 def test_folding_by_hand():

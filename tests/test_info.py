@@ -29,7 +29,7 @@ def contents(wan: WanConfig) -> Contents:
     configs = Configs(wan, VAEConfig(), UMT5Config(256_384, 4096, 64, 10_240, 24, 64), {})
     count = {"transformer": costs.parameters(wan).total, **OTHERS}
     stored = {name: Stored(n, ("bfloat16",), 2 * n) for name, n in count.items()}
-    return Contents(family(wan).name, configs, stored)
+    return Contents(family(configs).name, configs, stored)
 
 
 def needs(

@@ -24,7 +24,6 @@ from flax import nnx
 from kvlock_jax.checkpoints import metadata, store
 from kvlock_jax.checkpoints.metadata import Metadata, Stored, is_data_name
 from kvlock_jax.checkpoints.registry import (
-    NETWORKS,
     Checkpoint,
     Configs,
     OnShapes,
@@ -59,7 +58,7 @@ class Contents:
 def contents(configs: Configs, arrays: Mapping[str, Iterable[Any]]) -> Contents:
     """Describes a checkpoint by its arrays on disk, or anything with their shape and dtype."""
     models = {}
-    for name in NETWORKS:
+    for name in configs.networks:
         # An array on disk may be a copy of another, so the model's own parameters are counted.
         model = nnx.state(abstract(getattr(configs, name)))
         stored = list(arrays[name])
@@ -68,7 +67,7 @@ def contents(configs: Configs, arrays: Mapping[str, Iterable[Any]]) -> Contents:
             tuple(sorted({str(array.dtype) for array in stored})),
             sum(math.prod(array.shape) * array.dtype.itemsize for array in stored),
         )
-    return Contents(family(configs.transformer).name, configs, models)
+    return Contents(family(configs).name, configs, models)
 
 
 def describe(folder: epath.PathLike) -> Contents:
@@ -104,7 +103,7 @@ def save(
     Args:
       folder: destination, local or of a scheme that etils knows, such as `gs://`; made if missing.
       configs: sizes of the models, which the parameters fit.
-      parameters: parameters of each of `NETWORKS`, by dotted path; read one after the other.
+      parameters: parameters of each of `configs.networks`, by dotted path, read in turn.
       tokenizer: folder of the tokenizer, whose files are copied.
       source: function that returns `Metadata.source`; called last, so that its checksums can be
         computed while the parameters are written.
@@ -119,13 +118,13 @@ def save(
         _remove_data(folder, keep=_current(folder))
         data = folder / f"kvlock-{uuid.uuid4().hex[:8]}"
         data.mkdir()
-        for name in NETWORKS:
+        for name in configs.networks:
             store.write(data / name, parameters[name], on_bytes)
         (data / "tokenizer").mkdir()
         for name, content in _files(epath.Path(tokenizer)).items():
             (data / "tokenizer" / name).write_bytes(content)
         metadata = Metadata(
-            family(configs.transformer).name,
+            family(configs).name,
             importlib.metadata.version("kvlock-jax"),
             source(),
             configs,
@@ -191,9 +190,10 @@ def load(
     filled = {}
     with _checked(data, metadata.files):
         models = {
-            name: abstract(getattr(metadata.configs, name), compute_dtype) for name in NETWORKS
+            name: abstract(getattr(metadata.configs, name), compute_dtype)
+            for name in metadata.configs.networks
         }
-        stored = {name: store.describe(data / name) for name in NETWORKS}
+        stored = {name: store.describe(data / name) for name in models}
         problems = [
             line
             for name, model in models.items()

@@ -12,7 +12,13 @@ from typing import Any
 
 from etils import epath
 
-from kvlock_jax.checkpoints.registry import FAMILIES, NETWORKS, Configs, family_named
+from kvlock_jax.checkpoints.registry import (
+    FAMILIES,
+    NETWORKS,
+    TRANSFORMERS,
+    Configs,
+    family_named,
+)
 from kvlock_jax.errors import CheckpointError, ConfigError
 from kvlock_jax.models.family import Family
 from kvlock_jax.settings.fields import from_config_dict
@@ -89,8 +95,8 @@ def parse(values: Mapping[str, Any], path: epath.Path) -> Metadata:
         family=values["family"],
         version=values["version"],
         source=values["source"],
-        configs=_configs(values["configs"], family, path),
-        models=_models(values["models"], check, path),
+        configs=(configs := _configs(values["configs"], family, path)),
+        models=_models(values["models"], configs, check, path),
         data=values["data"],
         files=values["files"],
     )
@@ -140,19 +146,24 @@ def _is_inside(name: str) -> bool:
 
 def _configs(values: Any, family: Family, path: epath.Path) -> Configs:
     """Sizes of the models."""
-    names = (*NETWORKS, "scheduler")
-    _check_in_full(values, names, path)
+    _check_in_full(values, (*NETWORKS, "scheduler"), path)
+    experts = values.get("experts", [])
+    second = [TRANSFORMERS[1]] if values.get(TRANSFORMERS[1]) is not None else []
+    _check_in_full(values, second, path)
+    if not isinstance(experts, list) or not all(map(_is_text, experts)):
+        raise CheckpointError(f"{path}: experts must be a list of roles, found {experts!r:.80}")
+    kinds = family.networks | {TRANSFORMERS[1]: family.networks[TRANSFORMERS[0]]}
     try:
-        configs = {n: from_config_dict(family.networks[n].config, values[n]) for n in NETWORKS}
+        sizes = {n: from_config_dict(kinds[n].config, values[n]) for n in (*NETWORKS, *second)}
+        return Configs(**sizes, scheduler=values["scheduler"], experts=tuple(experts))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Configs(**configs, scheduler=values["scheduler"])
 
 
-def _models(values: Any, check: _Checks, path: epath.Path) -> dict[str, Stored]:
+def _models(values: Any, configs: Configs, check: _Checks, path: epath.Path) -> dict[str, Stored]:
     """Parameters, dtypes and bytes of the models."""
-    _check_in_full(values, NETWORKS, path)
-    for name in NETWORKS:
+    _check_in_full(values, configs.networks, path)
+    for name in configs.networks:
         model = values[name]
         absent = [f.name for f in dataclasses.fields(Stored) if f.name not in model]
         if absent:
@@ -164,7 +175,7 @@ def _models(values: Any, check: _Checks, path: epath.Path) -> dict[str, Stored]:
         check(f"models.{name}.dtypes", dtypes, lambda _, fits=fits: fits, "names of dtypes")
     return {
         name: Stored(model["parameters"], tuple(model["dtypes"]), model["size"])
-        for name, model in ((name, values[name]) for name in NETWORKS)
+        for name, model in ((name, values[name]) for name in configs.networks)
     }
 
 

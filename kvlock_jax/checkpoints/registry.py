@@ -10,14 +10,23 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
+from kvlock_jax.errors import ConfigError
 from kvlock_jax.models.family import Family, Network
-from kvlock_jax.models.wan.families import TEXT_TO_VIDEO, VACE
+from kvlock_jax.models.wan.families import (
+    TEXT_TO_VIDEO,
+    TEXT_TO_VIDEO_EXPERTS,
+    VACE,
+    VACE_FUN,
+)
 
-FAMILIES: tuple[Family, ...] = (TEXT_TO_VIDEO, VACE)
+FAMILIES: tuple[Family, ...] = (TEXT_TO_VIDEO, VACE, TEXT_TO_VIDEO_EXPERTS, VACE_FUN)
 """The model families that checkpoints may hold; a new one adds its line here."""
 
 NETWORKS = ("transformer", "vae", "text_encoder")
 """The networks of every family; fields of `Configs` and `Checkpoint`."""
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""The networks that take the steps of a run; fields of `Configs` and `Checkpoint`."""
 
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """Maps a parameter's name, such as `transformer.proj_out.kernel`, and its shape to a sharding."""
@@ -46,12 +55,45 @@ def on_first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
 
 @dataclasses.dataclass(frozen=True)
 class Configs:
-    """Sizes of the three models; `scheduler` is the published JSON, unchanged."""
+    """Sizes of a checkpoint's networks.
+
+    Attributes:
+      transformer: sizes of the transformer, or of the first of two experts.
+      vae: sizes of the VAE.
+      text_encoder: sizes of the text encoder.
+      scheduler: published JSON, unchanged.
+      transformer_2: sizes of the second expert, those of the first; `None` where there is none.
+      experts: role of each transformer where noise levels have one of their own (Wan 2.2's A14B):
+        `("high", "low")`, or one of the two alone. Neither keys nor shapes tell it.
+    """
 
     transformer: Any
     vae: Any
     text_encoder: Any
     scheduler: Mapping[str, Any]
+    transformer_2: Any = None
+    experts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        second, roles = self.transformer_2, self.experts
+        if second is None:
+            known, fits = ("one of 'high' and 'low', or none", roles in ((), ("high",), ("low",)))
+        else:
+            known, fits = ("'high', 'low', of one size", roles == ("high", "low"))
+            fits = fits and second == self.transformer
+        if not fits:
+            sizes = "" if roles == ("high", "low") and second is None else " of these sizes"
+            raise ConfigError(f"experts must be {known}, found {roles!r}{sizes}")
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """The names of the transformers, in the order of their steps."""
+        return TRANSFORMERS[: 1 if self.transformer_2 is None else 2]
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of the checkpoint's networks."""
+        return (*NETWORKS, *self.transformers[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +105,16 @@ class Checkpoint:
     vae: nnx.Module
     text_encoder: nnx.Module
     tokenizer: epath.PathLike
+    transformer_2: nnx.Module | None = None
 
 
 OnShapes = Callable[[Checkpoint], None]
 """Called with a checkpoint of shapes, before its weights are read."""
 
 
-def family(config: Any) -> Family:
-    """The family whose transformer a config describes."""
-    return next(known for known in FAMILIES if known.describes(config))
+def family(configs: Configs) -> Family:
+    """The family that a checkpoint's configs describe."""
+    return next(known for known in FAMILIES if known.describes(configs))
 
 
 def family_named(name: str) -> Family | None:
@@ -116,7 +159,7 @@ def not_finite(checkpoint: Checkpoint) -> list[str]:
     """
     return [
         ".".join(map(str, (name, *path)))
-        for name in NETWORKS
+        for name in checkpoint.configs.networks
         for path, variable in nnx.to_flat_state(nnx.state(getattr(checkpoint, name)))
         if not bool(jnp.isfinite(variable.get_value()).all())
     ]

@@ -56,7 +56,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
 
 def _begin(bar: contextlib.ExitStack, published: Published, total: int) -> OnBytes:
     """Prints the source; on a terminal, also shows a progress bar."""
-    kind = registry.family(published.configs.transformer).name
+    kind = registry.family(published.configs).name
     print(f"source   {published.folder}: {kind}, {published.layout} layout", flush=True)
     shown = bar.enter_context(
         progress.Progress(

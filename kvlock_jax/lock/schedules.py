@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from kvlock_jax.settings.schema import LockConfig
@@ -25,13 +26,16 @@ Switch = Bool[Array, "..."]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """A run's settings as traced scalars, with the names and ranges of `LockConfig`."""
+    """A run's settings as traced scalars, with the names and ranges of `LockConfig`.
+
+    `guidance_scale` is omega_0, of all steps or, with an axis of steps, of each.
+    """
 
     enabled: Switch
     warmup_fusion_ratio: Number
     adapt_fusion_ratio: Switch
     fusion_ratio: Number
-    guidance_scale: Number  # omega_0
+    guidance_scale: Number
     adapt_guidance: Switch
     omega_floor: Number
     omega_ceiling: Number
@@ -50,8 +54,8 @@ class Knobs:
     apg_momentum: Number
 
 
-def knobs(lock: LockConfig, guidance_scale: float) -> Knobs:
-    """The traced settings of a run that starts from the guidance scale omega_0."""
+def knobs(lock: LockConfig, guidance_scale: float | Float[np.ndarray, "steps"]) -> Knobs:
+    """The traced settings of a run with the guidance scale omega_0, of all steps or of each."""
     return Knobs(
         enabled=jnp.bool_(lock.enabled),
         warmup_fusion_ratio=jnp.float32(lock.warmup_fusion_ratio),
@@ -95,13 +99,19 @@ def source_needed(in_window: Bool[Array, "steps"], knobs: Knobs) -> Bool[Array, 
     return knobs.enabled & (scheduled | injected(len(in_window), knobs.injected_steps))
 
 
-def refreshed(needed: Bool[Array, "steps"], interval: Int[Array, ""] | int) -> Bool[Array, "steps"]:
+def refreshed(
+    needed: Bool[Array, "steps"],
+    interval: Int[Array, ""] | int,
+    switches: Bool[Array | np.ndarray, "steps"] | bool = False,
+) -> Bool[Array, "steps"]:
     """Marks the steps that recompute a carried cache.
 
     In every run of consecutive needed steps these are the first and each `interval`-th after it.
+    A step that `switches` to another model begins a run: no cache serves two.
     """
     step = jnp.arange(len(needed))
-    last_without = jax.lax.cummax(jnp.where(needed, -1, step))
+    before = jnp.where(switches, step - 1, -1)
+    last_without = jax.lax.cummax(jnp.where(needed, before, step))
     return needed & ((step - last_without - 1) % interval == 0)
 
 

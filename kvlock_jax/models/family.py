@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from kvlock_jax.grid import Grid
 from kvlock_jax.models.layout import ParameterRules
-from kvlock_jax.shapes import Latents
+from kvlock_jax.shapes import Image, Latents
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,6 +59,11 @@ class Conditioner(Protocol):
     takes_references: bool
     sees_source: bool
 
+    def canvases(
+        self, pictures: Sequence[Image], height: int, width: int
+    ) -> list[Float[Array | np.ndarray, "canvas_height canvas_width 3"]]:
+        """Reference pictures at a video's size in [-1, 1], in the order of their latent frames."""
+
     def encode(
         self,
         encode: EncodeClips,
@@ -96,7 +101,7 @@ class Conditioner(Protocol):
           texts: embedded prompt and negative prompt of each edit.
           source_texts: embedded prompt of each source.
           latents: encoded sources.
-          references: encoded reference pictures, a latent frame each.
+          references: encoded canvases, a latent frame each.
           mask: true where an edit generates.
           encoded: the result of `encode`.
           grid: tokens of a row, references included.
@@ -109,6 +114,10 @@ class TextOnly:
 
     takes_references: bool = False
     sees_source: bool = False
+
+    def canvases(self, pictures: Sequence[Image], height: int, width: int) -> list:
+        """None: it can be shown no pictures."""
+        return []
 
     def encode(self, encode: EncodeClips, sources: Clips, mask: Any, **settings: Any) -> None:
         """Encodes nothing."""
@@ -144,9 +153,9 @@ class Family:
     Attributes:
       name: name in checkpoints and in `kvlock info`, such as `"wan2.1-vace"`.
       networks: the networks `transformer`, `vae` and `text_encoder`.
-      describes: whether a transformer's config belongs to this family.
+      describes: whether a checkpoint's configs (`registry.Configs`) belong to this family.
       conditioner: the transformer's context.
-      settings: from a transformer's config to the name of its default settings in `configs/`.
+      settings: from a checkpoint's configs to the name of its default settings in `configs/`.
       results: pytree classes of the transformer's results and the conditioner's contexts, so that
         programs that return them can be cached.
     """

@@ -172,7 +172,7 @@ def _run_batch(
 ) -> list[Result | SamplingError]:
     """`run_batch` on one of the hosts."""
     check_hosts_agree(model, inputs, settings, noise, by_step=on_step is not None)
-    kind = family(model.checkpoint.configs.transformer)
+    kind = family(model.checkpoint.configs)
     if inputs[0].references and not kind.conditioner.takes_references:
         raise InputError(f"reference pictures need a VACE model, this one is {kind.name}")
     for one, own in zip(inputs, settings, strict=True):
@@ -198,8 +198,8 @@ def _run_batch(
             encoded = stages.encode_rows(model, rows, context, compiler.call)
             edits, tokens = jax.block_until_ready(encoded)
         await_compiled("loop")
-        network, by_step = model.checkpoint.transformer, on_step is not None
-        loop = Loop.of(network, settings[0], edits, tokens, by_step, compiler.call)
+        by_step = on_step is not None
+        loop = Loop.of(model, settings[0], edits, tokens, by_step, compiler.call)
         edited, trace = loop.run(compiler, clock, on_step)
         await_compiled("decoder")
         with clock.stage("decode video"):

@@ -66,10 +66,10 @@ class BackgroundCompiler:
         return stages.encode_rows(self._model, self._rows, context, self.compiler.compile)
 
     def _loop(self) -> jax.ShapeDtypeStruct:
-        network, settings = self._model.checkpoint.transformer, self._rows.settings[0]
+        settings, run = self._rows.settings[0], self.compiler.compile
         edits, tokens = self._compiled["videos"].result()
-        run = self.compiler.compile
-        return stages.Loop.of(network, settings, edits, tokens, self._by_step, run).compile(run)
+        loop = stages.Loop.of(self._model, settings, edits, tokens, self._by_step, run)
+        return loop.compile(run)
 
     def _decoder(self) -> None:
         edits, _ = self._compiled["videos"].result()

@@ -76,8 +76,8 @@ def encode_edits(
       context: text contexts: each edit's prompt and negative prompt, then the source prompts.
       settings: source of `context_scale` and `show_masked`.
       noise: noise of unit variance, with the latent frames of references first.
-      pictures: reference pictures in [-1, 1], for each one those of all sources; VACE only. Their
-        latent frames come first.
+      pictures: canvases of reference pictures, for each one those of all sources; VACE only. Their
+        latent frames come first, in this order.
       uses_source: whether the caller needs the source's latents; text-to-video skips them if not.
       run: function that calls compiled programs.
 
@@ -86,7 +86,7 @@ def encode_edits(
     """
     encode = functools.partial(encode_clips, networks.vae, run=run)
     sources, whole = list(video), np.ones_like(mask[0])
-    conditioner = family(networks.configs.transformer).conditioner
+    conditioner = family(networks.configs).conditioner
     if uses_source or conditioner.sees_source:
         latents = encode(sources, [whole] * len(sources))
     else:
@@ -130,7 +130,7 @@ def _edits(
     """
     latents, references = latents.rows(), [picture.rows() for picture in references]
     sources = len(latents)
-    source = jnp.concatenate([*reversed(references), latents], axis=1)
+    source = jnp.concatenate([*references, latents], axis=1)
     foreground = lock.to_latent_mask(mask)
     foreground = jnp.pad(foreground, [(0, 0), (len(references), 0), (0, 0), (0, 0)])
     texts, source_texts = conditioner.contexts(

@@ -72,8 +72,9 @@ def digest_model(model: Model) -> str:
     parts = [repr(networks.configs), repr(model.mesh and dict(model.mesh.shape))]
     parts += [getattr(networks.transformer.attend, "__name__", ""), str(networks.vae.tiles)]
     values = []
-    for network in (networks.transformer, networks.vae, networks.text_encoder):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(network)):
+    for name in networks.configs.networks:
+        network = nnx.state(getattr(networks, name))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(network):
             parts.append(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}")
             if leaf.size <= _SMALL and leaf.is_fully_replicated:
                 values.append(np.asarray(leaf.addressable_data(0)))

@@ -1,9 +1,10 @@
 """Loads a model to edit with, from any checkpoint that the package knows."""
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -42,6 +44,11 @@ class Model:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     mesh: Mesh | None = None
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[nnx.Module]:
+        """One of the networks, in memory for as long as the context is open."""
+        yield getattr(self.checkpoint, name)
 
     def on_mesh(self) -> AbstractContextManager:
         """Makes its mesh the ambient one, in which its programs must be compiled and run."""
@@ -110,7 +117,9 @@ def load(
 
     def model(networks: Checkpoint) -> Model:
         """The model of a checkpoint, or of its shapes."""
-        networks.transformer.attend, networks.vae.tiles = attend, vae_tiles
+        networks.vae.tiles = vae_tiles
+        for name in networks.configs.transformers:
+            getattr(networks, name).attend = attend
         return Model(os.fspath(source), networks, Tokenizer(networks.tokenizer), mesh)
 
     def announce(shapes: Checkpoint) -> None:

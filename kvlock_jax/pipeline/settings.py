@@ -47,7 +47,7 @@ def default_config_name(source: str | os.PathLike, configs: Configs) -> str:
     """
     if os.fspath(source) == "demo":
         return "demo"
-    return family(configs.transformer).settings(configs.transformer)
+    return family(configs).settings(configs)
 
 
 def resolve_settings(run: ConfigDict) -> Settings:
@@ -63,7 +63,8 @@ def resolve_settings(run: ConfigDict) -> Settings:
     if absent := [part for part in parts if part not in run]:
         raise ConfigError(f"the config has no {', '.join(absent)}; it must have {', '.join(parts)}")
     sampling = from_config_dict(SampleConfig, run.sample)
-    preset = dataclasses.asdict(lock.preset(run.preset, sampling.guidance_scale))
+    scale = min(sampling.guidance_scales.values())  # so `kvlock_anchor` keeps omega at 1 in both
+    preset = dataclasses.asdict(lock.preset(run.preset, scale))
     changed = {name: value for name, value in run.kvlock.items() if value is not None}
     return Settings(
         preset=run.preset,

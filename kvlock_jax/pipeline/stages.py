@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvlock_jax import lock
+from kvlock_jax.checkpoints.registry import family
 from kvlock_jax.grid import Grid, Patches
+from kvlock_jax.lock import Knobs
 from kvlock_jax.media.fit import Fit
 from kvlock_jax.models.text.prompts import encode_prompts
 from kvlock_jax.models.vae import autoencoder
-from kvlock_jax.models.wan.conditioning import on_canvas
 from kvlock_jax.parallel import sharding
 from kvlock_jax.pipeline.encode import encode_edits
 from kvlock_jax.pipeline.inputs import EditInputs
@@ -34,6 +34,8 @@ from kvlock_jax.sampling import loop, solvers
 from kvlock_jax.sampling.edits import Edits, bucket
 from kvlock_jax.sampling.loop import Trace
 from kvlock_jax.sampling.program import Program
+from kvlock_jax.sampling.solvers import SolverTable
+from kvlock_jax.sampling.stepwise import step_inputs, stepwise
 from kvlock_jax.shapes import Frames, Latents
 
 
@@ -72,10 +74,9 @@ def encode_inputs(
     pixels = [fitted[id(first.source)] for first in firsts]
     mask = np.stack([fit.apply_mask(i.mask) for i, fit in zip(inputs, fits, strict=True)])
     space = pixels[0].shape[1:3]
-    pictures = [
-        [on_canvas(first.references[n], *space) for first in firsts]
-        for n in range(len(inputs[0].references))
-    ]
+    conditioner = family(model.checkpoint.configs).conditioner
+    canvases = [conditioner.canvases(first.references, *space) for first in firsts]
+    pictures = list(zip(*canvases, strict=True))
     args = (model.checkpoint, pixels, mask, context, settings.edit, noise, pictures)
     uses_source = settings.lock.uses_source or settings.edit.ceiling
     edits = encode_edits(*args, uses_source=uses_source, run=run)
@@ -105,66 +106,75 @@ class Loop:
     """The sampling loop of a batch, ready to compile and run.
 
     Attributes:
-      args: arguments of `loop.sample`.
+      model: model whose transformers take the steps.
+      args: arguments of `loop.sample` after the model's.
       program: program that they select.
-      by_step: whether to run one call per step (`loop.stepwise`), for progress.
+      by_step: whether to run one call per step (`stepwise`), for progress.
     """
 
-    args: tuple
+    model: Model
+    args: tuple[Patches, Edits, SolverTable, Knobs]
     program: Program
     by_step: bool
 
     @classmethod
     def of(
-        cls, network: Any, settings: Settings, edits: Edits, tokens: int, by_step: bool, run: Call
+        cls, model: Model, settings: Settings, edits: Edits, tokens: int, by_step: bool, run: Call
     ) -> "Loop":
         """The loop for some settings and edits.
 
         Args:
-          network: transformer, a `Denoiser`.
+          model: model, or its shapes; two experts run one call per step.
           settings: settings of the run.
           edits: batch of edits.
           tokens: largest number of tokens that an edit keeps.
           by_step: whether to run one call per step.
           run: function that calls compiled programs.
         """
-        sample = settings.sample
+        sample, configs = settings.sample, model.checkpoint.configs
         table = solvers.table(sample.solver, sample.steps, sample.shift)
-        knobs = lock.knobs(settings.lock, sample.guidance_scale)
+        if len(configs.transformers) > 1:
+            table, by_step = table.with_experts(sample.boundary), True
+        roles = configs.experts or ("high",)
+        scales = np.array([sample.guidance_scales[role] for role in roles])[table.expert]
+        knobs = lock.knobs(settings.lock, scales if by_step else scales[0])
         computed = bucket(tokens, edits.grid) if settings.lock.skip_background else None
         if settings.lock.start_shift:
             start = run(_shifted_start, edits, knobs.start_shift)
         else:
             start = run(_start, edits)
-        args = (network, start, edits, table, knobs)
-        return cls(args, Program.of(settings.lock, computed, branches=sample.branches), by_step)
+        program = Program.of(settings.lock, computed, branches=sample.branches)
+        return cls(model, (start, edits, table, knobs), program, by_step)
 
-    def begun(self, run: Call) -> tuple:
-        """The arguments of `loop.stepwise`."""
-        network, _, edits, _, knobs = self.args
-        return (network, edits, knobs, *run(loop.begin, *self.args, program=self.program))
+    def compile(self, run: Call) -> jax.ShapeDtypeStruct:
+        """Compiles the loop through `run`, and returns the shape of the edited latents.
 
-    def compile(self, run: Call, begun: tuple | None = None) -> jax.ShapeDtypeStruct:
-        """Compiles the loop through `run`, and returns the shape of the edited latents."""
+        One step serves all experts, which have one size.
+        """
+        network, static = self.model.checkpoint.transformer, {"program": self.program}
+        latents, edits, table, knobs = self.args
         if not self.by_step:
-            return run(loop.sample, *self.args, program=self.program)[0]
-        *shared, texts, steps, state = begun or self.begun(run)
-        first = run(loop.step_inputs, steps, np.int32(0))
-        return run(loop.advance, *shared, texts, first, state, program=self.program)[0].latents
+            return run(loop.sample, network, *self.args, **static)[0]
+        texts, steps = run(loop.prepare, network, edits, table, knobs, **static)
+        state = run(loop.start, network, latents, edits, **static)
+        first = run(step_inputs, steps, np.int32(0))
+        return run(loop.advance, network, edits, knobs, texts, first, state, **static)[0].latents
 
     def run(
         self, compiler: Compiler, clock: Clock, on_step: Callable[[int], None] | None
     ) -> tuple[Patches, Trace]:
         """Runs the loop, after compiling whatever is not compiled yet."""
         with clock.stage("compile"):
-            begun = self.begun(compiler.call) if self.by_step else None
-            self.compile(compiler.compile, begun)
+            self.compile(compiler.compile)
         with clock.stage("sample"):
-            if begun is None:
-                edited = compiler.call(loop.sample, *self.args, program=self.program)
-                return jax.block_until_ready(edited)
-            options = {"program": self.program, "on_step": on_step, "run": compiler.call}
-            return loop.stepwise(*begun, **options)
+            if not self.by_step:
+                with self.model.using("transformer") as network:
+                    edited = compiler.call(loop.sample, network, *self.args, program=self.program)
+                    return jax.block_until_ready(edited)
+            names = self.model.checkpoint.configs.transformers
+            options = {"program": self.program, "run": compiler.call}
+            options |= {"on_step": on_step} if on_step else {}
+            return stepwise(lambda n: self.model.using(names[n]), *self.args, **options)
 
 
 @jax.jit

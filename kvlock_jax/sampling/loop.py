@@ -4,15 +4,12 @@ The loop scans over the values known beforehand (`StepInputs`), carries those th
 (`SampleState`) and returns those that explain the run (`Trace`: a few numbers per step, never
 latents).
 
-`sample` is the loop in one call, which `kvlock batch` and Python run. `stepwise` computes the same
-in one call per step and reports its progress; `kvlock edit` runs it, and Python with `on_step`. (A
-callback from inside the scan would keep its program out of JAX's persistent cache. The calls take
-about 10 ms of CPU time a step on the demo.)
+`sample` is the loop in one call, which `kvlock batch` and Python run; `prepare`, `start` and
+`advance` are its parts, which `stepwise` calls one by one.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +21,6 @@ from kvlock_jax import lock
 from kvlock_jax.grid import Patches
 from kvlock_jax.lock import Knobs, Lock, SourcePass, X0Window
 from kvlock_jax.parallel import sharding
-from kvlock_jax.runtime.compile_cache import Call, call
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.denoiser import Denoiser
 from kvlock_jax.sampling.edits import Edits
@@ -103,7 +99,8 @@ def sample(
     Returns:
       The edited latents, normalised, float32, and the trace of all steps.
     """
-    texts, steps, state = begin(model, latents, edits, table, knobs, program=program)
+    texts, steps = prepare(model, edits, table, knobs, program=program)
+    state = start(model, latents, edits, program=program)
     step = _Step(model, edits, knobs, texts, program)
     state, trace = jax.lax.scan(step, state, steps)
     return state.latents, sharding.everywhere(trace)
@@ -130,6 +127,7 @@ class StepInputs(NamedTuple):
       number: index of the step, from 0.
       solver: row of the solver's table.
       time: the model's embedding of the timestep.
+      guidance_scale: omega_0.
       scheduled: whether the step is one of the last kappa.
       injected: whether the step is one of ProEdit's first, injected ones.
       needed: whether the step needs the source's keys and values.
@@ -139,34 +137,38 @@ class StepInputs(NamedTuple):
     number: Int[Array, "*steps"]
     solver: SolverTable
     time: Any
+    guidance_scale: Float[Array, "*steps"]
     scheduled: Bool[Array, "*steps"]
     injected: Bool[Array, "*steps"]
     needed: Bool[Array, "*steps"]
     refresh: Bool[Array, "*steps"]
 
 
-@functools.partial(jax.jit, static_argnames="program", donate_argnames="latents")
-def begin(
-    model: Denoiser,
-    latents: Patches,
-    edits: Edits,
-    table: SolverTable,
-    knobs: Knobs,
-    *,
-    program: Program,
-) -> tuple[Texts, StepInputs, SampleState]:
-    """Computes conditioning, step inputs and the first state, from arguments as in `sample`."""
+@functools.partial(jax.jit, static_argnames="program")
+def prepare(
+    model: Denoiser, edits: Edits, table: SolverTable, knobs: Knobs, *, program: Program
+) -> tuple[Texts, StepInputs]:
+    """Computes a model's conditioning and the inputs of all steps, from arguments as in `sample`.
+
+    Of several experts each has conditioning and embedded timesteps of its own.
+    """
     sources = model.condition(edits.source_prompts, edits.grid) if program.locked else None
     number = jnp.arange(table.sigma.shape[0])
     scheduled = lock.in_window(len(number), knobs.kappa)
     injected = lock.injected(len(number), knobs.injected_steps)
     needed = lock.source_needed(scheduled, knobs)
-    refresh = lock.refreshed(needed, knobs.cache_every)
+    refresh = lock.refreshed(needed, knobs.cache_every, table.switches)
+    scales = jnp.broadcast_to(knobs.guidance_scale, number.shape)
     times = model.times(table.timestep)
-    steps = StepInputs(number, table, times, scheduled, injected, needed, refresh)
+    steps = StepInputs(number, table, times, scales, scheduled, injected, needed, refresh)
     texts = model.condition(edits.prompts, edits.grid)
     texts = Texts(texts if program.branches == 2 else model.conditional(texts), sources)
+    return texts, sharding.everywhere(steps)
 
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="latents")
+def start(model: Denoiser, latents: Patches, edits: Edits, *, program: Program) -> SampleState:
+    """The state before the first step, from arguments as in `sample`."""
     latents = latents.astype(jnp.float32)
     asked = {"contexts": True} if program.contexts else {}
     state = SampleState(
@@ -177,7 +179,7 @@ def begin(
         cache=model.empty_cache(edits.source, **asked) if program.carried else None,
         momentum=jnp.zeros_like(latents) if program.guidance == "apg" else None,
     )
-    return texts, sharding.everywhere(steps), state.laid_out()
+    return state.laid_out()
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
@@ -191,52 +193,13 @@ def advance(
     *,
     program: Program,
 ) -> tuple[SampleState, Trace]:
-    """Runs one step on the state that `begin` or the step before returned, and donates it.
+    """Runs one step on the state that `start` or the step before returned, and donates it.
 
-    One program, compiled for shapes and `program`, serves any number of steps.
+    One program, compiled for shapes and `program`, serves any number of steps, and experts of one
+    size.
     """
     state, trace = _Step(model, edits, knobs, texts, program)(state, inputs)
     return state, sharding.everywhere(trace)
-
-
-@jax.jit
-def step_inputs(steps: StepInputs, number: Int[Array, ""]) -> StepInputs:
-    """The inputs of one step, out of those of all steps."""
-    return sharding.everywhere(jax.tree.map(lambda rows: rows[number], steps))
-
-
-def stepwise(
-    model: Denoiser,
-    edits: Edits,
-    knobs: Knobs,
-    texts: Texts,
-    steps: StepInputs,
-    state: SampleState,
-    *,
-    program: Program,
-    on_step: Callable[[int], None],
-    run: Call = call,
-) -> tuple[Patches, Trace]:
-    """Runs the steps of `sample` after `begin`, each in a call of its own.
-
-    Args:
-      model: as in `sample`, and so `edits`, `knobs` and `program`.
-      edits: sources, noise, masks and texts.
-      knobs: settings of lock and guidance.
-      texts: conditioning, from `begin`.
-      steps: inputs of all steps, from `begin`.
-      state: first state, from `begin`; donated.
-      program: settings that select the compiled program.
-      on_step: callback with the number of each finished step, from 0.
-      run: function that calls each step's compiled programs.
-    """
-    traces = []
-    for number in range(len(steps.number)):
-        inputs = run(step_inputs, steps, np.int32(number))
-        state, trace = run(advance, model, edits, knobs, texts, inputs, state, program=program)
-        traces.append(jax.tree.map(np.asarray, trace))  # waits for the step to finish
-        on_step(number)
-    return state.latents, jax.tree.map(lambda *rows: np.stack(rows), *traces)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -251,7 +214,8 @@ class _Step:
 
     def __call__(self, state: SampleState, inputs: StepInputs) -> tuple[SampleState, Trace]:
         """Runs one step: METHOD.md sections 3 to 8, in their order."""
-        knobs, foreground, solver = self.knobs, self.edits.foreground, inputs.solver
+        knobs = dataclasses.replace(self.knobs, guidance_scale=inputs.guidance_scale)
+        foreground, solver = self.edits.foreground, inputs.solver
         ready, scheduled = lock.ready(state.window), inputs.scheduled
         alpha = lock.fusion_ratio(state.sigma2, ready, scheduled, knobs)
         alpha, beta = lock.inject(alpha, inputs.injected, knobs)

@@ -14,12 +14,13 @@ estimates to it.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.shapes import Cells
@@ -40,6 +41,7 @@ class SolverTable:
       corrector: weights of `(z_k, corrected_{k-1}, m_k, m_{k-1}, m_{k-2})`; `(1, 0, 0, 0, 0)` in
         a row without correction.
       predictor: weights of `(corrected_k, m_k, m_{k-1})`.
+      expert: number of the model that takes the step (`with_experts`); 0 in a run of one model.
     """
 
     sigma: Float[Array | np.ndarray, "*steps"]
@@ -47,6 +49,29 @@ class SolverTable:
     timestep: Float[Array | np.ndarray, "*steps"]
     corrector: Float[Array | np.ndarray, "*steps 5"]
     predictor: Float[Array | np.ndarray, "*steps 3"]
+    expert: Int[Array | np.ndarray, "*steps"]
+
+    def with_experts(self, boundary: float) -> "SolverTable":
+        """The table of two experts, the high-noise one 0 and the low-noise one 1.
+
+        As the publisher of Wan 2.2 (`wan/text2video.py`): a step is the high-noise expert's where
+        its timestep, as the solver gives it to the model, is `1000 boundary` or more.
+        """
+        low = self.timestep < np.float32(boundary * _TRAIN_STEPS)
+        return dataclasses.replace(self, expert=np.asarray(low, np.int32))
+
+    @property
+    def switches(self) -> Bool[Array | np.ndarray, "steps"]:
+        """Marks the steps whose expert is not that of the step before."""
+        before = jnp.concatenate([self.expert[:1], self.expert[:-1]])
+        return self.expert != before
+
+    @property
+    def phases(self) -> list[tuple[int, range]]:
+        """The steps of each expert in turn: its number, and its consecutive steps."""
+        firsts = [0, *np.flatnonzero(np.diff(self.expert)) + 1, len(self.expert)]
+        spans = itertools.pairwise(map(int, firsts))
+        return [(int(self.expert[first]), range(first, last)) for first, last in spans]
 
 
 @jax.tree_util.register_dataclass
@@ -207,7 +232,8 @@ def _table(
     predictor: Float[np.ndarray, "levels-1 3"],
 ) -> SolverTable:
     columns = (sigma[:-1], sigma[1:], timestep, corrector, predictor)
-    return SolverTable(*(np.asarray(column, np.float32) for column in columns))
+    expert = np.zeros(len(timestep), np.int32)
+    return SolverTable(*(np.asarray(column, np.float32) for column in columns), expert)
 
 
 def _no_corrector(steps: int) -> Float[np.ndarray, "{steps} 5"]:

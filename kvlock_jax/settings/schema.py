@@ -23,6 +23,9 @@ class SampleConfig:
       shift: `s` of METHOD.md section 1, over 0; a higher one spends more steps on high noise.
       guidance_scale: `omega_0` of METHOD.md section 6. 1 is no guidance: every step computes the
         conditional branch alone, and omega stays 1 whatever the lock's settings.
+      guidance_scale_low: the same of the steps of a low-noise expert; 0 takes `guidance_scale`.
+      boundary: share of 1000 from which on a timestep is the high-noise expert's, 0 to 1; only
+        checkpoints of two experts read it. Published 0.875 (Wan 2.2).
       solver: `"unipc"`, `"euler"` or `"dpm++"`.
       seed: seed of the noise that an edit starts from.
     """
@@ -30,14 +33,17 @@ class SampleConfig:
     steps: int = 50
     shift: float = 5.0
     guidance_scale: float = 5.0
+    guidance_scale_low: float = 0.0
+    boundary: float = 0.875
     solver: str = "unipc"
     seed: int = 0
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, self, "steps", "at least 1")
         require(0 < self.shift < math.inf, self, "shift", "over 0, and finite")
-        scale = self.guidance_scale
-        require(0 <= scale < math.inf, self, "guidance_scale", "0 or more, and finite")
+        for name in ("guidance_scale", "guidance_scale_low"):
+            require(0 <= getattr(self, name) < math.inf, self, name, "0 or more, and finite")
+        require(0 <= self.boundary <= 1, self, "boundary", "between 0 and 1")
         require(
             self.solver in ("unipc", "euler", "dpm++"),
             self,
@@ -49,7 +55,13 @@ class SampleConfig:
     @property
     def branches(self) -> int:
         """Guidance branches that each step computes."""
-        return 1 if self.guidance_scale == 1 else 2
+        return 1 if set(self.guidance_scales.values()) == {1} else 2
+
+    @property
+    def guidance_scales(self) -> dict[str, float]:
+        """`omega_0` by the role of the expert that takes a step."""
+        high, low = self.guidance_scale, self.guidance_scale_low
+        return {"high": high, "low": low or high}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,25 +6,72 @@ Diffusers' `WanVACEPipeline`, after the publisher's VACE code.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float
+from PIL import Image as pillow
 
 from kvlock_jax.grid import Grid
 from kvlock_jax.models.family import Clips, EncodeClips, Encoded
 from kvlock_jax.models.wan.vace import VACEContext
-from kvlock_jax.shapes import VAE_STRIDES, Latents
+from kvlock_jax.shapes import VAE_STRIDES, Image, Latents
+
+Canvas = Float[Array | np.ndarray, "canvas_height canvas_width 3"]
+
+
+def on_canvas(picture: Image, height: int, width: int) -> Canvas:
+    """Scales a reference picture to fit a video's size and centres it on white, in [-1, 1].
+
+    Bilinear without antialiasing, as published. (Diffusers first resamples a picture whose sides
+    are not multiples of 8, so results differ for such pictures.)
+    """
+    rows, columns = picture.shape[:2]
+    scale = min(height / rows, width / columns)
+    fitted = max(int(rows * scale), 1), max(int(columns * scale), 1)
+    levels = jnp.asarray(picture, jnp.float32) / 127.5 - 1.0
+    scaled = jax.image.resize(levels, (*fitted, 3), "linear", antialias=False)
+    top, left = ((whole - part) // 2 for whole, part in zip((height, width), fitted, strict=True))
+    return (
+        jnp.ones((height, width, 3)).at[top : top + fitted[0], left : left + fitted[1]].set(scaled)
+    )
+
+
+def on_canvas_of_fun(picture: Image, height: int, width: int) -> Canvas:
+    """`on_canvas` as VideoX-Fun has it: bicubic with antialiasing, by PIL.
+
+    Origin: `padding_image` of its `videox_fun/utils/utils.py`, sides rounded as there.
+    """
+    rows, columns = picture.shape[:2]
+    aspect = columns / rows
+    fitted = (width, int(width / aspect)) if aspect > width / height else None
+    fitted = fitted or (int(height * aspect), height)
+    scaled = pillow.fromarray(picture).resize([max(side, 1) for side in fitted])
+    canvas = pillow.new("RGB", (width, height), (255, 255, 255))
+    canvas.paste(scaled, ((width - scaled.width) // 2, (height - scaled.height) // 2))
+    return np.asarray(canvas, np.float32) / 127.5 - 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class VACEConditioner:
-    """The `Conditioner` of VACE: text, and the control channels of the clip and its mask."""
+    """The `Conditioner` of VACE: text, and the control channels of the clip and its mask.
+
+    Attributes:
+      canvas: function that puts a reference picture on a canvas of a video's size.
+      newest_first: whether the last picture's latent frame comes first, as Wan 2.1's.
+    """
 
     takes_references: bool = True
     sees_source: bool = True
+    canvas: Callable[[Image, int, int], Canvas] = on_canvas
+    newest_first: bool = True
+
+    def canvases(self, pictures: Sequence[Image], height: int, width: int) -> list[Canvas]:
+        """Reference pictures at a video's size in [-1, 1], in the order of their latent frames."""
+        ordered = reversed(pictures) if self.newest_first else pictures
+        return [self.canvas(picture, height, width) for picture in ordered]
 
     def encode(
         self,
@@ -87,17 +134,14 @@ def control(
       inactive: latents of the video outside the mask.
       reactive: latents of the video under the mask.
       mask: true where the video is generated; `frames = 4 n + 1`, height and width multiples of 8.
-      references: latents of reference pictures. Each becomes a latent frame before the video; the
-        last picture comes first, as published.
+      references: latents of reference pictures, each a latent frame before the video.
 
     Returns:
       `T = len(references) + n + 1` frames of channels.
     """
-    frames = [jnp.concatenate([inactive, reactive, fold_mask(mask)], axis=-1)]
-    for latents in references:
-        zeros = jnp.zeros((*latents.shape[:-1], frames[0].shape[-1] - latents.shape[-1]))
-        frames.insert(0, jnp.concatenate([latents, zeros], axis=-1))
-    return jnp.concatenate(frames, axis=1)
+    video = jnp.concatenate([inactive, reactive, fold_mask(mask)], axis=-1)
+    missing = [(0, 0)] * 4 + [(0, video.shape[-1] - inactive.shape[-1])]
+    return jnp.concatenate([*(jnp.pad(r, missing) for r in references), video], axis=1)
 
 
 def fold_mask(
@@ -117,22 +161,3 @@ def fold_mask(
     cells = mask[:, chosen].reshape(batch, count, height // rows, rows, width // columns, columns)
     folded = cells.transpose(0, 1, 2, 4, 3, 5).reshape(*cells.shape[:3], width // columns, -1)
     return folded.astype(jnp.float32)
-
-
-def on_canvas(
-    picture: UInt8[Array | np.ndarray, "rows columns 3"], height: int, width: int
-) -> Float[Array, "height width 3"]:
-    """Scales a reference picture to fit a video's size and centres it on white, in [-1, 1].
-
-    Bilinear without antialiasing, as published. (Diffusers first resamples a picture whose sides
-    are not multiples of 8, so results differ for such pictures.)
-    """
-    rows, columns = picture.shape[:2]
-    scale = min(height / rows, width / columns)
-    fitted = max(int(rows * scale), 1), max(int(columns * scale), 1)
-    levels = jnp.asarray(picture, jnp.float32) / 127.5 - 1.0
-    scaled = jax.image.resize(levels, (*fitted, 3), "linear", antialias=False)
-    top, left = ((whole - part) // 2 for whole, part in zip((height, width), fitted, strict=True))
-    return (
-        jnp.ones((height, width, 3)).at[top : top + fitted[0], left : left + fitted[1]].set(scaled)
-    )

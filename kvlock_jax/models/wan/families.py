@@ -1,4 +1,7 @@
-"""The families of Wan 2.1: text-to-video and VACE, 1.3B and 14B."""
+"""The families of Wan: text-to-video and VACE of 2.1, and of 2.2 with their two experts."""
+
+from collections.abc import Callable
+from typing import Any
 
 from kvlock_jax.models.family import Family, Network, TextOnly
 from kvlock_jax.models.layout import ParameterRules
@@ -8,7 +11,7 @@ from kvlock_jax.models.text.umt5 import UMT5Encoder
 from kvlock_jax.models.vae.autoencoder import WanVAE
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.block import Positions
-from kvlock_jax.models.wan.conditioning import VACEConditioner
+from kvlock_jax.models.wan.conditioning import VACEConditioner, on_canvas_of_fun
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.parameters import PARAMETERS
 from kvlock_jax.models.wan.transformer import Conditioning, Time
@@ -27,26 +30,64 @@ _LARGE = 5120
 """Width of the 14B models."""
 
 
-def _settings(kind: str, config: WanConfig) -> str:
-    # The size of the video is not known yet: 14B gets the settings for 720p, which the publisher's
-    # generate.py takes at 480p too; `t2v_14b_480p` is its README's milder shift.
-    return f"{kind}_{'14b_720p' if config.dim >= _LARGE else '1_3b_480p'}"
+def _describes(*, vace: bool, experts: bool) -> Callable[[Any], bool]:
+    """Whether configs are of a transformer with context blocks or without, and of experts."""
+
+    def describes(configs: Any) -> bool:
+        """Whether they are."""
+        config = configs.transformer
+        kind = isinstance(config, WanConfig) and bool(config.vace_layers) == vace
+        return kind and bool(configs.experts) == experts
+
+    return describes
+
+
+def _settings(kind: str) -> Callable[[Any], str]:
+    """The settings of Wan 2.1 for a size of model.
+
+    The size of the video is not known yet: 14B gets the settings for 720p, which the publisher's
+    generate.py takes at 480p too; `t2v_14b_480p` is its README's milder shift.
+    """
+
+    def settings(configs: Any) -> str:
+        """The name of the settings."""
+        return f"{kind}_{'14b_720p' if configs.transformer.dim >= _LARGE else '1_3b_480p'}"
+
+    return settings
 
 
 TEXT_TO_VIDEO = Family(
     name="wan2.1-t2v",
     networks=_NETWORKS,
-    describes=lambda config: isinstance(config, WanConfig) and not config.vace_layers,
+    describes=_describes(vace=False, experts=False),
     conditioner=TextOnly(),
-    settings=lambda config: _settings("t2v", config),
+    settings=_settings("t2v"),
     results=_RESULTS,
 )
 
 VACE = Family(
     name="wan2.1-vace",
     networks=_NETWORKS,
-    describes=lambda config: isinstance(config, WanConfig) and bool(config.vace_layers),
+    describes=_describes(vace=True, experts=False),
     conditioner=VACEConditioner(),
-    settings=lambda config: _settings("vace", config),
+    settings=_settings("vace"),
+    results=_RESULTS,
+)
+
+TEXT_TO_VIDEO_EXPERTS = Family(
+    name="wan2.2-t2v",
+    networks=_NETWORKS,
+    describes=_describes(vace=False, experts=True),
+    conditioner=TextOnly(),
+    settings=lambda configs: "t2v_a14b",
+    results=_RESULTS,
+)
+
+VACE_FUN = Family(
+    name="wan2.2-vace-fun",
+    networks=_NETWORKS,
+    describes=_describes(vace=True, experts=True),
+    conditioner=VACEConditioner(canvas=on_canvas_of_fun, newest_first=False),
+    settings=lambda configs: "vace_fun_a14b",
     results=_RESULTS,
 )

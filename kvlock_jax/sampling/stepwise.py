@@ -1,0 +1,76 @@
+"""The sampling loop in one call per step, over one model or the experts that share a run.
+
+It computes what `loop.sample` does and reports its progress; `kvlock edit` runs it, and Python with
+`on_step`. (A callback from inside the scan would keep its program out of JAX's persistent cache.
+The calls take about 10 ms of CPU time a step on the demo.)
+
+Wan 2.2's A14B has two transformers of one size: the high-noise expert takes the first steps, the
+low-noise expert the others. The loop runs in phases, one per expert, each with conditioning of its
+own; latents, solver history, clean estimates and statistic go on from one to the next. A carried
+cache is computed anew. One compiled step serves both.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from kvlock_jax.grid import Patches
+from kvlock_jax.lock import Knobs
+from kvlock_jax.parallel import sharding
+from kvlock_jax.runtime.compile_cache import Call, call
+from kvlock_jax.sampling import loop
+from kvlock_jax.sampling.denoiser import Denoiser
+from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.loop import StepInputs, Trace
+from kvlock_jax.sampling.program import Program
+from kvlock_jax.sampling.solvers import SolverTable
+
+Using = Callable[[int], AbstractContextManager[Denoiser]]
+"""Holds the expert of a number in memory, for as long as its context is open."""
+
+
+@jax.jit
+def step_inputs(steps: StepInputs, number: Int[Array, ""]) -> StepInputs:
+    """The inputs of one step, out of those of all steps."""
+    return sharding.everywhere(jax.tree.map(lambda rows: rows[number], steps))
+
+
+def stepwise(
+    using: Using,
+    latents: Patches,
+    edits: Edits,
+    table: SolverTable,
+    knobs: Knobs,
+    *,
+    program: Program,
+    on_step: Callable[[int], None] = lambda number: None,
+    run: Call = call,
+) -> tuple[Patches, Trace]:
+    """Runs the steps of `loop.sample`, each in a call of its own.
+
+    Args:
+      using: holds the expert of a phase; only that of the step is asked for.
+      latents: as in `loop.sample`, and so all others; donated.
+      edits: sources, noise, masks and texts.
+      table: coefficients of the solver, and the expert of each step.
+      knobs: settings of lock and guidance.
+      program: settings that select the compiled program.
+      on_step: callback with the number of each finished step, from 0.
+      run: function that calls each step's compiled programs.
+    """
+    state, traces = None, []
+    for expert, numbers in table.phases:
+        with using(expert) as model:
+            texts, steps = run(loop.prepare, model, edits, table, knobs, program=program)
+            if state is None:
+                state = run(loop.start, model, latents, edits, program=program)
+            for number in numbers:
+                inputs = run(step_inputs, steps, np.int32(number))
+                args = (model, edits, knobs, texts, inputs, state)
+                state, trace = run(loop.advance, *args, program=program)
+                traces.append(jax.tree.map(np.asarray, trace))  # waits for the step to finish
+                on_step(number)
+    return state.latents, jax.tree.map(lambda *rows: np.stack(rows), *traces)
