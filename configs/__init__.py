@@ -20,10 +20,10 @@ three legs, many people in the background, walking backwards."""
 
 
 def published(preset: str, **sample: Any) -> ConfigDict:
-    """`run_config` with what all published models of Wan 2.1 share.
+    """`run_config` with what most published models of Wan share.
 
     50 steps of UniPC, as `generate.py` takes for videos from text, and `NEGATIVE_PROMPT`.
     """
-    run = run_config(preset, steps=50, solver="unipc", **sample)
+    run = run_config(preset, **{"steps": 50, "solver": "unipc"} | sample)
     run.edit.negative_prompt = NEGATIVE_PROMPT
     return run

@@ -73,6 +73,20 @@ def compiled_programs(shared_folder):
     return settings
 
 
+@pytest.fixture
+def compiled():
+    """Names of programs as they are compiled."""
+    names: list[str] = []
+
+    def listener(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(about.get("fun_name", "?").removeprefix("jit(").removesuffix(")"))
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
 def use_cache(settings: dict) -> None:
     """Sets JAX's cache of compiled programs, which otherwise stays with its first folder."""
     for name, value in settings.items():

@@ -22,6 +22,10 @@ FINE = [
     (SampleConfig, {"steps": 1}),
     (SampleConfig, {"shift": 1e-3}),
     (SampleConfig, {"guidance_scale": 0.0}),
+    (SampleConfig, {"guidance_scale_low": 0.0}),
+    (SampleConfig, {"boundary": 0.0}),
+    (SampleConfig, {"boundary": 1.0}),
+    (SampleConfig, {"grid": "plain"}),
     (SampleConfig, {"solver": "unipc"}),
     (SampleConfig, {"solver": "euler"}),
     (SampleConfig, {"solver": "dpm++"}),
@@ -58,6 +62,9 @@ FINE = [
 
 BAD = [
     (SampleConfig, "steps", 0),
+    (SampleConfig, "guidance_scale_low", -0.1),
+    (SampleConfig, "boundary", 1.1),
+    (SampleConfig, "grid", "wan"),
     (SampleConfig, "shift", 0.0),
     (SampleConfig, "shift", math.inf),
     (SampleConfig, "guidance_scale", -0.1),

@@ -15,7 +15,7 @@ from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.pipeline.settings import config, default_config_name, resolve_settings
 
 FOLDER = Path(__file__).parents[1] / "configs"
-PUBLISHED = {  # shift, guidance
+PUBLISHED = {  # shift, guidance of the high-noise expert and of the low-noise one
     "t2v_1_3b_480p": (8.0, 6.0),
     "t2v_1_3b_720p": (8.0, 6.0),
     "t2v_14b_480p": (3.0, 5.0),
@@ -24,7 +24,10 @@ PUBLISHED = {  # shift, guidance
     "vace_1_3b_720p": (16.0, 5.0),
     "vace_14b_480p": (16.0, 5.0),
     "vace_14b_720p": (16.0, 5.0),
+    "t2v_a14b": (12.0, 4.0),
+    "vace_fun_a14b": (12.0, 5.0),
 }
+SOLVERS = {"t2v_a14b": (40, "unipc", "plain"), "vace_fun_a14b": (50, "euler", "diffusers")}
 
 
 def test_all_runs_are_known():
@@ -36,7 +39,10 @@ def test_settings_are_the_publishers(name):
     settings = resolve_settings(config(name))
     sample = settings.sample
     assert (sample.shift, sample.guidance_scale) == PUBLISHED[name]
-    assert (sample.steps, sample.solver) == (50, "unipc")
+    low = 3.0 if name == "t2v_a14b" else sample.guidance_scale
+    assert sample.guidance_scales["low"] == low and sample.boundary == 0.875
+    solver = SOLVERS.get(name, (50, "unipc", "diffusers"))
+    assert (sample.steps, sample.solver, sample.grid) == solver
     assert settings.preset == ("kvlock" if name.startswith("vace") else "kvlock_anchor")
     assert settings.edit.negative_prompt == NEGATIVE_PROMPT
     assert settings.edit.size == ""  # the video keeps its own
@@ -50,7 +56,8 @@ def test_a_run_says_where_its_settings_come_from(name):
         if isinstance(node, ast.FunctionDef)
     )
     words = " ".join(ast.get_docstring(function).split())
-    assert "Wan-Video/Wan2.1" in words or "ali-vilab/VACE" in words
+    sources = ("Wan-Video/Wan2.1", "Wan-Video/Wan2.2", "ali-vilab/VACE", "aigc-apps/VideoX-Fun")
+    assert any(source in words for source in sources)
 
 
 def test_negative_prompt_is_the_publishers_to_the_letter():
@@ -84,3 +91,13 @@ def test_a_checkpoint_gets_the_run_of_its_family_and_width(source, wan, name):
     configs = Configs(wan, VAEConfig(), UMT5Config(16, 16, 4, 24, 1, 2), {})
     assert default_config_name(source, configs) == name
     resolve_settings(config(name))
+
+
+@pytest.mark.parametrize("layers, name", [((), "t2v_a14b"), ((0, 5), "vace_fun_a14b")])
+@pytest.mark.parametrize("experts", [("high", "low"), ("low",)])
+def test_experts_get_the_runs_of_wan_2_2(layers, name, experts):
+    wan = dataclasses.replace(LARGE, vace_layers=layers)
+    second = wan if len(experts) == 2 else None
+    networks = (wan, VAEConfig(), UMT5Config(16, 16, 4, 24, 1, 2))
+    configs = Configs(*networks, {}, transformer_2=second, experts=experts)
+    assert default_config_name("folder", configs) == name

@@ -26,20 +26,6 @@ from kvlock_jax.runtime.compile_cache import Compiler, call
 from kvlock_jax.settings.schema import run_config
 
 
-@pytest.fixture
-def compiled():
-    """Names of programs as they are compiled."""
-    names: list[str] = []
-
-    def listener(event, seconds, **about):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(about.get("fun_name", "?").removeprefix("jit(").removesuffix(")"))
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listener)
-
-
 def caching(folder):
     """The compiler of one device that keeps its traces in a folder."""
     return compiler_for(Placement(None, False, gathered), str(folder))

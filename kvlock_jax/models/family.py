@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from kvlock_jax.grid import Grid
 from kvlock_jax.models.layout import ParameterRules
-from kvlock_jax.shapes import Image, Latents
+from kvlock_jax.shapes import Latents
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +42,9 @@ jax.tree_util.register_dataclass(Encoded, ["parts", "index"], [])
 Clips = Sequence[UInt8[np.ndarray, "frames height width 3"]]
 Shown = Sequence[Bool[np.ndarray, "frames height width"]]
 
+Pictures = Sequence[UInt8[np.ndarray, "_ _ 3"]]
+"""Reference pictures, each of its own size."""
+
 EncodeClips = Callable[[Clips, Shown], Encoded]
 """Encodes clips by the VAE; pixels outside a clip's mask are blank."""
 
@@ -59,10 +62,8 @@ class Conditioner(Protocol):
     takes_references: bool
     sees_source: bool
 
-    def canvases(
-        self, pictures: Sequence[Image], height: int, width: int
-    ) -> list[Float[Array | np.ndarray, "canvas_height canvas_width 3"]]:
-        """Reference pictures at a video's size in [-1, 1], in the order of their latent frames."""
+    def canvases(self, pictures: Pictures, height: int, width: int) -> list[Array | np.ndarray]:
+        """Reference pictures, `height width 3` in [-1, 1], in the order of their latent frames."""
 
     def encode(
         self,
@@ -115,7 +116,7 @@ class TextOnly:
     takes_references: bool = False
     sees_source: bool = False
 
-    def canvases(self, pictures: Sequence[Image], height: int, width: int) -> list:
+    def canvases(self, pictures: Pictures, height: int, width: int) -> list:
         """None: it can be shown no pictures."""
         return []
 

@@ -26,7 +26,10 @@ SETTINGS = (
     ("sample.steps", int, "sample_steps steps", "solver steps"),
     ("sample.shift", float, "sample_shift shift", "more spends more steps on high noise"),
     ("sample.guidance_scale", float, "sample_guide_scale guidance_scale", "guidance, 1 is none"),
+    ("sample.guidance_scale_low", float, "sample_guide_scale_low", "of a low-noise expert's steps"),
+    ("sample.boundary", float, "boundary", "timestep / 1000 from which the high-noise expert runs"),
     ("sample.solver", str, "sample_solver solver", "unipc, dpm++ or euler"),
+    ("sample.grid", str, "sample_grid", "noise levels: Diffusers' (diffusers) or plain"),
     ("sample.seed", int, "base_seed seed", "seed of the noise"),
     ("kvlock.cache", str, "cache", "keys and values of the source: fused (default) or carried"),
     ("kvlock.cache_every", int, "cache_every", "steps for which a carried cache is reused"),
@@ -59,8 +62,13 @@ def file_names(text: str) -> list[str]:
 
 
 def update(run: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """A copy with the values of dotted keys such as `sample.steps`, which are not checked here."""
+    """A copy with the values of dotted keys such as `sample.steps`, which are not checked here.
+
+    A guidance scale is that of all steps, unless the low-noise expert's is given beside it.
+    """
     run = copy.deepcopy(run)
+    if "sample.guidance_scale" in values:
+        values = {"sample.guidance_scale_low": 0.0} | dict(values)
     with run.unlocked(), run.ignore_type():  # a file may write 3 for 3.0
         run.update_from_flattened_dict(values)
     return run

@@ -132,7 +132,7 @@ class Loop:
           run: function that calls compiled programs.
         """
         sample, configs = settings.sample, model.checkpoint.configs
-        table = solvers.table(sample.solver, sample.steps, sample.shift)
+        table = solvers.table(sample.solver, sample.steps, sample.shift, sample.grid)
         if len(configs.transformers) > 1:
             table, by_step = table.with_experts(sample.boundary), True
         roles = configs.experts or ("high",)

@@ -27,6 +27,9 @@ from kvlock_jax.shapes import Cells
 
 _TRAIN_STEPS = 1000
 
+LevelGrid = Callable[[int, float], Float[np.ndarray, "steps"]]
+"""From steps and shift to the noise level of each step."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,8 @@ class SolverTable:
     Attributes:
       sigma: noise level at which step k calls the model, (0, 1].
       sigma_next: noise level after the step; 0 in the last row.
-      timestep: the model's timestep for `sigma`, (0, 1000], exactly as in Diffusers: `1000 sigma`
-        for Euler, truncated to a whole number for UniPC and DPM++ (999 at the start).
+      timestep: the model's timestep for `sigma`, (0, 1000], exactly as in Diffusers and in the
+        publisher's code: `1000 sigma` for Euler, truncated to a whole number for UniPC and DPM++.
       corrector: weights of `(z_k, corrected_{k-1}, m_k, m_{k-1}, m_{k-2})`; `(1, 0, 0, 0, 0)` in
         a row without correction.
       predictor: weights of `(corrected_k, m_k, m_{k-1})`.
@@ -98,75 +101,107 @@ def flow_sigmas(levels: Float[np.ndarray, "steps"], shift: float) -> Float[np.nd
     return shift * levels / (1.0 + (shift - 1.0) * levels)
 
 
-def euler(steps: int, shift: float) -> SolverTable:
-    """Euler's method for the flow, `z + (sigma' - sigma) v` (METHOD.md section 1).
+def plain_grid(steps: int, shift: float) -> Float[np.ndarray, "steps"]:
+    """The levels of equal parts from 1 to 0, shifted: the publisher's, and distilled models'.
 
-    The grid is that of Diffusers' `FlowMatchEulerDiscreteScheduler`: equal parts from 1 to the
-    shifted 1/1000, then shifted, which shifts the last level twice.
+    Origin: `get_sampling_sigmas` of Wan-Video/Wan2.2, for DPM++; LightX2V, for Euler.
+    """
+    return flow_sigmas(np.linspace(1.0, 0.0, steps + 1)[:-1], shift)
+
+
+def plain_unipc_grid(steps: int, shift: float) -> Float[np.ndarray, "steps"]:
+    """`plain_grid` from 0.999 on, where lambda is finite.
+
+    Origin: `FlowUniPCMultistepScheduler` of Wan-Video/Wan2.2, whose first level is in float32.
+    """
+    return flow_sigmas(np.linspace(np.float32(0.999), 0.0, steps + 1)[:-1], shift)
+
+
+def euler_grid(steps: int, shift: float) -> Float[np.ndarray, "steps"]:
+    """The levels of Diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+    Equal parts from 1 to the shifted 1/1000, then shifted, which shifts the last level twice.
+    """
+    # Diffusers computes the last level in float32; a float64 one would put 50 steps at shift 3 one
+    # float32 digit off.
+    last = flow_sigmas(np.array([1 / _TRAIN_STEPS], np.float32), shift).item()
+    return flow_sigmas(np.linspace(_TRAIN_STEPS, _TRAIN_STEPS * last, steps) / _TRAIN_STEPS, shift)
+
+
+def unipc_grid(steps: int, shift: float) -> Float[np.ndarray, "steps"]:
+    """The levels of Diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas`: first 1 - 1e-6."""
+    levels = flow_sigmas(np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:-1], shift)
+    levels[0] = 1.0 - 1e-6  # lambda is infinite at 1
+    return levels
+
+
+def dpmpp_grid(steps: int, shift: float) -> Float[np.ndarray, "steps"]:
+    """The levels of Diffusers' `DPMSolverMultistepScheduler` with `use_flow_sigmas`.
+
+    Equal parts from 0.999 to 0, then shifted.
+    """
+    # In this order, or 3 steps at shift 1 truncate to timestep 665 where Diffusers has 666.
+    grid = 1.0 - np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:0:-1]
+    return flow_sigmas(grid, shift)
+
+
+def euler(steps: int, shift: float, grid: LevelGrid = euler_grid) -> SolverTable:
+    """Euler's method for the flow, `z + (sigma' - sigma) v` (METHOD.md section 1).
 
     Raises:
       ConfigError: steps under 1, shift not over 0, or levels that float32 cannot tell apart.
     """
     _check(steps, shift)
-    # Diffusers computes the last level in float32; a float64 one would put 50 steps at shift 3 one
-    # float32 digit off.
-    last = flow_sigmas(np.array([1 / _TRAIN_STEPS], np.float32), shift).item()
-    grid = np.linspace(_TRAIN_STEPS, _TRAIN_STEPS * last, steps) / _TRAIN_STEPS
-    sigma = _with_zero(flow_sigmas(grid, shift), steps, shift)
+    sigma = _with_zero(grid(steps, shift), steps, shift)
     timestep = np.float32(_TRAIN_STEPS) * sigma[:-1].astype(np.float32)
     return _table(sigma, timestep, _no_corrector(steps), _first_order(sigma))
 
 
-def unipc(steps: int, shift: float) -> SolverTable:
+def unipc(steps: int, shift: float, grid: LevelGrid = unipc_grid) -> SolverTable:
     """UniPC of order 2, `bh2`, on clean estimates, lower order at the ends: Wan's settings.
 
     Step k first corrects the sample that it called the model on (UniC, which redoes the step before
-    now that `m_k` is known), then predicts from it (UniP). As Diffusers' `UniPCMultistepScheduler`
-    with `use_flow_sigmas`: first level `1 - 1e-6`, timesteps truncated to whole numbers.
+    now that `m_k` is known), then predicts from it (UniP). Timesteps are truncated to whole
+    numbers, as Diffusers and the publisher do.
 
     Raises:
       ConfigError: steps under 1, shift not over 0, or levels that float32 cannot tell apart.
     """
     _check(steps, shift)
-    levels = flow_sigmas(np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:-1], shift)
-    levels[0] = 1.0 - 1e-6  # lambda is infinite at 1
+    levels = grid(steps, shift)
     sigma = _with_zero(levels, steps, shift)
-    timestep = np.trunc(_TRAIN_STEPS * levels)
-    return _table(sigma, timestep, _unic(sigma), _second_order(sigma))
+    return _table(sigma, np.trunc(_TRAIN_STEPS * levels), _unic(sigma), _second_order(sigma))
 
 
-def dpmpp_2m(steps: int, shift: float) -> SolverTable:
-    """DPM-Solver++ (2M): UniPC's predictor without its corrector, on another grid.
-
-    As Diffusers' `DPMSolverMultistepScheduler` (midpoint, order 2) with `use_flow_sigmas`: equal
-    parts from 0.999 to 0, then shifted; timesteps truncated to whole numbers.
+def dpmpp_2m(steps: int, shift: float, grid: LevelGrid = dpmpp_grid) -> SolverTable:
+    """DPM-Solver++ (2M), midpoint: UniPC's predictor without its corrector, on another grid.
 
     Raises:
       ConfigError: steps under 1, shift not over 0, or levels that float32 cannot tell apart.
     """
     _check(steps, shift)
-    # In this order, or 3 steps at shift 1 truncate to timestep 665 where Diffusers has 666.
-    grid = 1.0 - np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:0:-1]
-    levels = flow_sigmas(grid, shift)
-    sigma = _with_zero(levels, steps, shift)
-    timestep = np.trunc(_TRAIN_STEPS * levels)
+    levels = grid(steps, shift)
+    sigma, timestep = _with_zero(levels, steps, shift), np.trunc(_TRAIN_STEPS * levels)
     return _table(sigma, timestep, _no_corrector(steps), _second_order(sigma))
 
 
-def table(name: str, steps: int, shift: float) -> SolverTable:
-    """The table of a solver by its name in `SampleConfig.solver`.
+def table(name: str, steps: int, shift: float, grid: str = "diffusers") -> SolverTable:
+    """The table of a solver by its name in `SampleConfig.solver`, and of a grid's.
 
     Raises:
       ConfigError: unknown name, steps under 1, shift not over 0, or levels too close for float32.
     """
-    tables: dict[str, Callable[[int, float], SolverTable]] = {
-        "unipc": unipc,
-        "euler": euler,
-        "dpm++": dpmpp_2m,
+    tables: dict[str, tuple[Callable[..., SolverTable], dict[str, LevelGrid]]] = {
+        "unipc": (unipc, {"diffusers": unipc_grid, "plain": plain_unipc_grid}),
+        "euler": (euler, {"diffusers": euler_grid, "plain": plain_grid}),
+        "dpm++": (dpmpp_2m, {"diffusers": dpmpp_grid, "plain": plain_grid}),
     }
     if name not in tables:
         raise ConfigError(f"solver must be one of {', '.join(tables)}, found {name!r}")
-    return tables[name](steps, shift)
+    solver, grids = tables[name]
+    if grid not in grids:
+        raise ConfigError(f"grid must be one of {', '.join(grids)}, found {grid!r}")
+    return solver(steps, shift, grids[grid])
 
 
 def init(latents: Cells) -> SolverState:

@@ -27,6 +27,8 @@ class SampleConfig:
       boundary: share of 1000 from which on a timestep is the high-noise expert's, 0 to 1; only
         checkpoints of two experts read it. Published 0.875 (Wan 2.2).
       solver: `"unipc"`, `"euler"` or `"dpm++"`.
+      grid: noise levels of the steps before the shift: `"diffusers"`, those of Diffusers' scheduler
+        of the solver, or `"plain"`, equal parts of [0, 1] as in the publisher's own code.
       seed: seed of the noise that an edit starts from.
     """
 
@@ -36,6 +38,7 @@ class SampleConfig:
     guidance_scale_low: float = 0.0
     boundary: float = 0.875
     solver: str = "unipc"
+    grid: str = "diffusers"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,6 +53,7 @@ class SampleConfig:
             "solver",
             "'unipc', 'euler' or 'dpm++'",
         )
+        require(self.grid in ("diffusers", "plain"), self, "grid", "'diffusers' or 'plain'")
         require(0 <= self.seed < 2**32, self, "seed", "between 0 and 4294967295")
 
     @property

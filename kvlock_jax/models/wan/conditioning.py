@@ -11,18 +11,20 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image as pillow
 
 from kvlock_jax.grid import Grid
-from kvlock_jax.models.family import Clips, EncodeClips, Encoded
+from kvlock_jax.models.family import Clips, EncodeClips, Encoded, Pictures
 from kvlock_jax.models.wan.vace import VACEContext
 from kvlock_jax.shapes import VAE_STRIDES, Image, Latents
 
 Canvas = Float[Array | np.ndarray, "canvas_height canvas_width 3"]
 
 
-def on_canvas(picture: Image, height: int, width: int) -> Canvas:
+def on_canvas(
+    picture: UInt8[Array | np.ndarray, "rows columns 3"], height: int, width: int
+) -> Canvas:
     """Scales a reference picture to fit a video's size and centres it on white, in [-1, 1].
 
     Bilinear without antialiasing, as published. (Diffusers first resamples a picture whose sides
@@ -39,7 +41,9 @@ def on_canvas(picture: Image, height: int, width: int) -> Canvas:
     )
 
 
-def on_canvas_of_fun(picture: Image, height: int, width: int) -> Canvas:
+def on_canvas_of_fun(
+    picture: UInt8[np.ndarray, "rows columns 3"], height: int, width: int
+) -> Canvas:
     """`on_canvas` as VideoX-Fun has it: bicubic with antialiasing, by PIL.
 
     Origin: `padding_image` of its `videox_fun/utils/utils.py`, sides rounded as there.
@@ -68,8 +72,8 @@ class VACEConditioner:
     canvas: Callable[[Image, int, int], Canvas] = on_canvas
     newest_first: bool = True
 
-    def canvases(self, pictures: Sequence[Image], height: int, width: int) -> list[Canvas]:
-        """Reference pictures at a video's size in [-1, 1], in the order of their latent frames."""
+    def canvases(self, pictures: Pictures, height: int, width: int) -> list[Array | np.ndarray]:
+        """Reference pictures, `height width 3` in [-1, 1], in the order of their latent frames."""
         ordered = reversed(pictures) if self.newest_first else pictures
         return [self.canvas(picture, height, width) for picture in ordered]
 
