@@ -53,6 +53,9 @@ class Fake:
     def times(self, timestep):
         return timestep
 
+    def per_token(self, timestep, of_token):
+        return jnp.take_along_axis(timestep, of_token, axis=1)
+
     def __call__(self, latents, timestep, conditioning, lock=None):
         self.on_trace(self)
         velocity = self._velocity(latents, timestep, conditioning, lock)
@@ -76,7 +79,7 @@ class Fake:
         return velocity, self._keys_values(latents, timestep, conditioning)
 
     def _keys_values(self, latents, timestep, text):
-        x, t = to_tokens(latents), timestep[:, None, None] / 1000
+        x, t = to_tokens(latents), timestep.reshape(len(timestep), -1, 1) / 1000
         k = jnp.stack([jnp.tanh(x @ w + t + text[:, None]) for w in self.keys])
         v = jnp.stack([(x @ w) * (1 + t) for w in self.values])
         return KVCache(*(y.reshape(*y.shape[:-1], HEADS, SIZE) for y in (k, v)))
@@ -97,7 +100,7 @@ class Fake:
         velocity = to_cells(jnp.tanh(x @ self.out + total))
         if held is not None and held.computed is not None:
             velocity = lock.take(velocity, held.tokens)
-        over = timestep < self.limit
+        over = timestep.reshape(len(timestep), -1).max(axis=1) < self.limit
         return jnp.where(over[:, None, None, None], jnp.inf, velocity)
 
 

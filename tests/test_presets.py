@@ -32,9 +32,12 @@ TABLE = {
     "cfg": (0, [0, 0], [5, 5], 1),
     "cfg_zero_star": (0, [0, 0], [5, 5], 0.8),
     "apg": (0, [0, 0], [5, 5], 1),
+    "clean": (0, [0, 0], [5, 5], 1),
+    "clean_anchor": (1, [0.1, 0.25], [1.0, 1.25], 0.8),
     "proedit": (0, [0, 0], [5, 5], 1),
 }
-PINNED = {"kvlock_anchor", "hard_lock", "fast"}
+CLEAN = {"clean", "clean_anchor"}
+PINNED = {"kvlock_anchor", "hard_lock", "fast", "clean_anchor"}
 LOCKED = PINNED | {"kvlock", "fixed_half", "kv_only", "global_detection"}
 
 
@@ -56,7 +59,8 @@ def test_presets_do_what_the_table_says(name):
     np.testing.assert_allclose(guidance_scale(sigma2, yes, yes, traced), omegas, rtol=1e-6)
     np.testing.assert_allclose(uncond_scale(jnp.asarray([0.8]), traced), [s])
 
-    assert lock.background == ("source" if name in PINNED else "model")
+    pinned = "source" if name in PINNED else "model"
+    assert lock.background == ("clean" if name in CLEAN else pinned)
     assert lock.detection == ("global" if name == "global_detection" else "local")
     assert lock.zero_init_steps == (2 if name == "cfg_zero_star" else 0)
     assert lock.guidance == ("apg" if name == "apg" else "cfg")

@@ -19,6 +19,8 @@ PRESETS = {
     "cfg": "baseline: plain classifier-free guidance, no lock",
     "cfg_zero_star": "baseline: CFG-Zero*, s* and two steps of zero velocity, no lock",
     "apg": "baseline: adaptive projected guidance, no lock",
+    "clean": "for Wan 2.2's 5B: background tokens are the clean source; plain guidance, no lock",
+    "clean_anchor": "ours, for the same: kvlock_anchor over a clean background",
     "proedit": "baseline: ProEdit, the source injected in the first steps, none after them",
 }
 """Presets and their descriptions, in the order of METHOD.md sections 9 and 10."""
@@ -27,9 +29,12 @@ PRESETS = {
 def preset(name: str, guidance_scale: float) -> LockConfig:
     """The settings of the preset `name` for a run with the guidance scale omega_0.
 
-    METHOD.md sections 9 and 10. Only `kvlock_anchor` depends on omega_0: its floor 1 / omega_0
-    keeps omega at 1 or more, so that the prompt never fades. (The ceiling of 2 comes first: an
-    omega_0 under 1/2 stays under 1.)
+    METHOD.md sections 9 and 10. Only `kvlock_anchor` and `clean_anchor` depend on omega_0: their
+    floor 1 / omega_0 keeps omega at 1 or more, so that the prompt never fades. (The ceiling of 2
+    comes first: an omega_0 under 1/2 stays under 1.)
+
+    `clean` and `clean_anchor` need a model that was trained on a timestep for every token, as Wan
+    2.2's 5B was on clips whose first frame is given.
 
     `fast` is `hard_lock` with the source's pass in every fifth step, and VACE's context blocks
     locked too: on the demo model equal to it within noise, and at every tenth step still
@@ -64,12 +69,12 @@ def preset(name: str, guidance_scale: float) -> LockConfig:
     match name:
         case "kvlock":
             return published
-        case "kvlock_anchor":
+        case "kvlock_anchor" | "clean_anchor":
             # omega_0 may be 0; omega is then 0 whatever the floor.
             floor = min(1 / max(guidance_scale, 1e-6), published.omega_ceiling)
-            return dataclasses.replace(
-                published, warmup_fusion_ratio=1.0, omega_floor=floor, background="source"
-            )
+            anchored = dataclasses.replace(published, warmup_fusion_ratio=1.0, omega_floor=floor)
+            pinned = "source" if name == "kvlock_anchor" else "clean"
+            return dataclasses.replace(anchored, background=pinned)
         case "hard_lock":
             return locked
         case "fast":
@@ -88,6 +93,8 @@ def preset(name: str, guidance_scale: float) -> LockConfig:
             return dataclasses.replace(published, detection="global")
         case "cfg":
             return plain
+        case "clean":
+            return dataclasses.replace(plain, background="clean")
         case "cfg_zero_star":
             return dataclasses.replace(plain, rescale_uncond=True, zero_init_steps=2)
         case "apg":

@@ -42,7 +42,7 @@ class Knobs:
     rescale_uncond: Switch
     tau: Number
     kappa: Count
-    pin_background: Switch  # background = "source"
+    pin_background: Switch  # background = "source" or "clean"
     detect_globally: Switch  # detection = "global"
     zero_init_steps: Count
     cache_every: Count
@@ -68,7 +68,7 @@ def knobs(lock: LockConfig, guidance_scale: float | Float[np.ndarray, "steps"]) 
         rescale_uncond=jnp.bool_(lock.rescale_uncond),
         tau=jnp.float32(lock.tau),
         kappa=jnp.int32(lock.kappa),
-        pin_background=jnp.bool_(lock.background == "source"),
+        pin_background=jnp.bool_(lock.background != "model"),
         detect_globally=jnp.bool_(lock.detection == "global"),
         zero_init_steps=jnp.int32(lock.zero_init_steps),
         cache_every=jnp.int32(lock.cache_every),
@@ -141,7 +141,7 @@ def passes(lock: LockConfig) -> tuple[str, ...]:
 
 def _background_is_idle(lock: LockConfig) -> bool:
     """Whether only the source reaches the result from the background, at alpha 1."""
-    pinned, local = lock.background == "source", lock.detection == "local"
+    pinned, local = lock.background != "model", lock.detection == "local"
     return pinned and local and lock.guidance == "cfg"
 
 

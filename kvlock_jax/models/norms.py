@@ -28,8 +28,8 @@ Wide = Float[Array, "B L D"]
 
 def modulated(
     x: Wide,
-    factor: Float[Array, "#B D"],
-    shift: Float[Array, "#B D"],
+    factor: Float[Array, "#B D"] | Wide,
+    shift: Float[Array, "#B D"] | Wide,
     *,
     eps: float,
     dtype: Any,
@@ -38,11 +38,13 @@ def modulated(
 
     Args:
       x: tokens, float32.
-      factor, shift: of each row, or one for all.
+      factor, shift: of each row, or one for all; or of each token, which XLA computes everywhere.
       eps: the norm's epsilon, added to the variance.
       dtype: dtype of the result.
     """
     factor, shift = factor.astype(jnp.float32), shift.astype(jnp.float32)
+    if factor.ndim == 3:
+        return (_centred(x, eps) * factor + shift).astype(dtype)
     specs = ("BLD", "BD" if len(factor) == len(x) else "-D", "BD" if len(shift) == len(x) else "-D")
     run = _Choice(_modulated, modulated_kernel, specs, eps, dtype)
     return run(x, factor, shift) if x.shape[-1] % _LANES == 0 else run.plain(x, factor, shift)

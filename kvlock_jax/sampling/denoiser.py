@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvlock_jax.grid import Grid, Patches
 from kvlock_jax.lock import Lock
@@ -26,6 +26,13 @@ class Denoiser(Protocol):
 
     def times(self, timestep: Float[Array, "*rows"]) -> Any:
         """Embeddings of timesteps (0-1000): a tree of arrays with one row for each."""
+
+    def per_token(self, time: Any, of_token: Int[Array, "B L"]) -> Any:
+        """The times of rows whose tokens have several, which `of_token` chooses among.
+
+        Called with background "clean" alone, on a tree with an axis of several times after that of
+        rows.
+        """
 
     def __call__(
         self, latents: Patches, time: Any, conditioning: Any, lock: Lock | None = None

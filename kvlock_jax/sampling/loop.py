@@ -126,7 +126,7 @@ class StepInputs(NamedTuple):
     Attributes:
       number: index of the step, from 0.
       solver: row of the solver's table.
-      time: the model's embedding of the timestep.
+      time: the model's embedding of the timestep, and of 0 where the background is clean.
       guidance_scale: omega_0.
       scheduled: whether the step is one of the last kappa.
       injected: whether the step is one of ProEdit's first, injected ones.
@@ -160,6 +160,9 @@ def prepare(
     refresh = lock.refreshed(needed, knobs.cache_every, table.switches)
     scales = jnp.broadcast_to(knobs.guidance_scale, number.shape)
     times = model.times(table.timestep)
+    if program.clean:
+        known = model.times(jnp.zeros_like(number, jnp.float32))
+        times = jax.tree.map(lambda *both: jnp.stack(both, axis=1), times, known)
     steps = StepInputs(number, table, times, scales, scheduled, injected, needed, refresh)
     texts = model.condition(edits.prompts, edits.grid)
     texts = Texts(texts if program.branches == 2 else model.conditional(texts), sources)
@@ -170,6 +173,9 @@ def prepare(
 def start(model: Denoiser, latents: Patches, edits: Edits, *, program: Program) -> SampleState:
     """The state before the first step, from arguments as in `sample`."""
     latents = latents.astype(jnp.float32)
+    if program.clean:
+        known = (edits.shown & ~edits.own[..., None])[..., None]
+        latents = jnp.where(known, edits.spread(edits.source), latents)
     asked = {"contexts": True} if program.contexts else {}
     state = SampleState(
         latents=latents,
@@ -237,7 +243,7 @@ class _Step:
         latents, solved = solvers.step(solver, state.solver, state.latents, x0)
         latents = jnp.where(
             knobs.pin_background & (self.edits.shown & ~foreground)[..., None],
-            self.edits.spread(self._noised_source(solver.sigma_next)),
+            self._background(solver.sigma_next),
             latents,
         )
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
@@ -254,11 +260,34 @@ class _Step:
         mix = (1 - sigma) * edits.source.astype(wide) + sigma * edits.noise.astype(wide)
         return sharding.constrain(mix, "B L cells C")
 
+    def _background(self, sigma: Float[Array, ""]) -> Patches:
+        """The source at a noise level, for every edit; clean in tokens that are all background."""
+        edits = self.edits
+        noised = edits.spread(self._noised_source(sigma))
+        if not self.program.clean:
+            return noised
+        return jnp.where(edits.own[..., None, None], noised, edits.spread(edits.source))
+
+    def _times(self, inputs: StepInputs, z: Patches) -> Any:
+        """The times of the edits' rows."""
+        times = _rows(inputs.time, z)
+        if not self.program.clean:
+            return times
+        known = jnp.repeat(~self.edits.own, len(z) // len(self.edits.own), axis=0)
+        return self.model.per_token(times, known.astype(jnp.int32))
+
+    def _source_times(self, inputs: StepInputs, z: Patches) -> Any:
+        """The times of the sources' rows, all of whose tokens are noised."""
+        one = jax.tree.map(lambda x: x[0], inputs.time) if self.program.clean else inputs.time
+        return _rows(one, z)
+
     def _source_pass(self, inputs: StepInputs, turn: Int[Array, ""], into: Any) -> Any:
         # Without the turn XLA would move what needs no cache before the loop, where it always runs.
         inputs, _ = jax.lax.optimization_barrier((inputs, turn))
         z = self._noised_source(inputs.solver.sigma)
-        return self.model.keys_values(z, _rows(inputs.time, z), self.texts.sources, into=into)[1]
+        return self.model.keys_values(
+            z, self._source_times(inputs, z), self.texts.sources, into=into
+        )[1]
 
     def _branches(
         self,
@@ -306,10 +335,11 @@ class _Step:
         texts = self.texts.edits
         if branches < self.program.branches:
             texts = self.model.conditional(texts)
-        args = (z, _rows(inputs.time, z), texts)
+        args = (z, self._times(inputs, z), texts)
         if self.program.locked and cache is None:
             source = self._noised_source(inputs.solver.sigma)
-            cache = SourcePass(source, _rows(inputs.time, source), self.texts.sources)
+            times = self._source_times(inputs, source)
+            cache = SourcePass(source, times, self.texts.sources)
         held = functools.partial(Lock, cache, tokens, alpha, contexts=self.program.contexts)
 
         def plain() -> Float[Array, "rows L cells C"]:

@@ -19,6 +19,7 @@ class Program:
       contexts: whether the lock acts on context blocks too.
       skips: whether a step may leave out the unconditional branch.
       branches: guidance branches of every pass, the conditional one alone or both.
+      clean: whether background tokens are the clean source, at timestep 0.
     """
 
     passes: tuple[str, ...]
@@ -29,6 +30,7 @@ class Program:
     contexts: bool = False
     skips: bool = False
     branches: int = 2
+    clean: bool = False
 
     @classmethod
     def of(cls, settings: LockConfig, tokens: int | None = None, *, branches: int = 2) -> "Program":
@@ -44,8 +46,8 @@ class Program:
         contexts = settings.lock_contexts and kinds != ("plain",)
         skips = settings.skip_guidance and branches == 2
         guidance = settings.guidance if branches == 2 else "cfg"
-        window = settings.window
-        return cls(kinds, guidance, window, carried, tokens, contexts, skips, branches)
+        rest = (carried, tokens, contexts, skips, branches, settings.background == "clean")
+        return cls(kinds, guidance, settings.window, *rest)
 
     @property
     def locked(self) -> bool:

@@ -81,7 +81,9 @@ class LockConfig:
       omega_floor: lower bound of omega / omega_0 in the window; published 0.
       omega_ceiling: upper bound `b` of omega / omega_0 in the window; published 2.
       rescale_uncond: whether the unconditional velocity is scaled by s* (METHOD.md section 7).
-      background: `"model"`, or `"source"` to pin the background latents (METHOD.md section 8).
+      background: `"model"`; `"source"` to pin the background latents (METHOD.md section 8); or
+        `"clean"` to give background tokens to the model as known ones, the clean source at timestep
+        0, as Wan 2.2's 5B was trained to take them.
       detection: `"local"` averages the statistic over the foreground, `"global"` over everything.
       tau: the statistic at which alpha reaches 1, over 0.
       window: number of clean estimates in the statistic, 2 or more.
@@ -148,7 +150,8 @@ class LockConfig:
         )
         for name in ("omega_ceiling", "apg_eta", "apg_momentum"):
             require(math.isfinite(getattr(self, name)), self, name, "finite")
-        require(self.background in ("model", "source"), self, "background", "'model' or 'source'")
+        expected = "'model', 'source' or 'clean'"
+        require(self.background in ("model", "source", "clean"), self, "background", expected)
         require(self.detection in ("local", "global"), self, "detection", "'local' or 'global'")
         require(self.tau > 0, self, "tau", "over 0")
         require(self.window >= 2, self, "window", "2 or more")
@@ -177,7 +180,7 @@ class LockConfig:
     @property
     def uses_source(self) -> bool:
         """Whether the run needs the source's latents."""
-        return self.enabled or self.background == "source"
+        return self.enabled or self.background != "model"
 
 
 FITS = ("crop", "pad", "stretch")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kvlock_jax.lock import KVCache, Lock
 from kvlock_jax.models.attention.kernels import logit_scale
@@ -26,11 +26,15 @@ FEED_FORWARD_TOKENS = 4096
 
 
 def over_tokens(
-    run: Callable[[Float[Array, "B n D"]], Float[Array, "B n D"]],
+    run: Callable[..., Float[Array, "B n D"]],
     x: Float[Array, "B L D"],
     most: int,
+    beside: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B L D"]:
-    """Applies `run`, which treats tokens independently, to `most` of a device's at a time."""
+    """Applies `run`, which treats tokens independently, to `most` of a device's at a time.
+
+    It is called with some tokens, and with what stands `beside` them.
+    """
     rows, length, width = x.shape
     ways = sharding.shards("L")
     local, limit = length // ways, max(1, most // (rows // sharding.shards("B")))
@@ -38,11 +42,18 @@ def over_tokens(
     equal = (n for n in range(fewest, 2 * fewest + 1) if local % n == 0)
     size = -(-local // next(equal, fewest))
     x = sharding.constrain(x.reshape(rows, ways, local, width), "B L own D")
+    beside = beside if beside is None else beside.reshape(rows, ways, local)
 
     def part(start: int | Int[Array, ""], x: Float[Array, "B ways n D"], count: int) -> Array:
         """Replaces some tokens by their results, in place in a loop."""
-        some = jax.lax.dynamic_slice_in_dim(x, start, count, axis=2)
-        done = run(some.reshape(rows, ways * count, width)).reshape(some.shape)
+
+        def some(tokens: Shaped[Array, "B ways n *D"]) -> Shaped[Array, "B some *D"]:
+            """Those of them that this part computes."""
+            cut = jax.lax.dynamic_slice_in_dim(tokens, start, count, axis=2)
+            return cut.reshape(rows, ways * count, *tokens.shape[3:])
+
+        done = run(some(x), beside if beside is None else some(beside))
+        done = done.reshape(rows, ways, count, width)
         return jax.lax.dynamic_update_slice_in_dim(x, done, start, axis=2)
 
     whole = local // size
@@ -53,7 +64,34 @@ def over_tokens(
 
 
 Tokens = Float[Array, "B L D"]
-Modulation = Float[Array, "B six D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Modulation:
+    """The shifts, scales and gates of a row's timestep, or of the few that its tokens have.
+
+    Attributes:
+      table: of each row, or of each of a row's distinct timesteps.
+      of_token: number of each token's timestep among its row's; `None` where a row has one.
+    """
+
+    table: Float[Array, "B *distinct six D"]
+    of_token: Int[Array, "B L"] | None = None
+
+
+def of_tokens(
+    values: Float[Array, "B *distinct D"], of_token: Int[Array, "B L"] | None
+) -> Float[Array, "B tokens D"]:
+    """The values of each token's timestep; where a row has one, with an axis of 1 for all.
+
+    Two are chosen between as they are used, so that no table of all tokens is ever made.
+    """
+    if of_token is None:
+        return values[:, None]
+    if values.shape[1] == 2:
+        return jnp.where(of_token[..., None] == 0, values[:, :1], values[:, 1:])
+    return jnp.take_along_axis(values, of_token[..., None], axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -167,27 +205,36 @@ class Block(nnx.Module):
         Returns its output, and the keys (after norm and RoPE) and values that its self-attention
         attended to, which a lock has fused with the source's.
         """
-        table = modulation + self.scale_shift_table[...].astype(jnp.float32)
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table, 1, 0)
+        table = modulation.table + self.scale_shift_table[...].astype(jnp.float32)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table, -2, 0)
         norm = functools.partial(modulated, eps=self.eps, dtype=self.attn1.dtype)
 
-        y = norm(x, 1 + scale1, shift1)
+        def shifted(x: Tokens, scale: Array, shift: Array, of_token: Any) -> Tokens:
+            """The modulated norm of tokens."""
+            if of_token is not None:
+                scale, shift = (of_tokens(each, of_token) for each in (scale, shift))
+            return norm(x, 1 + scale, shift)
+
+        of_token = modulation.of_token
+        y = shifted(x, scale1, shift1, of_token)
         q, k, v = self.attn1.queries_keys_values(y, positions.rope)
         if lock is not None:
             if lock.computed is not None:  # these tokens lie anywhere in the video
                 k, v = sharding.constrain((k, v), "BSN")
             k, v = lock.lead(k, lock.cache.k), lock.lead(v, lock.cache.v)
             k, v = sharding.constrain((k, v), "BLN")
-        x = x + self.attn1.attend(positions.attend, q, k, v, positions.keys) * gate1[:, None]
+        y = self.attn1.attend(positions.attend, q, k, v, positions.keys)
+        x = x + y * of_tokens(gate1, of_token)
 
         y = norm(x, self.norm2.scale[None], self.norm2.bias[None]) if self.norm2 else x
         x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
 
-        def fed_forward(x: Tokens) -> Tokens:
+        def fed_forward(x: Tokens, of_token: Any) -> Tokens:
             """Applies the feed-forward layer to each token independently."""
-            return x + self.ffn(norm(x, 1 + scale2, shift2)) * gate2[:, None]
+            return x + self.ffn(shifted(x, scale2, shift2, of_token)) * of_tokens(gate2, of_token)
 
-        x = sharding.constrain(over_tokens(fed_forward, x, FEED_FORWARD_TOKENS), "BLD")
+        x = over_tokens(fed_forward, x, FEED_FORWARD_TOKENS, of_token)
+        x = sharding.constrain(x, "BLD")
         return x, sharding.constrain(KVCache(k=k, v=v), "BLN")
 
 

@@ -29,6 +29,7 @@ from kvlock_jax.models.wan.block import (
     Modulation,
     Positions,
     Tokens,
+    of_tokens,
     stacked,
     text_cache,
 )
@@ -54,10 +55,11 @@ class Conditioning:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Embedding and modulation of each row's timestep."""
+    """Embedding and modulation of each row's timestep, or of the few that its tokens have."""
 
     embedding: Float[Array, "*rows D"]
     modulation: Float[Array, "*rows six D"]  # of a block
+    of_token: Int[Array, "B L"] | None = None  # as in `Modulation`
 
 
 class Projection(nnx.Module):
@@ -175,6 +177,15 @@ class WanTransformer(nnx.Module):
         """Embeddings and modulations of timesteps `1000 sigma`, such as those of all steps."""
         return self.condition_embedder.time(timestep)
 
+    def per_token(self, time: Time, of_token: Int[Array, "B L"]) -> Time:
+        """The times of rows whose tokens have several (Wan 2.2's 5B).
+
+        Args:
+          time: result of `times`, with the axes `B distinct`.
+          of_token: number of each token's timestep among its row's.
+        """
+        return dataclasses.replace(time, of_token=sharding.constrain(of_token, "BL"))
+
     def __call__(
         self,
         latents: Patches,
@@ -243,8 +254,10 @@ class WanTransformer(nnx.Module):
         layers = (params, tuple(one.texts for one in passes))
         (*_, x), kept = self._through(block, passes, layers, cache, kept)
 
-        table = self.scale_shift_table[...].astype(jnp.float32) + time.embedding[:, None]
-        shift, scale = jnp.moveaxis(table, 1, 0)
+        table = self.scale_shift_table[...].astype(jnp.float32) + time.embedding[..., None, :]
+        shift, scale = jnp.moveaxis(table, -2, 0)
+        if (of_token := passes[-1].modulation.of_token) is not None:
+            shift, scale = (of_tokens(each, of_token) for each in (shift, scale))
         x = modulated(x, 1 + scale, shift, eps=self.config.eps, dtype=self.dtype)
         x = self.proj_out(x)
         x = x.reshape(*x.shape[:2], latents.shape[2], -1)
@@ -291,7 +304,11 @@ class WanTransformer(nnx.Module):
             """Selects the tokens that the pass computes."""
             return tokens if index is None else sharding.constrain(take(tokens, index), "BLD")
 
-        one = Pass(some(x), conditioning.text, time.modulation, positions, lock, None)
+        of_token = time.of_token
+        if of_token is not None and index is not None:
+            of_token = take(of_token[..., None], index)[..., 0]
+        modulation = Modulation(time.modulation, of_token)
+        one = Pass(some(x), conditioning.text, modulation, positions, lock, None)
         return dataclasses.replace(one, beside=self._beside(x, one, conditioning, some))
 
     def _beside(

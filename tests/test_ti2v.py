@@ -1,0 +1,116 @@
+"""Wan 2.2's 5B: timesteps per token and the clean background, against the publisher's own runs."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import loops
+import numpy as np
+import pytest
+from test_experts import CONFIG, arrays, expert, last, relative, texts
+
+from kvlock_jax import lock
+from kvlock_jax.grid import Grid
+from kvlock_jax.models.wan import block
+from kvlock_jax.sampling import solvers
+from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.program import Program
+from kvlock_jax.sampling.stepwise import stepwise
+
+
+def given():
+    return arrays("ti2v"), jnp.asarray(texts(arrays("ti2v"), CONFIG["ti2v"]["text_len"]))
+
+
+def velocity(latents, time, text):
+    model, grid = expert("ti2v", "ti2v"), Grid.of(latents.shape[1:])
+    z = grid.split(jnp.asarray(last(latents)[None]))
+
+    @jax.jit
+    def run(model, z, time, text):
+        return model(z, time(model), model.condition(text, grid))
+
+    got = run(model, z, jax.tree_util.Partial(time), text[:1])
+    return np.moveaxis(np.asarray(grid.join(got))[0], -1, 0)
+
+
+def test_one_timestep_equals_the_publisher():
+    data, text = given()
+    timestep = jnp.asarray(data["timestep"], jnp.float32)
+    got = velocity(data["latents"], lambda model: model.times(timestep), text)
+    assert relative(got, data["velocity"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["video", "image", "any"])
+@pytest.mark.parametrize("at_once", [4096, 7])
+def test_timesteps_of_tokens_equal_the_publisher(name, at_once, monkeypatch):
+    monkeypatch.setattr(block, "FEED_FORWARD_TOKENS", at_once)
+    data, text = given()
+    distinct, number = np.unique(data[f"timesteps_{name}"][0], return_inverse=True)
+    assert len(distinct) == {"video": 1, "image": 2}.get(name, len(distinct))
+
+    def time(model):
+        times = jax.tree.map(lambda x: x[None], model.times(jnp.asarray(distinct)))
+        return model.per_token(times, jnp.asarray(number, jnp.int32)[None])
+
+    got = velocity(data["latents"], time, text)
+    assert relative(got, data[f"velocity_{name}"]) < 1e-5
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_runs_equal_the_publisher(kind, solver):
+    """Its image loop is an edit of all frames but the first, whose background is clean."""
+    (data, text), settings = given(), CONFIG["ti2v_run"]
+    table = solvers.table(solver, settings["steps"], settings["shift"], "plain")
+    key = f"run_{kind}_{solver}"
+    noise = last(data[f"{key}_x"][0])[None]
+    grid, foreground = Grid.of(noise.shape[1:4]), np.ones(noise.shape[:4], bool)
+    source = noise.copy()
+    if kind == "image":
+        source[:, :1] = last(data["image_latents"])
+        foreground[:, 0] = False
+    cells = [grid.split(jnp.asarray(x)) for x in (source, noise, foreground)]
+    edits = Edits(*cells, text, text[1:], grid)
+    plain = lock.preset("clean", settings["guide_scale"])
+    edited, trace = stepwise(
+        lambda number: contextlib.nullcontext(expert("ti2v", "ti2v")),
+        *(jnp.array(cells[1]), edits, table, lock.knobs(plain, settings["guide_scale"])),
+        program=Program.of(plain),
+    )
+    assert trace.finite.all()
+    got = np.moveaxis(np.asarray(grid.join(edited))[0], -1, 0)
+    assert relative(got, data[f"{key}_latents"]) < 1e-5
+
+
+# -- the clean background on a model of a few lines ----------------------------------------------
+
+
+def clean(**changes):
+    return dataclasses.replace(lock.preset("clean_anchor", loops.OMEGA), **changes)
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_the_background_stays_clean(by_step):
+    """Cells of background tokens are the source's, bit by bit; others are pinned at sigma 0 too."""
+    edits = loops.make_edits()
+    latents, trace = loops.run(loops.make_fake(), edits, clean(), on_step=id if by_step else None)
+    kept = ~np.asarray(edits.foreground)
+    np.testing.assert_array_equal(np.asarray(latents)[kept], np.asarray(edits.source)[kept])
+    assert (
+        trace.finite.all() and (np.asarray(latents)[~kept] != np.asarray(edits.source)[~kept]).all()
+    )
+
+
+def test_a_foreground_pass_equals_one_over_all_tokens():
+    model, edits = loops.make_fake(), loops.make_edits()
+    firm = clean(adapt_fusion_ratio=False, fusion_ratio=1.0)
+    want, _ = loops.run(model, edits, dataclasses.replace(firm, skip_background=False))
+    table, program = solvers.euler(loops.STEPS, loops.SHIFT), Program.of(firm, 20)
+    assert program.passes == ("foreground",) and program.clean
+    start = jnp.array(edits.spread(edits.noise), copy=True)
+    args = (start, edits, table, lock.knobs(firm, loops.OMEGA))
+    got, _ = stepwise(lambda number: contextlib.nullcontext(model), *args, program=program)
+    own = np.asarray(edits.foreground)
+    np.testing.assert_allclose(np.asarray(got)[own], np.asarray(want)[own], atol=1e-5)
