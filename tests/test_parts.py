@@ -139,9 +139,10 @@ def files(held, vae="vae", encoder="text_encoders/umt5_fp32.safetensors"):
 
 
 def same(one, other):
+    wanted = other.parameters()
     for name, values in one.parameters().items():
         for path, value in values.items():
-            want = other.parameters()[name][path].whole()
+            want = wanted[name][path].whole()
             np.testing.assert_array_equal(value.whole(), want, err_msg=f"{name}.{path}")
 
 
