@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from kvlock_jax.checkpoints import format, registry
-from kvlock_jax.checkpoints.files import NO_FILES, Files, beside, holds_tokenizer
+from kvlock_jax.checkpoints.files import NO_FILES, PARTS, Files, beside, holds_tokenizer
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.registry import Checkpoint, OnShapes, PlaceFor
 from kvlock_jax.convert import diffusers, original, sizes
@@ -79,6 +79,8 @@ def open_source(
         damaged or does not fit.
     """
     published = _opened(source, files)
+    if files.given:
+        _check_together(published)
     if not loras:
         return published
     model = registry.abstract(published.configs.transformer, jnp.float32)
@@ -112,6 +114,23 @@ def _opened(source: str | os.PathLike | None, files: Files) -> Published:
         f"{folder} is no checkpoint that can be converted: it has neither {INDEX} (Diffusers' "
         f"layout) nor {' or '.join(WEIGHTS)} (the publisher's)"
     )
+
+
+def _check_together(published: Published) -> None:
+    """Raises if parts of several files are of models that do not go together."""
+    parts, configs = published.weights, published.configs
+    dit, channels, width = configs.transformer, configs.vae.z_dim, configs.text_encoder.d_model
+    pairs = (
+        ("vae", "latent channels", dit.in_channels, channels),
+        ("vae", "latent channels", dit.out_channels, channels),
+        ("text_encoder", "channels of text", dit.text_dim, width),
+    )
+    for name, what, wanted, found in pairs:
+        if wanted != found:
+            raise CheckpointError(
+                f"{parts['transformer'].where} is for {wanted} {what}, but the {PARTS[name]} of "
+                f"{parts[name].where} has {found}"
+            )
 
 
 def _of_files(files: Files, given: Mapping[str, Part]) -> Published:

@@ -28,7 +28,10 @@ def wide_transformer() -> dict[str, np.ndarray]:
     """Random tensors of the tiny text-to-video model with a head of 128, as its sizes then tell."""
     rng, twice = np.random.default_rng(0), {64: 128, 6 * 64: 6 * 128}
     shapes = {key: tensor.shape for key, tensor in load_file(DATA / "t2v.safetensors").items()}
-    return {key: rng.normal(size=[twice.get(n, n) for n in of]) for key, of in shapes.items()}
+    wide = {key: [twice.get(n, n) for n in shape] for key, shape in shapes.items()}
+    out = shapes["head.head.bias"][0]  # of latents, which happen to be as many
+    wide |= {"head.head.weight": [out, 128], "head.head.bias": [out]}
+    return {key: rng.normal(size=shape) for key, shape in wide.items()}
 
 
 def write_folder(folder: Path, family: str = "t2v") -> Path:

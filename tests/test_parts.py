@@ -191,17 +191,16 @@ def test_a_tokenizer_beside_a_file_comes_first(held, tmp_path):
 def test_a_folder_supplies_what_is_not_given(held, tiny_checkpoint, tmp_path):
     """Its own tokenizer too; and it need not hold a part whose file is given."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "wan")
-    for part in ("vae", "text_encoder"):
+    for part in ("transformer", "vae", "text_encoder"):
         shutil.rmtree(folder / part)
-    want, two = open_source(tiny_checkpoint), kvl.Files(None, *list(files(held).given.values())[1:])
-    found = open_source(folder, two)
-    assert found.configs.transformer == want.configs.transformer
-    assert found.configs.scheduler == want.configs.scheduler
+    found = open_source(folder, files(held))
+    assert found.configs.scheduler == open_source(tiny_checkpoint).configs.scheduler
     assert found.tokenizer == folder / "tokenizer" and found.layout == "diffusers"
+    two = kvl.Files(*list(files(held).given.values())[:2])
     with pytest.raises(CheckpointError, match="wan has no text_encoder/"):
-        open_source(folder, kvl.Files(vae=two.vae))
+        open_source(folder, two)
     shutil.rmtree(folder / "tokenizer")
-    assert tokenizer.Tokenizer(open_source(folder, two).tokenizer).vocab_size < 320
+    assert tokenizer.Tokenizer(open_source(folder, files(held)).tokenizer).vocab_size < 320
     (tmp_path / "pth").mkdir()
     shutil.copy(held / "wan" / "Wan2.1_VAE.pth", tmp_path / "pth")
     one = kvl.Files(held / "wan.safetensors", None, held / "text_encoders" / "umt5.gguf")
@@ -247,6 +246,16 @@ def test_info_and_convert_take_files_alone(held, tmp_path, capsys):
     assert "files layout" in capsys.readouterr().out
     assert main.main(["info", *flags(files(held))[:2]]) == 2
     assert "files of all parts are needed; not given: --text_encoder" in capsys.readouterr().err
+
+
+def test_parts_that_do_not_go_together(held, tmp_path):
+    tensors = load_file(held / "wan.safetensors")
+    key = "patch_embedding.weight"
+    tensors[key] = np.repeat(tensors[key], 3, axis=1)
+    save_file(tensors, tmp_path / "5b.safetensors")
+    _, vae, encoder = files(held).given.values()
+    with pytest.raises(CheckpointError, match=r"5b.* is for 48 latent .* VAE of .* has 16$"):
+        open_source(None, kvl.Files(tmp_path / "5b.safetensors", vae, encoder))
 
 
 def t5(tensors):
