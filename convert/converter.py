@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints.files import NO_FILES, Files
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.store import OnBytes
 from kvlock_jax.convert.lora import Lora
@@ -33,12 +34,12 @@ OnStart = Callable[[Published, int], OnBytes]
 
 
 def convert(
-    source: str | os.PathLike,
+    source: str | os.PathLike | None,
     target: str | os.PathLike,
     dtype: Any = None,
     on_start: OnStart = lambda published, total: lambda count: None,
     loras: Sequence[Lora] = (),
-    transformer: Path | None = None,
+    files: Files = NO_FILES,
 ) -> Contents:
     """Converts a published checkpoint, a layer of a parameter at a time.
 
@@ -46,19 +47,20 @@ def convert(
     is complete, and the next conversion removes half-written data.
 
     Args:
-      source: folder of Wan 2.1 in Diffusers' or the publisher's own layout.
+      source: folder of Wan 2.1 in Diffusers' or the publisher's own layout; None where `files` are
+        all that there is.
       target: folder of the converted checkpoint, local or of a scheme that etils knows; made if
         missing. Other files in it stay.
       dtype: dtype of the parameters; None keeps the source's.
       on_start: called after all checks, before parameters are read.
-      transformer: file of a transformer in place of the folder's, as in `open_source`.
       loras: files and strengths that change the transformer (`convert.lora`).
+      files: files of single parts in place of the folder's, as in `open_source`.
 
     Raises:
       CheckpointError: the source has no known layout, is damaged, does not fit its configs or holds
         numbers that are not finite; or the target cannot be written.
     """
-    published, target = open_source(source, transformer, loras), epath.Path(target).expanduser()
+    published, target = open_source(source, files, loras), epath.Path(target).expanduser()
     parameters = published.parameters(dtype)
     _check_target(published.folder, target)
     Tokenizer(published.tokenizer)  # raises its errors before the work, not after
@@ -72,7 +74,7 @@ def convert(
             published.tokenizer,
             lambda: {
                 "layout": published.layout,
-                "folder": published.folder.resolve().name,
+                "folder": published.folder.resolve().name if published.folder else "",
                 "files": {name: future.result() for name, future in sums.items()},
             },
             on_bytes,
@@ -80,10 +82,10 @@ def convert(
     return format.describe(target)
 
 
-def _check_target(folder: Path, target: epath.Path) -> None:
+def _check_target(folder: Path | None, target: epath.Path) -> None:
     if (target / "model_index.json").exists():
         raise CheckpointError(f"{target} is a Diffusers folder; give another --dst")
-    if "://" in os.fspath(target):
+    if folder is None or "://" in os.fspath(target):
         return
     if Path(target).resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{target} lies in the source folder, {folder}; give another --dst")
@@ -112,7 +114,7 @@ def _sums(
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         names = {path.relative_to(published.folder).as_posix(): path for path in published.files}
-        names |= {path.name: path for path in published.apart}
+        names |= published.apart
         names |= {f"{path.name}:{strength:g}": path for path, strength in loras}
         try:
             yield {name: pool.submit(sha256, path) for name, path in sorted(names.items())}

@@ -7,7 +7,7 @@ size 1.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from flax import nnx
 
 from kvlock_jax.checkpoints import registry
 from kvlock_jax.checkpoints.registry import Configs
-from kvlock_jax.convert.published import Published, Weights, files_in
+from kvlock_jax.convert.published import Part, Published, Tokens, Weights, files_in
 from kvlock_jax.convert.table import (
     Row,
     Table,
@@ -143,6 +143,8 @@ PIPELINES = {
 }
 """The models of a folder, by the class that its `model_index.json` names."""
 
+SCHEDULER = "scheduler/scheduler_config.json"
+
 _PIPELINE_FIXED = {"transformer_2": None, "boundary_ratio": None, "expand_timesteps": False}
 """Of Wan 2.2, which has two transformers, or a timestep for every token."""
 
@@ -167,12 +169,14 @@ def read_configs(folder: str | Path) -> Configs:
     """
     folder = Path(folder)
     parts = components(folder)
-    names = [component.name for component in parts] + ["tokenizer", "scheduler"]
+    _check_folders(folder, [*(part.name for part in parts), "tokenizer", "scheduler"])
+    models = {part.name: read_config(folder / part.name, part) for part in parts}
+    return Configs(**models, scheduler=read_json(folder / SCHEDULER))
+
+
+def _check_folders(folder: Path, names: Iterable[str]) -> None:
     if absent := [f"{name}/" for name in names if not (folder / name).is_dir()]:
         raise CheckpointError(f"{folder} has no {', '.join(absent)}")
-    models = {part.name: read_config(folder / part.name, part) for part in parts}
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    return Configs(**models, scheduler=scheduler)
 
 
 def read_config(folder: Path, component: Component) -> Any:
@@ -216,24 +220,35 @@ def _check_family(
             raise CheckpointError(f"{path}: {name} is {value!r}, supported is only {expected!r}")
 
 
-def open_published(folder: str | Path) -> Published:
+def open_published(
+    folder: str | Path, given: Mapping[str, Part] | None = None, tokens: Tokens | None = None
+) -> Published:
     """Opens a Diffusers folder without reading its weights.
+
+    Args:
+      folder: the folder.
+      given: parts that take the place of the folder's, which need not be there.
+      tokens: tokenizer that does the same.
 
     Raises:
       CheckpointError: the folder is not of Wan 2.1, or a file is missing or damaged.
     """
-    folder = Path(folder)
-    configs, parts = read_configs(folder), components(folder)
-    places = {part.name: folder / part.name for part in parts}
-    tokenizer, scheduler = folder / "tokenizer", folder / "scheduler" / "scheduler_config.json"
-    weights = {}
-    for part in parts:
-        place = places[part.name]
-        weights[part.name] = Weights(open_folder(place, part.stem), part.table, place)
-    files = [folder / "model_index.json", scheduler, *files_in(tokenizer)]
-    for part in parts:
-        files += [places[part.name] / "config.json", *weight_files(places[part.name], part.stem)]
-    return Published("diffusers", folder, configs, weights, tokenizer, tuple(files))
+    folder, given = Path(folder), given or {}
+    own = [part for part in components(folder) if part.name not in given]
+    names = [part.name for part in own] + ([] if tokens else ["tokenizer"])
+    _check_folders(folder, [*names, "scheduler"])
+    parts = {**given, **{part.name: _open_part(folder / part.name, part) for part in own}}
+    tokens = tokens or Tokens(folder / "tokenizer", tuple(files_in(folder / "tokenizer")))
+    others = (folder / "model_index.json", folder / SCHEDULER)
+    scheduler = read_json(folder / SCHEDULER)
+    return Published.of_parts("diffusers", folder, parts, tokens, scheduler, others)
+
+
+def _open_part(place: Path, part: Component) -> Part:
+    """A component in its own folder."""
+    config, weights = read_config(place, part), open_folder(place, part.stem)
+    files = (place / "config.json", *weight_files(place, part.stem))
+    return Part(config, Weights(weights, part.table, place), files)
 
 
 def load_model(

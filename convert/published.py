@@ -39,28 +39,74 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """One of `registry.NETWORKS`, from a checkpoint's folder or from a file of its own.
+
+    Attributes:
+      config: sizes of the model.
+      weights: weights of the model.
+      files: files in the checkpoint's folder that it is read from.
+      apart: the others that it is read from, by the name that a list of checksums has for them.
+    """
+
+    config: Any
+    weights: Weights
+    files: tuple[Path, ...] = ()
+    apart: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The folder of a tokenizer's files, and `files` and `apart` as of a `Part`."""
+
+    folder: Path
+    files: tuple[Path, ...] = ()
+    apart: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Published:
     """A published checkpoint.
 
     Attributes:
-      layout: `"diffusers"` or `"original"`.
-      folder: folder of the checkpoint.
+      layout: `"diffusers"`, `"original"`, or `"files"` for single files without a folder.
+      folder: folder of the checkpoint, if there is one.
       configs: sizes of its models.
       weights: weights of each of `registry.NETWORKS`.
       tokenizer: folder of its tokenizer.
       files: every file in the folder that it is read from.
-      apart: files elsewhere that it is read from.
+      apart: files elsewhere that it is read from, by name.
       changes: of the transformer, by LoRAs.
     """
 
     layout: str
-    folder: Path
+    folder: Path | None
     configs: Configs
     weights: Mapping[str, Weights]
     tokenizer: Path
     files: tuple[Path, ...]
-    apart: tuple[Path, ...] = ()
+    apart: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     changes: Changes = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of_parts(
+        cls,
+        layout: str,
+        folder: Path | None,
+        parts: Mapping[str, Part],
+        tokens: Tokens,
+        scheduler: Mapping[str, Any],
+        others: tuple[Path, ...] = (),
+    ) -> "Published":
+        """A checkpoint of a part for each network, a tokenizer, and `others` of its folder."""
+        configs = Configs(
+            **{name: part.config for name, part in parts.items()}, scheduler=scheduler
+        )
+        weights = {name: part.weights for name, part in parts.items()}
+        holders = [*parts.values(), tokens]
+        files = (*others, *(path for one in holders for path in one.files))
+        apart = {name: path for one in holders for name, path in one.apart.items()}
+        return cls(layout, folder, configs, weights, tokens.folder, files, apart)
 
     def parameters(self, dtype: Any = None) -> Mapping[str, Mapping[str, Parameter]]:
         """The parameters of each model by dotted path, not read yet.

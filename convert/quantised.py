@@ -126,6 +126,22 @@ def _spread(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...] |
     return None
 
 
+def open_reader(path: Path) -> Any:
+    """A GGUF file as `gguf` reads it: its tensors and its fields.
+
+    Raises:
+      CheckpointError: gguf is not installed, or the file is damaged.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise CheckpointError(f"{path} takes gguf to read: pip install gguf") from error
+    try:
+        return gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged, or no GGUF file: {error}") from error
+
+
 def open_gguf(path: Path) -> dict[str, LazyTensor]:
     """Tensors of a GGUF file.
 
@@ -133,14 +149,9 @@ def open_gguf(path: Path) -> dict[str, LazyTensor]:
       CheckpointError: gguf is not installed, the file is damaged, or has a type that gguf cannot
         read.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError(f"{path} takes gguf to read: pip install gguf") from error
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged, or no GGUF file: {error}") from error
+    reader = open_reader(path)
+    from gguf import quants
+
     tensors = {}
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))
@@ -149,7 +160,7 @@ def open_gguf(path: Path) -> dict[str, LazyTensor]:
         if field := reader.fields.get(f"comfy.gguf.orig_shape.{tensor.name}"):
             shape = tuple(int(field.parts[part][0]) for part in field.data)
         try:
-            gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
+            quants.dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,16 @@ import jax.numpy as jnp
 from etils import epath
 
 from kvlock_jax.checkpoints import format, registry
+from kvlock_jax.checkpoints.files import NO_FILES, PARTS, Files, beside, holds_tokenizer
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, PlaceFor
+from kvlock_jax.checkpoints.registry import Checkpoint, OnShapes, PlaceFor
 from kvlock_jax.convert import diffusers, original, sizes
 from kvlock_jax.convert.lora import Lora, open_loras
-from kvlock_jax.convert.published import Published, Weights, files_in
-from kvlock_jax.convert.weights import (
-    files,
-    open_folder,
-    open_pickle,
-    open_weights,
-    read_json,
-    refuse,
-)
+from kvlock_jax.convert.parts import open_part, open_parts
+from kvlock_jax.convert.published import Part, Published, Tokens, Weights, files_in
+from kvlock_jax.convert.tokens import of_encoder
+from kvlock_jax.convert.weights import files as weight_files
+from kvlock_jax.convert.weights import open_folder, read_json, refuse
 from kvlock_jax.errors import CheckpointError
 
 INDEX = "model_index.json"
@@ -43,55 +40,57 @@ def is_published(folder: epath.PathLike) -> bool:
 
 
 def load(
-    source: str | os.PathLike,
+    source: str | os.PathLike | None,
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
     place_for: PlaceFor | None = None,
     on_shapes: OnShapes = lambda checkpoint: None,
-    transformer: Path | None = None,
+    files: Files = NO_FILES,
     loras: Sequence[Lora] = (),
 ) -> Checkpoint:
     """Loads a published checkpoint; see `Published.load`, and `open_source` for more errors.
 
-    With a `transformer` from a file of its own, which may be quantised, parameters are rounded to a
-    compute dtype of 16 bits.
+    With `files`, which may be quantised, parameters are rounded to a compute dtype of 16 bits.
     """
-    published = open_source(source, transformer, loras)
-    if transformer and dtype is None and jnp.dtype(compute_dtype).itemsize == 2:
+    published = open_source(source, files, loras)
+    if files.given and dtype is None and jnp.dtype(compute_dtype).itemsize == 2:
         dtype = compute_dtype
     return published.load(dtype, compute_dtype, place_for, on_shapes)
 
 
-def describe(source: str | os.PathLike, transformer: Path | None = None) -> Contents:
+def describe(source: str | os.PathLike | None, files: Files = NO_FILES) -> Contents:
     """Describes a published checkpoint without reading its weights; errors as in `open_source`."""
-    return open_source(source, transformer).describe()
+    return open_source(source, files).describe()
 
 
 def open_source(
-    source: str | os.PathLike, transformer: Path | None = None, loras: Sequence[Lora] = ()
+    source: str | os.PathLike | None, files: Files = NO_FILES, loras: Sequence[Lora] = ()
 ) -> Published:
     """Opens a published checkpoint without reading its weights.
 
     Args:
-      source: local folder in Diffusers' or the publisher's own layout.
-      transformer: safetensors or GGUF file with the publisher's names, whose transformer takes the
-        place of the folder's. One in the publisher's layout need not have one then.
+      source: local folder in Diffusers' or the publisher's own layout; None where `files` are all
+        that there is.
+      files: files whose parts take the place of the folder's, which need not be there then.
       loras: files and strengths that change the transformer (`lora`).
 
     Raises:
       CheckpointError: the folder has neither layout, is not of Wan 2.1, or a file is missing,
         damaged or does not fit.
     """
-    published = _opened(source, transformer)
+    published = _opened(source, files)
+    if files.given:
+        _check_together(published)
     if not loras:
         return published
     model = registry.abstract(published.configs.transformer, jnp.float32)
     return dataclasses.replace(published, changes=open_loras(loras, model))
 
 
-def _opened(source: str | os.PathLike, transformer: Path | None) -> Published:
-    if transformer is not None and not transformer.is_file():
-        raise CheckpointError(f"{transformer}: no such file of a transformer")
+def _opened(source: str | os.PathLike | None, files: Files) -> Published:
+    given = open_parts(files)
+    if source is None:
+        return _of_files(files, given)
     if "://" in os.fspath(source):
         raise CheckpointError(f"{source}: published checkpoints are read from local folders only")
     folder = Path(source).expanduser()
@@ -104,12 +103,11 @@ def _opened(source: str | os.PathLike, transformer: Path | None) -> Published:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if _is_diffusers(folder):
-        published = diffusers.open_published(folder)
-        return published if transformer is None else _with_transformer(published, transformer)
+        return diffusers.open_published(folder, given, _tokens(folder / "tokenizer", files))
     if format.is_checkpoint(folder):
         raise CheckpointError(f"{folder} is a converted checkpoint already")
-    if _is_original(folder) or (transformer is not None and _has(folder, *VAES)):
-        return open_original(folder, transformer)
+    if given or _is_original(folder):
+        return open_original(folder, given, _tokens(folder / TOKENIZER, files))
     for path in sorted(folder.iterdir()):
         refuse(path)
     raise CheckpointError(
@@ -118,58 +116,72 @@ def _opened(source: str | os.PathLike, transformer: Path | None) -> Published:
     )
 
 
-def _with_transformer(published: Published, file: Path) -> Published:
-    """A checkpoint with the transformer of a file in place of its own."""
-    tensors = open_weights(file)
-    config = sizes.transformer(tensors, {}, file)
-    return dataclasses.replace(
-        published,
-        configs=dataclasses.replace(published.configs, transformer=config),
-        weights={**published.weights, "transformer": Weights(tensors, original.WAN, file)},
-        apart=(file,),
+def _check_together(published: Published) -> None:
+    """Raises if parts of several files are of models that do not go together."""
+    parts, configs = published.weights, published.configs
+    dit, channels, width = configs.transformer, configs.vae.z_dim, configs.text_encoder.d_model
+    pairs = (
+        ("vae", "latent channels", dit.in_channels, channels),
+        ("vae", "latent channels", dit.out_channels, channels),
+        ("text_encoder", "channels of text", dit.text_dim, width),
     )
+    for name, what, wanted, found in pairs:
+        if wanted != found:
+            raise CheckpointError(
+                f"{parts['transformer'].where} is for {wanted} {what}, but the {PARTS[name]} of "
+                f"{parts[name].where} has {found}"
+            )
 
 
-def open_original(folder: Path, transformer: Path | None = None) -> Published:
-    """Opens a folder in the publisher's own layout, as `open_source` does."""
+def _of_files(files: Files, given: Mapping[str, Part]) -> Published:
+    """A checkpoint without a folder."""
+    if absent := [name for name in registry.NETWORKS if name not in given]:
+        raise CheckpointError(
+            f"without a checkpoint's folder, files of all parts are needed; not given: "
+            f"{', '.join(f'--{name}' for name in absent)}"
+        )
+    return Published.of_parts("files", None, given, of_encoder(beside(files.text_encoder)), {})
+
+
+def _tokens(folder: Path, files: Files) -> Tokens | None:
+    """The tokenizer of a text encoder's file where a checkpoint's folder has none."""
+    if holds_tokenizer(folder) or files.text_encoder is None:
+        return None
+    return of_encoder(beside(files.text_encoder))
+
+
+def open_original(
+    folder: Path, given: Mapping[str, Part] | None = None, tokens: Tokens | None = None
+) -> Published:
+    """Opens a folder in the publisher's own layout, but for parts that are given."""
+    given = given or {}
+    paths = {"vae": beside(folder / VAE), "text_encoder": beside(folder / TEXT_ENCODER)}
     config = folder / "config.json"
-    values = read_json(config) if config.is_file() and transformer is None else {}
+    described = "transformer" not in given and config.is_file()
+    values = read_json(config) if described else {}
     one_of = (diffusers.TRANSFORMER.family, diffusers.VACE_TRANSFORMER.family)
     if values.get("_class_name") in one_of:
         raise CheckpointError(
             f"{folder} is one model of a Diffusers folder; give the one with model_index.json"
         )
-    parts = {VAE: _beside(folder / VAE), TEXT_ENCODER: _beside(folder / TEXT_ENCODER)}
-    absent = [name for name, path in parts.items() if not path.is_file()]
-    if not (folder / TOKENIZER / "tokenizer.json").is_file():
+    names = {"vae": VAE, "text_encoder": TEXT_ENCODER}
+    absent = [names[part] for part in names if part not in given and not paths[part].is_file()]
+    if tokens is None and not holds_tokenizer(folder / TOKENIZER):
         absent.append(f"{TOKENIZER}/tokenizer.json")
     if absent:
         raise CheckpointError(f"{folder} has no {', '.join(absent)}")
-    own = open_folder(folder, TRANSFORMER) if transformer is None else open_weights(transformer)
-    tensors = {
-        "transformer": own,
-        "vae": open_pickle(folder / VAE),
-        "text_encoder": open_pickle(folder / TEXT_ENCODER),
-    }
-    configs = Configs(
-        sizes.transformer(own, values, transformer or folder),
-        sizes.vae(tensors["vae"], parts[VAE]),
-        sizes.umt5(tensors["text_encoder"], parts[TEXT_ENCODER]),
-        {},  # the publisher's solver is code
-    )
-    weights = {
-        "transformer": Weights(own, original.WAN, transformer or folder),
-        "vae": Weights(tensors["vae"], original.vae(configs.vae), parts[VAE]),
-        "text_encoder": Weights(tensors["text_encoder"], original.UMT5, parts[TEXT_ENCODER]),
-    }
-    read = [*parts.values(), *files_in(folder / TOKENIZER)]
-    if transformer is None:
-        read += files(folder, TRANSFORMER)
-    if values:
-        read.append(config)
-    tokenizer = folder / TOKENIZER
-    apart = () if transformer is None else (transformer,)
-    return Published("original", folder, configs, weights, tokenizer, tuple(read), apart)
+    parts = dict(given)
+    if "transformer" not in given:
+        own = open_folder(folder, TRANSFORMER)
+        read = (*weight_files(folder, TRANSFORMER), *([config] if described else []))
+        weights = Weights(own, original.WAN, folder)
+        parts["transformer"] = Part(sizes.transformer(own, values, folder), weights, read)
+    for name in names:
+        if name not in given:
+            part = open_part(name, folder / names[name])
+            parts[name] = dataclasses.replace(part, files=(paths[name],), apart={})
+    tokens = tokens or Tokens(folder / TOKENIZER, tuple(files_in(folder / TOKENIZER)))
+    return Published.of_parts("original", folder, parts, tokens, {})  # its solver is code
 
 
 def _is_diffusers(folder: epath.PathLike) -> bool:
@@ -183,9 +195,3 @@ def _is_original(folder: epath.PathLike) -> bool:
 def _has(folder: epath.PathLike, *names: str) -> bool:
     """Whether a folder has any of some files."""
     return any((epath.Path(folder) / name).exists() for name in names)
-
-
-def _beside(path: Path) -> Path:
-    """The file that `open_pickle` reads for a path."""
-    converted = path.with_suffix(".safetensors")
-    return converted if converted.is_file() else path

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kvlock_jax.checkpoints.files import beside
 from kvlock_jax.convert.quantised import FLOAT8, dequantised, open_gguf
 from kvlock_jax.convert.table import LazyTensor
 from kvlock_jax.errors import CheckpointError
@@ -29,8 +30,11 @@ _QUANTISED = re.compile(
 )
 """Keys that bitsandbytes, GPTQ and writers of packed formats add beside the weights."""
 
+_BYTES = re.compile(r"(?:^|\.)(?:comfy_quant|spiece_model)$")
+"""Keys of ComfyUI's under which no weights lie."""
+
 _SCALED = re.compile(r"weight_scale|scale_weight|scale_input|input_scale|scaled_fp8")
-"""The same of scaled float8 files, which only safetensors are."""
+"""Keys of scaled float8 files, which only safetensors are."""
 
 
 def read_json(path: Path) -> dict:
@@ -113,12 +117,17 @@ def _kinds(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def open_weights(path: Path) -> dict[str, LazyTensor]:
-    """Tensors of one safetensors or GGUF file; errors as in `open_file` and `open_gguf`."""
-    return open_gguf(path) if path.suffix == ".gguf" else open_file(path)
+    """Tensors of one safetensors, GGUF or `.pth` file.
+
+    Errors are those of `open_file`, `open_gguf` and `open_pickle`.
+    """
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    return open_pickle(path) if path.suffix == ".pth" else open_file(path)
 
 
 def _lazy(path: Path, key: str, shape: tuple[int, ...], kind: str) -> LazyTensor:
-    if kind in FLOAT8 or key.endswith(".comfy_quant"):
+    if kind in FLOAT8 or _BYTES.search(key):
         return _raw(path, key, shape, FLOAT8.get(kind, np.dtype(np.uint8)))
     if kind not in _DTYPES:
         raise CheckpointError(
@@ -169,11 +178,12 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
       CheckpointError: neither file exists, the file is damaged or holds anything but float tensors,
         or Torch is not installed.
     """
-    beside = path.with_suffix(".safetensors")
-    if beside.is_file():
-        return open_file(beside)
+    converted = beside(path)
+    if converted != path:
+        return open_file(converted)
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} has neither {path.name} nor {beside.name}")
+        other = path.with_suffix(".safetensors").name
+        raise CheckpointError(f"{path.parent} has neither {path.name} nor {other}")
     tensors = _unpickle(path)
     _check_keys(path, tensors)
     if scaled := list(filter(_SCALED.search, tensors)):

@@ -7,9 +7,20 @@ result = kvl.edit(model, "in.mp4", "mask.mp4", prompt="a blue square")
 result.video   # uint8, frames height width 3
 """
 
+from kvlock_jax.checkpoints.files import Files
 from kvlock_jax.errors import Error
 from kvlock_jax.pipeline.api import Result, edit, round_trip
 from kvlock_jax.pipeline.load import Model, default_config, load
 from kvlock_jax.pipeline.settings import config
 
-__all__ = ["Error", "Model", "Result", "config", "default_config", "edit", "load", "round_trip"]
+__all__ = [
+    "Error",
+    "Files",
+    "Model",
+    "Result",
+    "config",
+    "default_config",
+    "edit",
+    "load",
+    "round_trip",
+]

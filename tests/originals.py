@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from kvlock_jax.models.text import tokenizer
 
@@ -21,6 +22,16 @@ def golden_inputs() -> list:
     padding = SIZES["dit"]["text_len"] - len(context)
     context = np.pad(context, ((0, padding), (0, 0)))[None]
     return [jnp.asarray(x) for x in (np.moveaxis(latents, 0, -1)[None], timestep, context)]
+
+
+def wide_transformer() -> dict[str, np.ndarray]:
+    """Random tensors of the tiny text-to-video model with a head of 128, as its sizes then tell."""
+    rng, twice = np.random.default_rng(0), {64: 128, 6 * 64: 6 * 128}
+    shapes = {key: tensor.shape for key, tensor in load_file(DATA / "t2v.safetensors").items()}
+    wide = {key: [twice.get(n, n) for n in shape] for key, shape in shapes.items()}
+    out = shapes["head.head.bias"][0]  # of latents, which happen to be as many
+    wide |= {"head.head.weight": [out, 128], "head.head.bias": [out]}
+    return {key: rng.normal(size=shape) for key, shape in wide.items()}
 
 
 def write_folder(folder: Path, family: str = "t2v") -> Path:

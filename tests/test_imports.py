@@ -45,7 +45,7 @@ ORDER = {
     "parallel": "padding mesh sharding processes agreement",
     "runtime": "clock identity trees compile_cache",
     "models": "layout family precision linear attention norms text vae wan",
-    "checkpoints": "store registry metadata format",
+    "checkpoints": "files store registry metadata format",
     "media": "storage folders footage orientation colour timing containers pictures heif memory "
     "deinterlace sound decode encode fit timeline masks",
     "pipeline": "settings overrides inputs load hosts encode seeds stages background placement "

@@ -10,7 +10,7 @@ import numpy as np
 import originals
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from test_wan import velocity_of
 
 import kvlock_jax as kvl
@@ -123,15 +123,9 @@ def test_a_prefix_of_many_keys_is_no_part_of_a_name(tmp_path):
 def parts(tmp_path_factory):
     """A published folder without a transformer, and files of one with heads of 128."""
     folder = originals.write_folder(tmp_path_factory.mktemp("parts") / "wan")
-    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "config.json").unlink()
-    rng = np.random.default_rng(0)
-    twice = {64: 128, 6 * 64: 6 * 128}
-    wide = {
-        key: rng.normal(size=[twice.get(n, n) for n in tensor.shape])
-        for key, tensor in tensors.items()
-    }
+    wide = originals.wide_transformer()
     float8 = {
         f"model.diffusion_model.{k}": v.astype(
             ml_dtypes.float8_e4m3fn if v.ndim == 2 else np.float16
@@ -151,20 +145,25 @@ def leaves(model):
 def test_a_file_takes_the_place_of_a_transformer(parts, tmp_path):
     """Loaded, converted and described; in bfloat16 it is rounded as it is read."""
     files = [parts.parent / f"{name}.safetensors" for name in ("exact", "float8")]
-    want, found = (kvl.load(parts, transformer=file).checkpoint.transformer for file in files)
+    want, found = (kvl.load(parts, files=kvl.Files(file)).checkpoint.transformer for file in files)
     for one, other in zip(leaves(want), leaves(found), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert kvl.pipeline.load.describe(parts, files[1]).configs.transformer.num_attention_heads == 1
-    small = kvl.load(parts, jnp.bfloat16, transformer=files[1]).checkpoint.transformer
+    assert (
+        kvl.pipeline.load.describe(
+            parts, kvl.Files(files[1])
+        ).configs.transformer.num_attention_heads
+        == 1
+    )
+    small = kvl.load(parts, jnp.bfloat16, files=kvl.Files(files[1])).checkpoint.transformer
     assert small.blocks.ffn.net_0.kernel[...].dtype == jnp.bfloat16
-    converter.convert(parts, tmp_path / "own", transformer=files[1])
+    converter.convert(parts, tmp_path / "own", files=kvl.Files(files[1]))
     own = kvl.load(tmp_path / "own").checkpoint
     for one, other in zip(leaves(want), leaves(own.transformer), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert "float8.safetensors" in format.describe(tmp_path / "own").source["files"]
-    with pytest.raises(CheckpointError, match="own file takes a published folder"):
-        kvl.load(tmp_path / "own", transformer=files[1])
+    assert "transformer/float8.safetensors" in format.describe(tmp_path / "own").source["files"]
+    with pytest.raises(CheckpointError, match="of single parts take a published folder"):
+        kvl.load(tmp_path / "own", files=kvl.Files(files[1]))
     with pytest.raises(CheckpointError, match="no such file of a transformer"):
-        kvl.load(parts, transformer=tmp_path / "absent.gguf")
+        kvl.load(parts, files=kvl.Files(tmp_path / "absent.gguf"))
     with pytest.raises(CheckpointError, match="has neither"):
         kvl.load(parts)

@@ -197,12 +197,15 @@ def test_a_negative_prompt_in_another_vocabulary_is_passed_over(folder):
     assert prompt_warnings(Tokenizer(folder), "a red star", "zebra " + long) == []
 
 
-def test_pieces_alone_are_refused(pieces, tmp_path):
+def test_pieces_alone_give_the_same_ids(umt5, pieces, tmp_path):
     (tmp_path / "spiece.model").write_bytes(pieces)
-    with pytest.raises(
-        CheckpointError, match=r"no tokenizer\.json, only spiece\.model: .*umt5-xxl"
-    ):
-        Tokenizer(tmp_path)
+    prompts = [*ODD, "the red star moves", "star </s> " * 300, "<pad>red"]
+    for one, other in zip(Tokenizer(tmp_path)(prompts), Tokenizer(umt5)(prompts), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for content in (b"", pieces[:-9], b"{}", pieces.replace(b"<unk>", b"<nuk>", 1)[:9]):
+        (tmp_path / "spiece.model").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"spiece\.model: it.* SentencePiece model"):
+            Tokenizer(tmp_path)
 
 
 def test_folder_in_a_bucket(umt5, monkeypatch):

@@ -28,6 +28,7 @@ from vaces import (
 from kvlock_jax.checkpoints import registry
 from kvlock_jax.convert import diffusers, original, table, weights
 from kvlock_jax.lock import KVCache, Lock
+from kvlock_jax.models.wan.block import Modulation
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.transformer import Pass, WanTransformer
 from kvlock_jax.models.wan.vace import VACEBlock, WanVACETransformer
@@ -264,7 +265,8 @@ def test_hints_are_added_in_float32_under_bfloat16():
     def first_hint(model, latents, timestep, context):
         given = whole.conditioning(model, latents, context)
         x = jnp.full(given.control.shape, 1000.0)
-        one = Pass(x, given.text, model.times(timestep).modulation, given.positions, None, None)
+        modulation = Modulation(model.times(timestep).modulation)
+        one = Pass(x, given.text, modulation, given.positions, None, None)
         beside = model._beside(x, one, given, lambda tokens: tokens)
 
         def block(streams, layer, hints):

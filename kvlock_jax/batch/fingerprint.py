@@ -12,6 +12,7 @@ from etils import epath
 from kvlock_jax import demo
 from kvlock_jax.batch.manifest import Request
 from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints.files import NO_FILES, Files
 from kvlock_jax.media import storage
 from kvlock_jax.media.folders import IMAGE_SUFFIXES
 
@@ -19,14 +20,24 @@ _ENDS = 1 << 16  # bytes of a weight file's head and tail that identify it
 
 
 def checkpoint_identity(
-    source: str, transformer: str | None = None, loras: Sequence[tuple[Path, float]] = ()
+    source: str | None, files: Files = NO_FILES, loras: Sequence[tuple[Path, float]] = ()
 ) -> dict[str, str]:
     """Name and identity of a checkpoint, without reading its weights, and of files beside it.
 
     The identity of a converted checkpoint is a digest of its sources' checksums (its own files
     differ after each conversion) and of its dtypes; that of a published one, of its files' names,
-    sizes and ends.
+    sizes and ends. Files of single parts count by their content.
     """
+    found = {} if source is None else {"name": source, "identity": _folder_identity(source)}
+    for name, path in files.read().items():
+        found[name] = f"{path}:{storage.identity(str(path))}"
+    if loras:
+        sums = [f"{path.name}:{by:g}:{storage.identity(str(path))}" for path, by in loras]
+        found["loras"] = ", ".join(sums)
+    return found
+
+
+def _folder_identity(source: str) -> str:
     folder = Path(demo.__file__).parent / "weights" if source == "demo" else source
     folder = epath.Path(folder).expanduser()
     digest = hashlib.sha256()
@@ -43,13 +54,7 @@ def checkpoint_identity(
                 content.seek(max(0, size - _ENDS))
                 ends += content.read(_ENDS)
             digest.update(f"{file.parent.name}/{file.name} {size} ".encode() + ends)
-    found = {"name": source, "identity": digest.hexdigest()}
-    if transformer:
-        found["transformer"] = f"{transformer}:{storage.identity(transformer)}"
-    if loras:
-        sums = [f"{path.name}:{by:g}:{storage.identity(str(path))}" for path, by in loras]
-        found["loras"] = ", ".join(sums)
-    return found
+    return digest.hexdigest()
 
 
 def _weight_files(folder: epath.Path, depth: int) -> Iterator[epath.Path]:

@@ -9,7 +9,7 @@ from kvlock_jax.batch.fingerprint import checkpoint_identity
 from kvlock_jax.batch.manifest import Common, Failure, Request
 from kvlock_jax.batch.resume import Job, find_work
 from kvlock_jax.batch.runner import follow, run, run_group
-from kvlock_jax.cli.flags import EDIT_INPUTS, add_shared, gather_settings
+from kvlock_jax.cli.flags import EDIT_INPUTS, add_shared, checkpoint, gather_files, gather_settings
 from kvlock_jax.cli.loading import dtype_name, join, load_model, place
 from kvlock_jax.cli.terminal import SOME_FAILED, counting, interruptibly, say, warnings_as_lines
 from kvlock_jax.media import storage
@@ -44,12 +44,13 @@ def add(commands: Any) -> None:
 
 def _command(args: argparse.Namespace, others: list[str]) -> int:
     join(args)
-    contents = describe(args.ckpt_dir, args.transformer)
+    folder, files = checkpoint(args), gather_files(args)
+    contents = describe(folder, files)
     placed = place(args, contents, many=True)
     size = args.batch_size
     if size is None:
         size = placed.mesh.shape["data"] if placed.mesh else 1
-    settings = gather_settings(args, others, default_config_name(args.ckpt_dir, contents.configs))
+    settings = gather_settings(args, others, default_config_name(folder, contents.configs))
     resolve_settings(settings)  # an error in the flags is one of every line
     names = [*(names.split()[0] for names in EDIT_INPUTS), "lossless"]
     defaults = {name: value for name in names if (value := getattr(args, name))}
@@ -57,7 +58,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
         manifest=storage.resolve(args.manifest),
         save_dir=storage.resolve(args.save_dir),
         common=Common(settings, manifest.resolved(defaults, ".")),
-        checkpoint=checkpoint_identity(args.ckpt_dir, args.transformer, parse_loras(args.lora))
+        checkpoint=checkpoint_identity(folder, files, parse_loras(args.lora))
         | {"dtype": dtype_name(args)},
         batch_size=size,
         shard=(args.shard_index, args.num_shards),

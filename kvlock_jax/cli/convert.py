@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import time
-from pathlib import Path
 from typing import Any
 
 from rich import progress
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from kvlock_jax.checkpoints import registry
 from kvlock_jax.checkpoints.store import OnBytes
-from kvlock_jax.cli.flags import add_transformer
+from kvlock_jax.cli.flags import add_files, add_lora, gather_files
 from kvlock_jax.convert.converter import DTYPES, convert
 from kvlock_jax.convert.lora import parse_loras
 from kvlock_jax.convert.published import Published
@@ -28,11 +27,13 @@ def add(commands: Any) -> None:
     )
     parser = commands.add_parser("convert", description=about, epilog=tail, allow_abbrev=False)
     parser.set_defaults(command=_command)
-    parser.add_argument("--src", required=True, metavar="DIR", help="the published checkpoint")
+    about = "the published checkpoint; none where files are given of all parts"
+    parser.add_argument("--src", metavar="DIR", help=about)
     parser.add_argument("--dst", required=True, metavar="DIR", help="folder to write, or gs://...")
     about = "dtype of the weights; the source's by default"
     parser.add_argument("--dtype", choices=DTYPES, help=about)
-    add_transformer(parser)
+    add_files(parser)
+    add_lora(parser)
 
 
 def _command(args: argparse.Namespace, others: list[str]) -> None:
@@ -46,7 +47,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
             DTYPES.get(args.dtype),
             lambda published, total: _begin(bar, published, total),
             parse_loras(args.lora),
-            Path(args.transformer).expanduser() if args.transformer else None,
+            gather_files(args),
         )
     seconds = time.perf_counter() - start
     size = sum(model.size for model in contents.models.values())
@@ -57,7 +58,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
 def _begin(bar: contextlib.ExitStack, published: Published, total: int) -> OnBytes:
     """Prints the source; on a terminal, also shows a progress bar."""
     kind = registry.family(published.configs).name
-    print(f"source   {published.folder}: {kind}, {published.layout} layout", flush=True)
+    where = published.folder or ", ".join(map(str, published.apart.values()))
+    print(f"source   {where}: {kind}, {published.layout} layout", flush=True)
     shown = bar.enter_context(
         progress.Progress(
             progress.TextColumn("converting"),

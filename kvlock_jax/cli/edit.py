@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from kvlock_jax import lock
-from kvlock_jax.cli.flags import add_shared, gather_settings
+from kvlock_jax.checkpoints.files import PARTS
+from kvlock_jax.cli.flags import add_shared, checkpoint, gather_files, gather_settings
 from kvlock_jax.cli.loading import compiler, dtype_name, join, load_model, place
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
@@ -66,8 +67,9 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     if agreement.is_writer():
         probe_outputs(outputs)
     parse_loras(args.lora)  # raises its errors before the work, not after
-    contents = describe(args.ckpt_dir, args.transformer)
-    name = default_config_name(args.ckpt_dir, contents.configs)
+    folder = checkpoint(args)
+    contents = describe(folder, gather_files(args))
+    name = default_config_name(folder, contents.configs)
     settings = resolve_settings(gather_settings(args, others, name))
     mask = args.src_mask if args.bbox is None else parse_box(args.bbox)
     with warnings_as_lines(), contextlib.ExitStack() as copies:
@@ -105,8 +107,9 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     seconds |= result.seconds
     say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     say("kept", summarize_metrics(result.metrics))
-    names = "prompt ckpt_dir transformer lora src_video src_mask src_ref_images bbox".split()
-    about = {name: getattr(args, name) for name in names} | {"dtype": dtype_name(args)}
+    names = [*"prompt lora src_video src_mask src_ref_images bbox".split(), *PARTS]
+    about = {name: getattr(args, name) for name in names}
+    about |= {"ckpt_dir": folder, "dtype": dtype_name(args)}
     agreement.together("writing the results", lambda: _write(outputs, result, about))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from jax import numpy as jnp
 from ml_collections import ConfigDict
 
+from kvlock_jax.checkpoints.files import PARTS, Files
 from kvlock_jax.pipeline.overrides import SETTINGS, apply_overrides, read_config_file, update
 from kvlock_jax.pipeline.placement import ATTENTION
 from kvlock_jax.pipeline.settings import config
@@ -81,9 +82,10 @@ EDIT_INPUTS = {
 
 def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) -> None:
     """Adds the flags that `kvlock edit` and `kvlock batch` share."""
-    about = "'demo' (default), or a checkpoint's folder"
-    parser.add_argument("--ckpt_dir", "--ckpt", default="demo", help=about)
-    add_transformer(parser)
+    about = "'demo' (default), or a checkpoint's folder; none where files are given of all parts"
+    parser.add_argument("--ckpt_dir", "--ckpt", help=about)
+    add_files(parser)
+    add_lora(parser)
     for names, about in EDIT_INPUTS.items():
         flag = [f"--{name}" for name in names.split()]
         parser.add_argument(*flag, required=names.split()[0] in required, help=about)
@@ -94,10 +96,25 @@ def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) ->
     add_settings(parser)
 
 
-def add_transformer(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of files beside a checkpoint's folder to a command's parser."""
-    about = "safetensors or GGUF file, in place of a published folder's transformer"
-    parser.add_argument("--transformer", metavar="FILE", help=about)
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `Files` to a command's parser."""
+    for name, part in PARTS.items():
+        about = f"file of the {part}: safetensors, GGUF or .pth; in place of a published folder's"
+        parser.add_argument(f"--{name}", metavar="FILE", help=about)
+
+
+def gather_files(args: argparse.Namespace) -> Files:
+    """The files of single parts that a command's flags name."""
+    return Files(**{name: getattr(args, name) for name in PARTS})
+
+
+def checkpoint(args: argparse.Namespace) -> str | None:
+    """The folder of `--ckpt_dir`; the demo where the flags name neither folder nor file."""
+    return args.ckpt_dir or (None if gather_files(args).given else "demo")
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """Adds `--lora` to a command's parser."""
     about = "LoRA files that change the transformer; a strength is 1 by default"
     parser.add_argument("--lora", default="", metavar="FILE[:STRENGTH],...", help=about)
 

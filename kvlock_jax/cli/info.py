@@ -5,7 +5,7 @@ from typing import Any
 
 from jax import numpy as jnp
 
-from kvlock_jax.cli.flags import DTYPES, add_dtype
+from kvlock_jax.cli.flags import DTYPES, add_dtype, add_files, gather_files
 from kvlock_jax.errors import InputError
 from kvlock_jax.estimate import info, roofline
 from kvlock_jax.media.fit import Fit
@@ -19,7 +19,9 @@ def add(commands: Any) -> None:
     about = "Describe a checkpoint, and the memory and least time that an edit with it needs."
     parser = commands.add_parser("info", description=about, allow_abbrev=False)
     parser.set_defaults(command=_command)
-    parser.add_argument("dir", help="'demo', or a checkpoint's folder")
+    about = "'demo', or a checkpoint's folder; none where files are given of all parts"
+    parser.add_argument("dir", nargs="?", help=about)
+    add_files(parser)
     parser.add_argument("--size", default="832*480", help="WIDTH*HEIGHT of the video")
     parser.add_argument("--frame_num", type=int, default=81, help="frames of the video")
     parser.add_argument("--devices", type=int, default=1, help="devices that share the video")
@@ -36,7 +38,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
         raise InputError("--frame_num must be 1 or more, and --size WIDTH*HEIGHT")
     if args.devices < 1:
         raise InputError(f"--devices must be 1 or more, found {args.devices}")
-    contents = describe(args.dir)
+    contents = describe(args.dir, gather_files(args))
     settings = resolve_settings(config(default_config_name(args.dir, contents.configs)))
     shape = Fit(size.frame_num, *size.height_width)
     dtype = args.dtype or ("bfloat16" if args.chip else default_dtype().name)

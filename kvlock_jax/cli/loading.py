@@ -4,8 +4,9 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 
+from kvlock_jax.checkpoints.files import PARTS
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.cli.flags import DTYPES
+from kvlock_jax.cli.flags import DTYPES, checkpoint, gather_files
 from kvlock_jax.cli.terminal import say
 from kvlock_jax.parallel.processes import join_hosts
 from kvlock_jax.pipeline.load import Model, default_dtype, load
@@ -49,11 +50,12 @@ def load_model(
 ) -> Model:
     """Loads the model that the flags name and prints what was loaded."""
     name, where = dtype_name(args), dataclasses.asdict(placed)
-    beside = {"transformer": args.transformer, "loras": args.lora}
-    model = load(args.ckpt_dir, DTYPES[name], **where, **beside, on_shapes=on_shapes)
-    say("loaded", f"{args.ckpt_dir}: {summary(contents)}, computing in {name}")
-    if args.transformer:
-        say("of it", f"the transformer is {args.transformer}")
+    files, folder = gather_files(args), checkpoint(args)
+    beside = {"files": files, "loras": args.lora}
+    model = load(folder, DTYPES[name], **where, **beside, on_shapes=on_shapes)
+    say("loaded", f"{folder or 'files'}: {summary(contents)}, computing in {name}")
+    for part, path in files.given.items():
+        say("of it", f"the {PARTS[part]} is {path}")
     if args.lora:
         say("changed", f"by {args.lora}")
     say("on", str(placed))

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from kvlock_jax import demo
 from kvlock_jax.checkpoints import format, registry
+from kvlock_jax.checkpoints.files import NO_FILES, Files
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.registry import Checkpoint
 from kvlock_jax.errors import CheckpointError
@@ -34,7 +35,7 @@ class Model:
     """A loaded checkpoint, ready to edit with; or its shapes, for compilation ahead of the weights.
 
     Attributes:
-      name: source that it was loaded from.
+      name: source that it was loaded from, or the transformer's file.
       checkpoint: three networks and their configs.
       tokenizer: tokenizer of the text encoder.
       mesh: devices of the networks; `None` is the first device.
@@ -72,21 +73,22 @@ _DEMO = Path(demo.__file__).parent / "weights"
 
 
 def load(
-    source: FilePath,
+    source: FilePath | None = None,
     dtype: Any = None,
     *,
     mesh: Mesh | None = None,
     spread: bool = False,
     attend: Attend = overlapped,
     vae_tiles: int = 1,
-    transformer: str | os.PathLike | None = None,
+    files: Files = NO_FILES,
     loras: str | Sequence[tuple[FilePath, float]] = (),
     on_shapes: Callable[[Model], None] = lambda model: None,
 ) -> Model:
     """Loads a model to edit with.
 
     Args:
-      source: `"demo"` for the embedded model, a published folder, or a converted checkpoint.
+      source: `"demo"` for the embedded model, a published folder, or a converted checkpoint; left
+        out where `files` are all that there is.
       dtype: compute dtype of matrix products, by default `default_dtype`; the parameters keep the
         checkpoint's.
       mesh: mesh of `make_mesh` that shares an edit between devices; `None` is the first device.
@@ -95,9 +97,8 @@ def load(
       attend: self-attention between devices: `overlapped`, `gathered` or `ring`.
       vae_tiles: number of column tiles of a frame that the VAE processes one by one, to save
         memory; the result is the same.
-      transformer: safetensors or GGUF file, float8 and block-quantised ones too, whose transformer
-        takes the place of a published folder's. Matrices are rounded to a compute dtype of 16
-        bits.
+      files: files of single parts, float8 and block-quantised ones too, which take the place of a
+        published folder's. Matrices are rounded to a compute dtype of 16 bits.
       loras: LoRA files that change the transformer: `"a.safetensors:0.8,b.safetensors"`, or files
         and strengths.
       on_shapes: called with the model before its weights are read, with shapes in their place.
@@ -108,7 +109,7 @@ def load(
     """
     from kvlock_jax.convert import lora
 
-    reader, folder, own = _reader(source, transformer)
+    reader, folder, own = _reader(source, files)
     loras = parse_loras(loras) if isinstance(loras, str) else [(Path(f), s) for f, s in loras]
     changes, restored = {}, reader is format
     own |= {} if restored or not loras else {"loras": loras}
@@ -120,7 +121,8 @@ def load(
         networks.vae.tiles = vae_tiles
         for name in networks.configs.transformers:
             getattr(networks, name).attend = attend
-        return Model(os.fspath(source), networks, Tokenizer(networks.tokenizer), mesh)
+        name = os.fspath(files.transformer if source is None else source)
+        return Model(name, networks, Tokenizer(networks.tokenizer), mesh)
 
     def announce(shapes: Checkpoint) -> None:
         """Checks the LoRAs on what is restored, and calls `on_shapes` with a model."""
@@ -142,18 +144,20 @@ def parse_loras(text: str) -> tuple[tuple[Path, float], ...]:
     return lora.parse_loras(text)
 
 
-def describe(source: FilePath, transformer: str | os.PathLike | None = None) -> Contents:
+def describe(source: FilePath | None, files: Files = NO_FILES) -> Contents:
     """Describes a checkpoint without reading its weights; arguments and errors as in `load`."""
-    reader, folder, own = _reader(source, transformer)
+    reader, folder, own = _reader(source, files)
     return reader.describe(folder, **own)
 
 
 def _reader(
-    source: FilePath, transformer: str | os.PathLike | None
-) -> tuple[ModuleType, epath.Path, dict[str, Path]]:
+    source: FilePath | None, files: Files
+) -> tuple[ModuleType, epath.Path | None, dict[str, Any]]:
     """The module that reads a checkpoint, the checkpoint's folder, and further arguments."""
     from kvlock_jax.convert import source as published
 
+    if source is None:
+        return published, None, {"files": files}
     folder = epath.Path(_DEMO if os.fspath(source) == "demo" else source).expanduser()
     try:
         exists = folder.is_dir()
@@ -161,14 +165,13 @@ def _reader(
         raise CheckpointError(f"{source}: {error}") from error
     if not exists:
         raise CheckpointError(f"{source}: no such folder; give 'demo' or a checkpoint's folder")
-    reader = published if published.is_published(folder) else format
-    if transformer is None:
-        return reader, folder, {}
-    if reader is format:
+    if files.given and not format.is_checkpoint(folder):
+        return published, folder, {"files": files}
+    if files.given:
         raise CheckpointError(
-            f"{source} is a converted checkpoint; a transformer's own file takes a published folder"
+            f"{source} is a converted checkpoint; files of single parts take a published folder"
         )
-    return reader, folder, {"transformer": Path(transformer).expanduser()}
+    return published if published.is_published(folder) else format, folder, {}
 
 
 def default_config(model: Model) -> ConfigDict:

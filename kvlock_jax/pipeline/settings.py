@@ -39,13 +39,13 @@ def config(name: str) -> ConfigDict:
     return module.get_config()
 
 
-def default_config_name(source: str | os.PathLike, configs: Configs) -> str:
+def default_config_name(source: str | os.PathLike | None, configs: Configs) -> str:
     """The name for `config` of a checkpoint's default settings.
 
     They do not depend on the video's size: 14B gets the settings for 720p, which the publisher's
     `generate.py` uses at 480p too; `config("t2v_14b_480p")` has the lower shift of its README.
     """
-    if os.fspath(source) == "demo":
+    if source is not None and os.fspath(source) == "demo":
         return "demo"
     return family(configs).settings(configs)
 

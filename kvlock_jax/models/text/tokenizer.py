@@ -12,9 +12,13 @@ from etils import epath
 from jaxtyping import Bool, Int
 
 from kvlock_jax.errors import CheckpointError, InputError
+from kvlock_jax.models.text import spiece
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 """T5's special tokens, with ids 0, 1 and 2 in a vocabulary of `write_word_tokenizer`."""
+
+PIECES = "spiece.model"
+"""A SentencePiece model, which is read where there is no `tokenizer.json`."""
 
 
 def clean(prompt: str) -> str:
@@ -39,10 +43,10 @@ class Tokenizer:
     """
 
     def __init__(self, folder: epath.PathLike, text_len: int = 512):
-        """Opens `tokenizer.json` and `tokenizer_config.json`.
+        """Opens `tokenizer.json`, or else `spiece.model`, and `tokenizer_config.json`.
 
         Args:
-          folder: folder of both files, local or of a scheme that etils reads, such as `gs://`.
+          folder: folder of the files, local or of a scheme that etils reads, such as `gs://`.
           text_len: tokens of a prompt, end token included; `model_max_length` wins where smaller.
 
         Raises:
@@ -168,18 +172,21 @@ def _read_settings(folder: epath.Path) -> dict:
 
 
 def _read_tokenizer(folder: epath.Path) -> tokenizers.Tokenizer:
-    path = folder / "tokenizer.json"
+    path, pieces = folder / "tokenizer.json", folder / PIECES
     if not path.exists():
-        message = f"{folder} has no tokenizer.json"
-        if (folder / "spiece.model").exists():
-            # Not "write it with Transformers": its converter of T5 drops UMT5's byte fallback,
-            # and characters outside the vocabulary would all become `<unk>`.
-            message += (
-                ", only spiece.model: copy tokenizer.json from the published tokenizer "
-                "(google/umt5-xxl)"
-            )
-        raise CheckpointError(message)
+        if pieces.exists():
+            return _of_pieces(pieces)
+        raise CheckpointError(f"{folder} has no tokenizer.json")
     try:
         return tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+
+
+def _of_pieces(path: epath.Path) -> tokenizers.Tokenizer:
+    # Not by Transformers: its converter of T5 drops UMT5's byte fallback, and characters outside
+    # the vocabulary would all become `<unk>`.
+    try:
+        return spiece.tokenizer(spiece.parse(path.read_bytes()))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path}: {error}") from error
