@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import numpy as np
 from etils import epath
 
 from kvlock_jax.checkpoints import format
-from kvlock_jax.checkpoints.files import NO_FILES, Files
+from kvlock_jax.checkpoints.files import NO_FILES, NO_LORAS, Files, Loras
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.store import OnBytes
-from kvlock_jax.convert.lora import Lora
 from kvlock_jax.convert.published import Published
 from kvlock_jax.convert.source import open_source
 from kvlock_jax.errors import CheckpointError
@@ -38,7 +37,7 @@ def convert(
     target: str | os.PathLike,
     dtype: Any = None,
     on_start: OnStart = lambda published, total: lambda count: None,
-    loras: Sequence[Lora] = (),
+    loras: Loras = NO_LORAS,
     files: Files = NO_FILES,
 ) -> Contents:
     """Converts a published checkpoint, a layer of a parameter at a time.
@@ -93,7 +92,7 @@ def _check_target(folder: Path | None, target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _sums(
-    published: Published, loras: Sequence[Lora]
+    published: Published, loras: Loras
 ) -> Iterator[dict[str, concurrent.futures.Future[str]]]:
     """Computes the SHA-256 of a checkpoint's files in other threads until the `with` block ends.
 
@@ -115,7 +114,7 @@ def _sums(
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         names = {path.relative_to(published.folder).as_posix(): path for path in published.files}
         names |= published.apart
-        names |= {f"{path.name}:{strength:g}": path for path, strength in loras}
+        names |= {name: path for name, (path, _) in loras.named}
         try:
             yield {name: pool.submit(sha256, path) for name, path in sorted(names.items())}
         finally:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvlock_jax.checkpoints import registry
-from kvlock_jax.checkpoints.registry import Configs
 from kvlock_jax.convert.published import Part, Published, Tokens, Weights, files_in
 from kvlock_jax.convert.table import (
     Row,
@@ -84,6 +83,7 @@ class Component:
       fixed: values that our module assumes; another value in `config.json` is another architecture.
       table: layout of its weights.
       absent: fields of `config` that this family lacks.
+      part: the part of a checkpoint that it is, one of `files.PARTS`; by default its name.
     """
 
     name: str
@@ -93,6 +93,10 @@ class Component:
     fixed: Mapping[str, Any]
     table: Table
     absent: tuple[str, ...] = ()
+    part: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "part", self.part or self.name)
 
 
 TRANSFORMER = Component(
@@ -145,33 +149,34 @@ PIPELINES = {
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
-_PIPELINE_FIXED = {"transformer_2": None, "boundary_ratio": None, "expand_timesteps": False}
-"""Of Wan 2.2, which has two transformers, or a timestep for every token."""
+EXPERTS = {"transformer": "high", "transformer_2": "low"}
+"""The roles of the transformers of Wan 2.2's A14B, by the names of their folders."""
 
 
 def components(folder: str | Path) -> tuple[Component, ...]:
     """The models of a Diffusers folder.
 
+    Where the pipeline has two transformers or a `boundary_ratio` between them, they are experts,
+    one of which may be absent. A run takes the boundary of its own settings.
+
     Raises:
-      CheckpointError: if it is not a Wan 2.1 folder, of text-to-video or VACE.
+      CheckpointError: if it is not a Wan folder, of text-to-video or VACE.
     """
     index = Path(folder) / "model_index.json"
     described = read_json(index)
-    _check_family(index, described, tuple(PIPELINES), _PIPELINE_FIXED)
-    return PIPELINES[_family(described)]
-
-
-def read_configs(folder: str | Path) -> Configs:
-    """Reads the configs of a Diffusers folder, and no weights.
-
-    Raises:
-      CheckpointError: the folder is not of Wan 2.1, or a part of it is missing.
-    """
-    folder = Path(folder)
-    parts = components(folder)
-    _check_folders(folder, [*(part.name for part in parts), "tokenizer", "scheduler"])
-    models = {part.name: read_config(folder / part.name, part) for part in parts}
-    return Configs(**models, scheduler=read_json(folder / SCHEDULER))
+    _check_family(index, described, tuple(PIPELINES), {})
+    first, *others = PIPELINES[_family(described)]
+    absent = (None, [None, None])
+    found = {"transformer": True, "transformer_2": None} | described
+    there = [name for name in EXPERTS if found[name] not in absent]
+    if not there:
+        raise CheckpointError(f"{index} names neither transformer nor transformer_2")
+    if there == ["transformer"] and described.get("boundary_ratio") is None:
+        return (first, *others)
+    experts = (
+        dataclasses.replace(first, name=name, part=f"transformer_{EXPERTS[name]}") for name in there
+    )
+    return (*experts, *others)
 
 
 def _check_folders(folder: Path, names: Iterable[str]) -> None:
@@ -234,10 +239,18 @@ def open_published(
       CheckpointError: the folder is not of Wan 2.1, or a file is missing or damaged.
     """
     folder, given = Path(folder), given or {}
-    own = [part for part in components(folder) if part.name not in given]
+    own = [part for part in components(folder) if part.part not in given]
+    if any(name.startswith("transformer") for name in given):
+        if "transformer" in given and any(
+            part.part not in ("transformer", "vae", "text_encoder") for part in own
+        ):
+            raise CheckpointError(
+                f"{folder} has experts: give --transformer_high or --transformer_low"
+            )
+        own = [part for part in own if part.part != "transformer"]
     names = [part.name for part in own] + ([] if tokens else ["tokenizer"])
     _check_folders(folder, [*names, "scheduler"])
-    parts = {**given, **{part.name: _open_part(folder / part.name, part) for part in own}}
+    parts = {**given, **{part.part: _open_part(folder / part.name, part) for part in own}}
     tokens = tokens or Tokens(folder / "tokenizer", tuple(files_in(folder / "tokenizer")))
     others = (folder / "model_index.json", folder / SCHEDULER)
     scheduler = read_json(folder / SCHEDULER)

@@ -22,13 +22,13 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from kvlock_jax.checkpoints import registry
+from kvlock_jax.checkpoints.files import ROLES, Lora, Loras
+from kvlock_jax.checkpoints.registry import Configs
 from kvlock_jax.convert import diffusers, original
 from kvlock_jax.convert.table import Changes, LazyTensor, Transform, published_names
 from kvlock_jax.convert.weights import lazy_tensors, read_json
-from kvlock_jax.errors import CheckpointError, InputError
-
-Lora = tuple[Path, float]
-"""A file and its strength."""
+from kvlock_jax.errors import CheckpointError
 
 _PAIR = r"[._]lora(?:_linear_layer)?[._](A|B|up|down)(?:\.default)?(?:\.weight)?$"
 _ENDS = ((r"\.alpha$", "alpha"), (r"\.diff$", "weight"), (r"\.diff_b$", "bias"))
@@ -51,32 +51,22 @@ class _Target:
     transform: Transform
 
 
-def parse_loras(text: str) -> tuple[Lora, ...]:
-    """The files and strengths of `FILE[:STRENGTH],...`; a strength is 1 by default.
+def open_loras(loras: Loras, configs: Configs) -> dict[str, Changes]:
+    """The changes of each transformer, not read yet; errors as in `open_changes`.
 
     Raises:
-      InputError: a file is missing, or a strength is not finite.
+      CheckpointError: a LoRA is of an expert that the checkpoint has not.
     """
-    loras = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, number = part.rpartition(":")
-        try:
-            strength = float(number)
-        except ValueError:
-            name, strength = part, 1.0
-        if not name:
-            name, strength = part, 1.0
-        if not math.isfinite(strength):
-            raise InputError(f"the strength of the LoRA {name} must be finite, found {number}")
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise InputError(f"{name}: no such LoRA file")
-        loras.append((path, strength))
-    return tuple(loras)
+    roles = configs.experts or ("",)
+    if lost := [role for role in ROLES if getattr(loras, role) and role not in roles]:
+        raise CheckpointError(f"--lora_{lost[0]}: the checkpoint has no {lost[0]}-noise expert")
+    model = registry.abstract(configs.transformer, jnp.float32)
+    named = zip(configs.transformers, roles, strict=True)
+    return {name: open_changes(own, model) for name, role in named if (own := loras.of(role))}
 
 
-def open_loras(loras: Sequence[Lora], transformer: nnx.Module) -> Changes:
-    """The changes that LoRA files ask for, not read yet.
+def open_changes(loras: Sequence[Lora], transformer: nnx.Module) -> Changes:
+    """The changes that LoRA files ask of a transformer, not read yet.
 
     Args:
       loras: files and strengths, which may change the same layers.

@@ -1,5 +1,6 @@
 """Opens files of single parts of a checkpoint, in every layout in which people hold them."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,8 +65,13 @@ def open_parts(files: Files) -> dict[str, Part]:
 def open_part(name: str, path: Path) -> Part:
     """A part from its file; errors as in `open_parts`."""
     place = beside(path)
-    part = _READERS[name](open_weights(path), place)
-    return Part(*part, apart={f"{name}/{place.name}": place})
+    part = read_part(name, open_weights(path), place)
+    return dataclasses.replace(part, apart={f"{name}/{place.name}": place})
+
+
+def read_part(name: str, tensors: Tensors, where: Path) -> Part:
+    """A part of tensors; errors as in `open_parts`."""
+    return Part(*_READERS[name](tensors, where))
 
 
 def _transformer(tensors: Tensors, path: Path) -> tuple[sizes.WanConfig, Weights]:
@@ -108,7 +114,7 @@ def _text_encoder(tensors: Tensors, path: Path) -> tuple[sizes.UMT5Config, Weigh
 
 
 _READERS: Mapping[str, Callable[[Tensors, Path], tuple]] = {
-    "transformer": _transformer,
+    **dict.fromkeys(("transformer", "transformer_high", "transformer_low"), _transformer),
     "vae": _vae,
     "text_encoder": _text_encoder,
 }

@@ -12,8 +12,16 @@ import numpy as np
 from flax import nnx
 
 from kvlock_jax.checkpoints import format, registry
+from kvlock_jax.checkpoints.files import ROLES
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.checkpoints.registry import Checkpoint, Configs, OnShapes, PlaceFor, on_first_device
+from kvlock_jax.checkpoints.registry import (
+    TRANSFORMERS,
+    Checkpoint,
+    Configs,
+    Opened,
+    PlaceFor,
+    on_first_device,
+)
 from kvlock_jax.checkpoints.store import Parameter
 from kvlock_jax.convert.table import (
     Changes,
@@ -25,7 +33,7 @@ from kvlock_jax.convert.table import (
     plan,
     read,
 )
-from kvlock_jax.errors import CheckpointError
+from kvlock_jax.errors import CheckpointError, ConfigError
 from kvlock_jax.models.layout import ParameterRules
 
 
@@ -40,7 +48,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of `registry.NETWORKS`, from a checkpoint's folder or from a file of its own.
+    """One of `files.PARTS`, from a checkpoint's folder or from a file of its own.
 
     Attributes:
       config: sizes of the model.
@@ -72,11 +80,11 @@ class Published:
       layout: `"diffusers"`, `"original"`, or `"files"` for single files without a folder.
       folder: folder of the checkpoint, if there is one.
       configs: sizes of its models.
-      weights: weights of each of `registry.NETWORKS`.
+      weights: weights of each of `configs.networks`.
       tokenizer: folder of its tokenizer.
       files: every file in the folder that it is read from.
       apart: files elsewhere that it is read from, by name.
-      changes: of the transformer, by LoRAs.
+      changes: of each transformer, by LoRAs.
     """
 
     layout: str
@@ -86,7 +94,7 @@ class Published:
     tokenizer: Path
     files: tuple[Path, ...]
     apart: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    changes: Changes = dataclasses.field(default_factory=dict)
+    changes: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_parts(
@@ -98,12 +106,22 @@ class Published:
         scheduler: Mapping[str, Any],
         others: tuple[Path, ...] = (),
     ) -> "Published":
-        """A checkpoint of a part for each network, a tokenizer, and `others` of its folder."""
-        configs = Configs(
-            **{name: part.config for name, part in parts.items()}, scheduler=scheduler
-        )
-        weights = {name: part.weights for name, part in parts.items()}
+        """A checkpoint of its parts, a tokenizer, and `others` of its folder.
+
+        Raises:
+          CheckpointError: two experts have different sizes.
+        """
         holders = [*parts.values(), tokens]
+        experts = tuple(role for role in ROLES if f"transformer_{role}" in parts)
+        names = dict(zip((f"transformer_{role}" for role in experts), TRANSFORMERS, strict=False))
+        networks = {names.get(name, name): part for name, part in parts.items()}
+        weights = {name: part.weights for name, part in networks.items()}
+        sizes = {name: part.config for name, part in networks.items()}
+        try:
+            configs = Configs(**sizes, scheduler=scheduler, experts=experts)
+        except ConfigError as error:
+            where = " and ".join(str(weights[name].where) for name in names.values())
+            raise CheckpointError(f"{where} are no experts of one model: {error}") from error
         files = (*others, *(path for one in holders for path in one.files))
         apart = {name: path for one in holders for name, path in one.apart.items()}
         return cls(layout, folder, configs, weights, tokens.folder, files, apart)
@@ -128,20 +146,20 @@ class Published:
                 rules = registry.network(getattr(self.configs, name)).parameters
                 kinds = functools.partial(_dtype, rules, dtype)
                 fitting[name] = parameters(sources, weights.tensors, kinds)
-                if name == "transformer" and self.changes:
-                    fitting[name] |= self._changed(sources, fitting[name])
+                if changes := self.changes.get(name):
+                    fitting[name] |= self._changed(name, changes, sources, fitting[name])
         if problems:
             raise CheckpointError("\n".join(problems))
         return fitting
 
     def _changed(
-        self, sources: Iterable[Source], made: Mapping[str, Parameter]
+        self, name: str, changes: Changes, sources: Iterable[Source], made: Mapping[str, Parameter]
     ) -> dict[str, Parameter]:
         """The parameters that LoRAs change, which are read in float32 and rounded once."""
-        wide = parameters(sources, self.weights["transformer"].tensors, lambda *_: np.float32)
+        wide = parameters(sources, self.weights[name].tensors, lambda *_: np.float32)
         return {
             path: changed(wide[path], made[path].dtype, by_layer)
-            for path, by_layer in self.changes.items()
+            for path, by_layer in changes.items()
         }
 
     def describe(self) -> Contents:
@@ -149,26 +167,23 @@ class Published:
         arrays = {name: weights.tensors.values() for name, weights in self.weights.items()}
         return format.contents(self.configs, arrays)
 
-    def load(
+    def open(
         self,
         dtype: Any = None,
         compute_dtype: Any = jnp.float32,
         place_for: PlaceFor | None = None,
-        on_shapes: OnShapes = lambda checkpoint: None,
-    ) -> Checkpoint:
-        """Reads the checkpoint into memory, one stacked parameter after another.
+    ) -> Opened:
+        """Opens the checkpoint's networks, each of which is read one stacked parameter at a time.
 
         Args:
           dtype: as in `parameters`.
           compute_dtype: dtype of the modules' matrix products.
           place_for: sharding of each parameter; None is the first device.
-          on_shapes: as in `format.load`.
 
         Raises:
-          CheckpointError: as in `parameters`; or a file cannot be read or holds numbers that are
-            not finite.
+          CheckpointError: as in `parameters`; and where a network is read, if a file cannot be read
+            or holds numbers that are not finite.
         """
-        models = {}
         place = place_for(self.configs) if place_for else on_first_device
         sources = self.parameters(dtype)
         shapes = {
@@ -184,11 +199,13 @@ class Published:
             name: registry.fill(self._abstract(name, compute_dtype), arrays)
             for name, arrays in shapes.items()
         }
-        on_shapes(Checkpoint(self.configs, **planned, tokenizer=self.tokenizer))
-        for name, values in sources.items():
+
+        def network(name: str) -> nnx.Module:
+            """Reads a network."""
             graph, state = nnx.split(self._abstract(name, compute_dtype))
-            models[name] = nnx.merge(graph, read(state, values, _under(name, place)))
-        return Checkpoint(self.configs, **models, tokenizer=self.tokenizer)
+            return nnx.merge(graph, read(state, sources[name], _under(name, place)))
+
+        return Opened(Checkpoint(self.configs, **planned, tokenizer=self.tokenizer), network)
 
     def _abstract(self, name: str, compute_dtype: Any = jnp.float32) -> nnx.Module:
         return registry.abstract(getattr(self.configs, name), compute_dtype)

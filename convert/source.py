@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,20 @@ import jax.numpy as jnp
 from etils import epath
 
 from kvlock_jax.checkpoints import format, registry
-from kvlock_jax.checkpoints.files import NO_FILES, PARTS, Files, beside, holds_tokenizer
+from kvlock_jax.checkpoints.files import (
+    NO_FILES,
+    NO_LORAS,
+    PARTS,
+    ROLES,
+    Files,
+    Loras,
+    beside,
+    holds_tokenizer,
+)
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.checkpoints.registry import Checkpoint, OnShapes, PlaceFor
-from kvlock_jax.convert import diffusers, original, sizes
-from kvlock_jax.convert.lora import Lora, open_loras
+from kvlock_jax.checkpoints.registry import Checkpoint, Opened, PlaceFor
+from kvlock_jax.convert import diffusers, original, sizes, videox_fun
+from kvlock_jax.convert.lora import open_loras
 from kvlock_jax.convert.parts import open_part, open_parts
 from kvlock_jax.convert.published import Part, Published, Tokens, Weights, files_in
 from kvlock_jax.convert.tokens import of_encoder
@@ -31,6 +40,7 @@ VAE = "Wan2.1_VAE.pth"
 VAES = (VAE, "Wan2.1_VAE.safetensors")
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl"
+EXPERTS = {"high": "high_noise_model", "low": "low_noise_model"}
 """Files and folders of the publisher's layout."""
 
 
@@ -39,23 +49,27 @@ def is_published(folder: epath.PathLike) -> bool:
     return _is_diffusers(folder) or _is_original(folder) or _has(folder, *VAES)
 
 
-def load(
+def load(source: str | os.PathLike | None, *args: Any, **options: Any) -> Checkpoint:
+    """Loads a published checkpoint whole; arguments and errors as in `open`."""
+    return open(source, *args, **options).whole()
+
+
+def open(
     source: str | os.PathLike | None,
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
     place_for: PlaceFor | None = None,
-    on_shapes: OnShapes = lambda checkpoint: None,
     files: Files = NO_FILES,
-    loras: Sequence[Lora] = (),
-) -> Checkpoint:
-    """Loads a published checkpoint; see `Published.load`, and `open_source` for more errors.
+    loras: Loras = NO_LORAS,
+) -> Opened:
+    """Opens a published checkpoint; see `Published.open`, and `open_source` for more errors.
 
     With `files`, which may be quantised, parameters are rounded to a compute dtype of 16 bits.
     """
     published = open_source(source, files, loras)
     if files.given and dtype is None and jnp.dtype(compute_dtype).itemsize == 2:
         dtype = compute_dtype
-    return published.load(dtype, compute_dtype, place_for, on_shapes)
+    return published.open(dtype, compute_dtype, place_for)
 
 
 def describe(source: str | os.PathLike | None, files: Files = NO_FILES) -> Contents:
@@ -64,7 +78,7 @@ def describe(source: str | os.PathLike | None, files: Files = NO_FILES) -> Conte
 
 
 def open_source(
-    source: str | os.PathLike | None, files: Files = NO_FILES, loras: Sequence[Lora] = ()
+    source: str | os.PathLike | None, files: Files = NO_FILES, loras: Loras = NO_LORAS
 ) -> Published:
     """Opens a published checkpoint without reading its weights.
 
@@ -72,7 +86,7 @@ def open_source(
       source: local folder in Diffusers' or the publisher's own layout; None where `files` are all
         that there is.
       files: files whose parts take the place of the folder's, which need not be there then.
-      loras: files and strengths that change the transformer (`lora`).
+      loras: files and strengths that change the transformers (`lora`).
 
     Raises:
       CheckpointError: the folder has neither layout, is not of Wan 2.1, or a file is missing,
@@ -81,10 +95,9 @@ def open_source(
     published = _opened(source, files)
     if files.given:
         _check_together(published)
-    if not loras:
+    if loras == NO_LORAS:
         return published
-    model = registry.abstract(published.configs.transformer, jnp.float32)
-    return dataclasses.replace(published, changes=open_loras(loras, model))
+    return dataclasses.replace(published, changes=open_loras(loras, published.configs))
 
 
 def _opened(source: str | os.PathLike | None, files: Files) -> Published:
@@ -103,6 +116,8 @@ def _opened(source: str | os.PathLike | None, files: Files) -> Published:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if _is_diffusers(folder):
+        if videox_fun.is_folder(folder):
+            return videox_fun.open_published(folder, given)
         return diffusers.open_published(folder, given, _tokens(folder / "tokenizer", files))
     if format.is_checkpoint(folder):
         raise CheckpointError(f"{folder} is a converted checkpoint already")
@@ -135,7 +150,9 @@ def _check_together(published: Published) -> None:
 
 def _of_files(files: Files, given: Mapping[str, Part]) -> Published:
     """A checkpoint without a folder."""
-    if absent := [name for name in registry.NETWORKS if name not in given]:
+    experts = any(f"transformer_{role}" in given for role in ROLES)
+    needed = [name for name in registry.NETWORKS if not (experts and name == "transformer")]
+    if absent := [name for name in needed if name not in given]:
         raise CheckpointError(
             f"without a checkpoint's folder, files of all parts are needed; not given: "
             f"{', '.join(f'--{name}' for name in absent)}"
@@ -156,26 +173,16 @@ def open_original(
     """Opens a folder in the publisher's own layout, but for parts that are given."""
     given = given or {}
     paths = {"vae": beside(folder / VAE), "text_encoder": beside(folder / TEXT_ENCODER)}
-    config = folder / "config.json"
-    described = "transformer" not in given and config.is_file()
-    values = read_json(config) if described else {}
-    one_of = (diffusers.TRANSFORMER.family, diffusers.VACE_TRANSFORMER.family)
-    if values.get("_class_name") in one_of:
-        raise CheckpointError(
-            f"{folder} is one model of a Diffusers folder; give the one with model_index.json"
-        )
     names = {"vae": VAE, "text_encoder": TEXT_ENCODER}
+    own = _own_transformers(folder, given)
+    described = {name: _description(place) for name, place in own.items()}
     absent = [names[part] for part in names if part not in given and not paths[part].is_file()]
     if tokens is None and not holds_tokenizer(folder / TOKENIZER):
         absent.append(f"{TOKENIZER}/tokenizer.json")
     if absent:
         raise CheckpointError(f"{folder} has no {', '.join(absent)}")
     parts = dict(given)
-    if "transformer" not in given:
-        own = open_folder(folder, TRANSFORMER)
-        read = (*weight_files(folder, TRANSFORMER), *([config] if described else []))
-        weights = Weights(own, original.WAN, folder)
-        parts["transformer"] = Part(sizes.transformer(own, values, folder), weights, read)
+    parts |= {name: _transformer(place, described[name]) for name, place in own.items()}
     for name in names:
         if name not in given:
             part = open_part(name, folder / names[name])
@@ -184,12 +191,48 @@ def open_original(
     return Published.of_parts("original", folder, parts, tokens, {})  # its solver is code
 
 
+def _own_transformers(folder: Path, given: Mapping[str, Part]) -> dict[str, Path]:
+    """The folders of the transformers that a published one supplies, by the part's name."""
+    experts = {f"transformer_{role}": folder / name for role, name in EXPERTS.items()}
+    experts = {part: place for part, place in experts.items() if _is_original(place)}
+    if not experts:
+        any_given = any(name.startswith("transformer") for name in given)
+        return {} if any_given else {"transformer": folder}
+    if "transformer" in given:
+        raise CheckpointError(
+            f"{folder} has {' and '.join(EXPERTS.values())}: give --transformer_high or "
+            "--transformer_low"
+        )
+    return {part: place for part, place in experts.items() if part not in given}
+
+
+def _description(folder: Path) -> Mapping[str, Any]:
+    """The `config.json` of a transformer of the publisher's layout, empty if there is none."""
+    config = folder / "config.json"
+    values = read_json(config) if config.is_file() else {}
+    one_of = (diffusers.TRANSFORMER.family, diffusers.VACE_TRANSFORMER.family)
+    if values.get("_class_name") in one_of:
+        raise CheckpointError(
+            f"{folder} is one model of a Diffusers folder; give the one with model_index.json"
+        )
+    return values
+
+
+def _transformer(folder: Path, described: Mapping[str, Any]) -> Part:
+    """A transformer of the publisher's layout, in a folder of its own."""
+    tensors = open_folder(folder, TRANSFORMER)
+    read = (*weight_files(folder, TRANSFORMER), *([folder / "config.json"] if described else []))
+    weights = Weights(tensors, original.WAN, folder)
+    return Part(sizes.transformer(tensors, described, folder), weights, read)
+
+
 def _is_diffusers(folder: epath.PathLike) -> bool:
     return (epath.Path(folder) / INDEX).exists()
 
 
 def _is_original(folder: epath.PathLike) -> bool:
-    return _has(folder, *WEIGHTS)
+    names = [f"{expert}/{name}" for expert in EXPERTS.values() for name in WEIGHTS]
+    return _has(folder, *WEIGHTS, *names)
 
 
 def _has(folder: epath.PathLike, *names: str) -> bool:

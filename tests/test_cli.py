@@ -168,6 +168,7 @@ def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
     flags = (
         "--preset=cfg --shift=2.5 --solver=dpm++ --base_seed=3 --src_prompt=one --dilate=1 "
         "--negative_prompt=two --size=64*32 --frame_num=4 --invert_mask --no-composite "
+        "--sample_guide_scale_low=2 --boundary=0.9 --sample_grid=plain "
         "--context_scale=0.5 --show_masked --ceiling --pool_seeds=2 --fit=pad --fps=8 --no_audio"
     )
     got = chosen(kvlock, monkeypatch, *flags.split(), "--config.edit.composite")
@@ -191,6 +192,9 @@ def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
         "steps": 2,
         "shift": 2.5,
         "guidance_scale": 6.0,  # of configs/t2v_1_3b_480p.py, since the model is narrow
+        "guidance_scale_low": 2.0,
+        "boundary": 0.9,
+        "grid": "plain",
         "solver": "dpm++",
         "seed": 3,
     }
@@ -215,7 +219,10 @@ def test_a_number_in_a_file_may_be_whole(kvlock, folder, monkeypatch):
     [
         (["--preset=kvlok"], r"no preset 'kvlok'; .*kvlock, kvlock_anchor, .*apg"),
         (["--config.preset=kvlok"], r"no preset 'kvlok'"),
-        (["--config.sample.step=4"], r"--config\.sample\.step: sample has guidance_scale, seed"),
+        (
+            ["--config.sample.step=4"],
+            r"config\.sample\.step: sample has boundary, grid, guid",
+        ),
         (["--config.lock.tau=4"], r"--config\.lock\.tau: the config has .*kvlock"),
         (["--config.sample.steps.x=4"], r"--config\.sample\.steps\.x: steps has no keys"),
         (["--config.sample.steps=four"], r"--config\.sample\.steps=four"),

@@ -16,6 +16,7 @@ from test_wan import velocity_of
 import kvlock_jax as kvl
 from kvlock_jax.batch.fingerprint import checkpoint_identity
 from kvlock_jax.checkpoints import format
+from kvlock_jax.checkpoints.files import Loras, parse_loras
 from kvlock_jax.cli import main
 from kvlock_jax.convert import converter, diffusers, lora, original, sizes, table, weights
 from kvlock_jax.errors import CheckpointError, InputError
@@ -48,7 +49,7 @@ def relative(found, key):
 
 
 def merged(model, text):
-    return lora.merged(model, lora.open_loras(lora.parse_loras(text), model))
+    return lora.merged(model, lora.open_changes(parse_loras(text), model))
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -81,7 +82,7 @@ def test_every_key_of_14b_lands_on_a_parameter(of_14b, tmp_path, monkeypatch, ke
     monkeypatch.setattr(lora, "_open", lambda path: (tensors, {}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = lora.open_loras([(keys, 1.0)], of_14b)
+        found = lora.open_changes([(keys, 1.0)], of_14b)
     parts = re.compile(r"(lora_(A|down).*weight|diff\w*)$")
     wanted = 0 if keys.stem.startswith("not") else len(list(filter(parts.search, shapes)))
     assert sum(map(len, found.values())) == wanted
@@ -126,9 +127,9 @@ def test_layers_of_image_models_are_named_once_and_left_out(model, tmp_path):
 
 def test_bad_files_and_strengths_get_one_line(model, tmp_path):
     with pytest.raises(InputError, match="no such LoRA file"):
-        lora.parse_loras(f"{tmp_path}/none.safetensors")
+        parse_loras(f"{tmp_path}/none.safetensors")
     with pytest.raises(InputError, match="must be finite"):
-        lora.parse_loras(f"{LORAS}/kohya.safetensors:nan")
+        parse_loras(f"{LORAS}/kohya.safetensors:nan")
     (tmp_path / "cut.safetensors").write_bytes((LORAS / "kohya.safetensors").read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="damaged"):
         merged(model(), f"{tmp_path}/cut.safetensors")
@@ -153,7 +154,7 @@ def test_converted_is_loaded_with(tmp_path, dtype):
     """A LoRA merged by `convert` and by `load`; bfloat16 is rounded once."""
     folder = originals.write_folder(tmp_path / "published")
     text = f"{LORAS}/lightx2v.safetensors:0.7"
-    converter.convert(folder, tmp_path / "own", dtype, loras=lora.parse_loras(text))
+    converter.convert(folder, tmp_path / "own", dtype, loras=Loras(text))
     own = kvl.load(tmp_path / "own").checkpoint.transformer
     exact = kvl.load(folder, loras=text).checkpoint.transformer
     for found, want in zip(*map(_leaves, (own, exact)), strict=True):
@@ -196,7 +197,7 @@ def test_the_command_line_takes_loras(tmp_path, capsys):
 
 def test_a_lora_is_a_part_of_what_a_batch_made_an_edit_from():
     plain, half, whole = (
-        checkpoint_identity("demo", loras=lora.parse_loras(text))
+        checkpoint_identity("demo", loras=Loras(text))
         for text in ("", f"{LORAS}/kohya.safetensors:0.5", f"{LORAS}/kohya.safetensors")
     )
     assert "loras" not in plain and half["loras"] != whole["loras"]

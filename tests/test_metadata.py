@@ -201,7 +201,7 @@ def test_weights_that_are_not_finite_are_named_by_conversion(broken, tmp_path):
 
 def test_and_by_loading_a_published_folder(broken):
     with pytest.raises(CheckpointError, match=MESSAGE):
-        open_source(broken).load()
+        open_source(broken).open().whole()
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
@@ -239,6 +239,6 @@ def test_an_edit_names_the_weights_that_are_not_finite(model):
         finite = np.array([False, False])
 
     with pytest.raises(SamplingError, match=r"after step 1 of 2: .* vae\.decoder\.conv_in\.bias;"):
-        api._finite(None, Trace, sick)
+        api._finite(None, Trace, dataclasses.replace(model, checkpoint=sick))
     with pytest.raises(SamplingError, match="lower the guidance scale"):
-        api._finite(None, Trace, model.checkpoint)
+        api._finite(None, Trace, model)

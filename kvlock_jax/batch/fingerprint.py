@@ -12,7 +12,7 @@ from etils import epath
 from kvlock_jax import demo
 from kvlock_jax.batch.manifest import Request
 from kvlock_jax.checkpoints import format
-from kvlock_jax.checkpoints.files import NO_FILES, Files
+from kvlock_jax.checkpoints.files import NO_FILES, NO_LORAS, Files, Loras
 from kvlock_jax.media import storage
 from kvlock_jax.media.folders import IMAGE_SUFFIXES
 
@@ -20,7 +20,7 @@ _ENDS = 1 << 16  # bytes of a weight file's head and tail that identify it
 
 
 def checkpoint_identity(
-    source: str | None, files: Files = NO_FILES, loras: Sequence[tuple[Path, float]] = ()
+    source: str | None, files: Files = NO_FILES, loras: Loras = NO_LORAS
 ) -> dict[str, str]:
     """Name and identity of a checkpoint, without reading its weights, and of files beside it.
 
@@ -31,8 +31,8 @@ def checkpoint_identity(
     found = {} if source is None else {"name": source, "identity": _folder_identity(source)}
     for name, path in files.read().items():
         found[name] = f"{path}:{storage.identity(str(path))}"
-    if loras:
-        sums = [f"{path.name}:{by:g}:{storage.identity(str(path))}" for path, by in loras]
+    sums = [f"{name}:{storage.identity(str(path))}" for name, (path, _) in loras.named]
+    if sums:
         found["loras"] = ", ".join(sums)
     return found
 

@@ -26,7 +26,7 @@ from kvlock_jax.checkpoints.metadata import Metadata, Stored, is_data_name
 from kvlock_jax.checkpoints.registry import (
     Checkpoint,
     Configs,
-    OnShapes,
+    Opened,
     PlaceFor,
     abstract,
     family,
@@ -162,14 +162,18 @@ def read_metadata(folder: epath.PathLike) -> Metadata:
     return metadata.parse(values, path)
 
 
-def load(
+def load(folder: epath.PathLike, *args: Any, **options: Any) -> Checkpoint:
+    """Restores a checkpoint whole; arguments and errors as in `open`."""
+    return open(folder, *args, **options).whole()
+
+
+def open(
     folder: epath.PathLike,
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
     place_for: PlaceFor | None = None,
-    on_shapes: OnShapes = lambda checkpoint: None,
-) -> Checkpoint:
-    """Restores a checkpoint after checking shapes, and verifies its files at the same time.
+) -> Opened:
+    """Opens a checkpoint after checking shapes; a network's files are verified as it is read.
 
     Args:
       folder: folder that `save` wrote.
@@ -177,8 +181,6 @@ def load(
       compute_dtype: dtype of the modules' matrix products.
       place_for: sharding of each parameter, to which its file is read directly; None is the first
         device.
-      on_shapes: called before the weights are read, with shapes, dtypes and shardings in place of
-        parameters.
 
     Raises:
       CheckpointError: the folder holds no checkpoint, files are missing or damaged, or parameters
@@ -186,14 +188,10 @@ def load(
     """
     metadata = read_metadata(folder)
     place = place_for(metadata.configs) if place_for else on_first_device
-    data = epath.Path(folder) / metadata.data
-    filled = {}
-    with _checked(data, metadata.files):
-        models = {
-            name: abstract(getattr(metadata.configs, name), compute_dtype)
-            for name in metadata.configs.networks
-        }
-        stored = {name: store.describe(data / name) for name in models}
+    data, networks = epath.Path(folder) / metadata.data, metadata.configs.networks
+    models = {name: abstract(getattr(metadata.configs, name), compute_dtype) for name in networks}
+    with _explained(data, metadata.files):
+        stored = {name: store.describe(data / name) for name in networks}
         problems = [
             line
             for name, model in models.items()
@@ -201,32 +199,49 @@ def load(
         ]
         if problems:
             raise CheckpointError("\n".join([f"{data} does not fit its configs:", *problems]))
-        targets: dict[str, dict[str, jax.ShapeDtypeStruct]] = {name: {} for name in models}
-        for name in models:
-            for path, array in stored[name].items():
-                full = f"{name}.{path}"
-                kind = network(getattr(metadata.configs, name)).parameters.dtype(
-                    path, array.dtype, dtype
-                )
-                sharding = place(full, array.shape)
-                shape = jax.ShapeDtypeStruct(array.shape, kind, sharding=sharding)
-                targets[name][path] = shape
-        rest = {"tokenizer": data / "tokenizer"}
-        shapes = {name: fill(model, targets[name]) for name, model in models.items()}
-        on_shapes(Checkpoint(metadata.configs, **shapes, **rest))
-        for name, model in models.items():
-            filled[name] = fill(model, store.read(data / name, targets[name]))
-    return Checkpoint(metadata.configs, **filled, **rest)
+    targets: dict[str, dict[str, jax.ShapeDtypeStruct]] = {name: {} for name in models}
+    for name in models:
+        rules = network(getattr(metadata.configs, name)).parameters
+        for path, array in stored[name].items():
+            kind = rules.dtype(path, array.dtype, dtype)
+            sharding = place(f"{name}.{path}", array.shape)
+            targets[name][path] = jax.ShapeDtypeStruct(array.shape, kind, sharding=sharding)
+    _verify(data, metadata.files, "tokenizer")
+    shapes = {name: fill(model, targets[name]) for name, model in models.items()}
+
+    def read(name: str) -> nnx.Module:
+        """Restores a network while another thread verifies its files."""
+        with _checked(data, metadata.files, name):
+            return fill(models[name], store.read(data / name, targets[name]))
+
+    return Opened(Checkpoint(metadata.configs, **shapes, tokenizer=data / "tokenizer"), read)
+
+
+def _verify(data: epath.Path, files: Mapping[str, str], folder: str) -> None:
+    """Raises an error of all damaged files, if any of a folder is."""
+    own = {name: crc for name, crc in files.items() if name.startswith(f"{folder}/")}
+    with _explained(data, files):
+        store.check(data, own)
 
 
 @contextlib.contextmanager
-def _checked(data: epath.Path, files: Mapping[str, str]) -> Iterator[None]:
-    """Verifies files in another thread while the `with` block reads them.
+def _explained(data: epath.Path, files: Mapping[str, str]) -> Iterator[None]:
+    """Replaces an error by one about damaged or missing files, if there are any."""
+    try:
+        yield
+    except Exception:
+        store.check(data, files)
+        raise
+
+
+@contextlib.contextmanager
+def _checked(data: epath.Path, files: Mapping[str, str], folder: str) -> Iterator[None]:
+    """Verifies a folder's files in another thread while the `with` block reads them.
 
     The error about a damaged file replaces any error that the damage caused in the block.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        check = pool.submit(store.check, data, files)
+        check = pool.submit(_verify, data, files, folder)
         try:
             yield
         finally:

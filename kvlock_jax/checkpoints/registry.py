@@ -108,8 +108,22 @@ class Checkpoint:
     transformer_2: nnx.Module | None = None
 
 
-OnShapes = Callable[[Checkpoint], None]
-"""Called with a checkpoint of shapes, before its weights are read."""
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose weights are not read yet.
+
+    Attributes:
+      shapes: checkpoint with shapes, dtypes and shardings in place of parameters.
+      read: reads one of its networks.
+    """
+
+    shapes: Checkpoint
+    read: Callable[[str], nnx.Module]
+
+    def whole(self) -> Checkpoint:
+        """The checkpoint with all of its networks in memory."""
+        read = {name: self.read(name) for name in self.shapes.configs.networks}
+        return dataclasses.replace(self.shapes, **read)
 
 
 def family(configs: Configs) -> Family:

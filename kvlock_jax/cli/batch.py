@@ -9,13 +9,20 @@ from kvlock_jax.batch.fingerprint import checkpoint_identity
 from kvlock_jax.batch.manifest import Common, Failure, Request
 from kvlock_jax.batch.resume import Job, find_work
 from kvlock_jax.batch.runner import follow, run, run_group
-from kvlock_jax.cli.flags import EDIT_INPUTS, add_shared, checkpoint, gather_files, gather_settings
+from kvlock_jax.cli.flags import (
+    EDIT_INPUTS,
+    add_shared,
+    checkpoint,
+    gather_files,
+    gather_loras,
+    gather_settings,
+)
 from kvlock_jax.cli.loading import dtype_name, join, load_model, place
 from kvlock_jax.cli.terminal import SOME_FAILED, counting, interruptibly, say, warnings_as_lines
 from kvlock_jax.media import storage
 from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline.api import Result
-from kvlock_jax.pipeline.load import Model, describe, parse_loras
+from kvlock_jax.pipeline.load import Model, describe
 from kvlock_jax.pipeline.settings import default_config_name, resolve_settings
 
 
@@ -58,7 +65,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
         manifest=storage.resolve(args.manifest),
         save_dir=storage.resolve(args.save_dir),
         common=Common(settings, manifest.resolved(defaults, ".")),
-        checkpoint=checkpoint_identity(folder, files, parse_loras(args.lora))
+        checkpoint=checkpoint_identity(folder, files, gather_loras(args))
         | {"dtype": dtype_name(args)},
         batch_size=size,
         shard=(args.shard_index, args.num_shards),

@@ -10,9 +10,8 @@ from rich.console import Console
 
 from kvlock_jax.checkpoints import registry
 from kvlock_jax.checkpoints.store import OnBytes
-from kvlock_jax.cli.flags import add_files, add_lora, gather_files
+from kvlock_jax.cli.flags import add_files, add_lora, gather_files, gather_loras
 from kvlock_jax.convert.converter import DTYPES, convert
-from kvlock_jax.convert.lora import parse_loras
 from kvlock_jax.convert.published import Published
 from kvlock_jax.errors import InputError
 
@@ -46,7 +45,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
             args.dst,
             DTYPES.get(args.dtype),
             lambda published, total: _begin(bar, published, total),
-            parse_loras(args.lora),
+            gather_loras(args),
             gather_files(args),
         )
     seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ import jax
 
 from kvlock_jax import lock
 from kvlock_jax.checkpoints.files import PARTS
-from kvlock_jax.cli.flags import add_shared, checkpoint, gather_files, gather_settings
+from kvlock_jax.cli.flags import add_shared, checkpoint, gather_files, gather_loras, gather_settings
 from kvlock_jax.cli.loading import compiler, dtype_name, join, load_model, place
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
@@ -24,7 +24,7 @@ from kvlock_jax.pipeline.api import run as run_edit
 from kvlock_jax.pipeline.background import BackgroundCompiler
 from kvlock_jax.pipeline.encode import draw_noise
 from kvlock_jax.pipeline.inputs import read_inputs
-from kvlock_jax.pipeline.load import Model, describe, parse_loras
+from kvlock_jax.pipeline.load import Model, describe
 from kvlock_jax.pipeline.outputs import (
     SUFFIXES,
     Outputs,
@@ -53,6 +53,8 @@ def add(commands: Any) -> None:
     add("--save_file", "--output", required=True, help=about)
     add("--trace", metavar="FILE.json", help="write what each step did")
     add("--plot", metavar="FILE.png", help="draw what each step did")
+    about = "keep all networks in memory; by default each leaves when its stage has ended"
+    add("--keep_in_memory", action="store_true", help=about)
     add("--compare", metavar="VIDEO", help="write source, mask and edit side by side")
 
 
@@ -66,7 +68,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     join(args)
     if agreement.is_writer():
         probe_outputs(outputs)
-    parse_loras(args.lora)  # raises its errors before the work, not after
+    gather_loras(args)  # raises its errors before the work, not after
     folder = checkpoint(args)
     contents = describe(folder, gather_files(args))
     name = default_config_name(folder, contents.configs)
@@ -95,7 +97,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
             )
         )
 
-    model = load_model(args, contents, placed, compile_ahead)
+    kept = {"keep_in_memory": args.keep_in_memory}
+    model = load_model(args, contents, placed, compile_ahead, **kept)
     seconds = {"load": time.perf_counter() - start}
     with warnings_as_lines(), ticking(settings.sample.steps) as tick:
         result = interruptibly(
@@ -107,8 +110,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     seconds |= result.seconds
     say("times", ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items()))
     say("kept", summarize_metrics(result.metrics))
-    names = [*"prompt lora src_video src_mask src_ref_images bbox".split(), *PARTS]
-    about = {name: getattr(args, name) for name in names}
+    names = "prompt lora lora_high lora_low src_video src_mask src_ref_images bbox".split()
+    about = {name: getattr(args, name) for name in (*names, *PARTS)}
     about |= {"ckpt_dir": folder, "dtype": dtype_name(args)}
     agreement.together("writing the results", lambda: _write(outputs, result, about))
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from jax import numpy as jnp
 from ml_collections import ConfigDict
 
-from kvlock_jax.checkpoints.files import PARTS, Files
+from kvlock_jax.checkpoints.files import PARTS, ROLES, Files, Loras, by_role
+from kvlock_jax.errors import InputError
 from kvlock_jax.pipeline.overrides import SETTINGS, apply_overrides, read_config_file, update
 from kvlock_jax.pipeline.placement import ATTENTION
 from kvlock_jax.pipeline.settings import config
@@ -100,12 +101,21 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Files` to a command's parser."""
     for name, part in PARTS.items():
         about = f"file of the {part}: safetensors, GGUF or .pth; in place of a published folder's"
-        parser.add_argument(f"--{name}", metavar="FILE", help=about)
+        several = {}
+        if name == "transformer":
+            about += "; twice for two experts, if their names say high and low"
+            several = {"action": "append"}
+        parser.add_argument(f"--{name}", metavar="FILE", help=about, **several)
 
 
 def gather_files(args: argparse.Namespace) -> Files:
     """The files of single parts that a command's flags name."""
-    return Files(**{name: getattr(args, name) for name in PARTS})
+    named = {name: getattr(args, name) for name in PARTS if name != "transformer"}
+    for name, path in by_role(args.transformer or ()).items():
+        if named.get(name):
+            raise InputError(f"--transformer and --{name} both name the {PARTS[name]}")
+        named[name] = path
+    return Files(**named)
 
 
 def checkpoint(args: argparse.Namespace) -> str | None:
@@ -114,9 +124,17 @@ def checkpoint(args: argparse.Namespace) -> str | None:
 
 
 def add_lora(parser: argparse.ArgumentParser) -> None:
-    """Adds `--lora` to a command's parser."""
+    """Adds the flags of `Loras` to a command's parser."""
     about = "LoRA files that change the transformer; a strength is 1 by default"
     parser.add_argument("--lora", default="", metavar="FILE[:STRENGTH],...", help=about)
+    for role in ROLES:
+        about = f"the same of the {role}-noise expert alone"
+        parser.add_argument(f"--lora_{role}", default="", metavar="FILE[:STRENGTH],...", help=about)
+
+
+def gather_loras(args: argparse.Namespace) -> Loras:
+    """The LoRA files that a command's flags name."""
+    return Loras(args.lora, args.lora_high, args.lora_low)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 
+import jax
+
 from kvlock_jax.checkpoints.files import PARTS
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.cli.flags import DTYPES, checkpoint, gather_files
+from kvlock_jax.cli.flags import DTYPES, checkpoint, gather_files, gather_loras
 from kvlock_jax.cli.terminal import say
 from kvlock_jax.parallel.processes import join_hosts
 from kvlock_jax.pipeline.load import Model, default_dtype, load
@@ -47,17 +49,24 @@ def load_model(
     contents: Contents,
     placed: Placement,
     on_shapes: Callable[[Model], None] = lambda model: None,
+    *,
+    keep_in_memory: bool = True,
 ) -> Model:
-    """Loads the model that the flags name and prints what was loaded."""
+    """Loads the model that the flags name and prints what was loaded.
+
+    Hosts compare the values of what they have in memory, so that several keep all of it.
+    """
     name, where = dtype_name(args), dataclasses.asdict(placed)
     files, folder = gather_files(args), checkpoint(args)
-    beside = {"files": files, "loras": args.lora}
+    beside = {"files": files, "loras": gather_loras(args)}
+    beside["keep_in_memory"] = keep_in_memory or jax.process_count() > 1
     model = load(folder, DTYPES[name], **where, **beside, on_shapes=on_shapes)
     say("loaded", f"{folder or 'files'}: {summary(contents)}, computing in {name}")
     for part, path in files.given.items():
         say("of it", f"the {PARTS[part]} is {path}")
-    if args.lora:
-        say("changed", f"by {args.lora}")
+    for names, what in ((args.lora, ""), (args.lora_high, "high"), (args.lora_low, "low")):
+        if names:
+            say("changed", f"by {names}" + (f", the {what}-noise expert alone" if what else ""))
     say("on", str(placed))
     return model
 

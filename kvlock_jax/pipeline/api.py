@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from kvlock_jax.checkpoints.registry import Checkpoint, family, not_finite
+from kvlock_jax.checkpoints.registry import family, not_finite
 from kvlock_jax.errors import InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
 from kvlock_jax.media.fit import Fit
@@ -214,7 +214,7 @@ def _run_batch(
     trace = jax.tree.map(np.asarray, trace)
     return [
         _result(
-            model.checkpoint,
+            model,
             inputs[n],
             settings[n],
             _trace_of(trace, row),
@@ -232,7 +232,7 @@ def _trace_of(trace: Trace, row: int) -> Trace:
 
 
 def _result(
-    networks: Checkpoint,
+    model: Model,
     inputs: EditInputs,
     settings: Settings,
     trace: Trace,
@@ -244,7 +244,7 @@ def _result(
     source, mask = inputs.source, inputs.mask
     fit = Fit(*source.shape[:3])
     try:
-        video = fit.undo(_finite(video, trace, networks))
+        video = fit.undo(_finite(video, trace, model))
     except SamplingError as error:
         return error
     if settings.edit.composite:
@@ -263,12 +263,12 @@ def _result(
     )
 
 
-def _finite(video: Frames | None, trace: Trace, networks: Checkpoint) -> Frames:
+def _finite(video: Frames | None, trace: Trace, model: Model) -> Frames:
     """The video, unless its latents or its pixels are not finite, which raises an error."""
     if not trace.finite.all():
         step, steps = int(np.argmin(trace.finite)) + 1, len(trace.finite)
         failure = f"latents are not finite after step {step} of {steps}"
-        if step == 1 and (names := not_finite(networks)):
+        if step == 1 and (names := not_finite(model.kept().checkpoint)):
             raise SamplingError(
                 f"{failure}: {len(names)} of the checkpoint's parameters hold NaN or infinity, "
                 f"the first is {names[0]}; convert a sound checkpoint"
@@ -288,6 +288,7 @@ def round_trip(model: Model, video: Frames) -> Frames:
     """Encodes and decodes a video with the VAE: the ceiling of any edit's background."""
     fit = Fit(*video.shape[:3])
     with model.on_mesh():
-        latents = autoencoder.encode(model.checkpoint.vae, fit.apply(video)[None])
+        with model.using("vae") as vae:
+            latents = autoencoder.encode(vae, fit.apply(video)[None])
         (decoded,) = stages.decode_latents(model, [latents])
     return fit.undo(_finite_pixels(decoded))

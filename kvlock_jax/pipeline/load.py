@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 from kvlock_jax import demo
 from kvlock_jax.checkpoints import format, registry
-from kvlock_jax.checkpoints.files import NO_FILES, Files
+from kvlock_jax.checkpoints.files import NO_FILES, NO_LORAS, Files, Loras
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.checkpoints.registry import Checkpoint
+from kvlock_jax.checkpoints.registry import Checkpoint, Opened
 from kvlock_jax.errors import CheckpointError
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.models.attention.sharded import Attend, overlapped
@@ -39,17 +39,35 @@ class Model:
       checkpoint: three networks and their configs.
       tokenizer: tokenizer of the text encoder.
       mesh: devices of the networks; `None` is the first device.
+      read: reads a network of the checkpoint, which holds shapes alone then; `None` where they are
+        in memory.
     """
 
     name: str
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     mesh: Mesh | None = None
+    read: Callable[[str], nnx.Module] | None = None
+
+    def kept(self) -> "Model":
+        """The model with all of its networks in memory."""
+        if self.read is None:
+            return self
+        networks = Opened(self.checkpoint, self.read).whole()
+        return dataclasses.replace(self, checkpoint=networks, read=None)
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[nnx.Module]:
         """One of the networks, in memory for as long as the context is open."""
-        yield getattr(self.checkpoint, name)
+        if self.read is None:
+            yield getattr(self.checkpoint, name)
+            return
+        network = self.read(name)
+        try:
+            yield network
+        finally:
+            for parameter in jax.tree.leaves(nnx.state(network)):
+                parameter.delete()  # whoever still holds the module
 
     def on_mesh(self) -> AbstractContextManager:
         """Makes its mesh the ambient one, in which its programs must be compiled and run."""
@@ -81,7 +99,8 @@ def load(
     attend: Attend = overlapped,
     vae_tiles: int = 1,
     files: Files = NO_FILES,
-    loras: str | Sequence[tuple[FilePath, float]] = (),
+    loras: str | Loras = NO_LORAS,
+    keep_in_memory: bool = True,
     on_shapes: Callable[[Model], None] = lambda model: None,
 ) -> Model:
     """Loads a model to edit with.
@@ -99,8 +118,10 @@ def load(
         memory; the result is the same.
       files: files of single parts, float8 and block-quantised ones too, which take the place of a
         published folder's. Matrices are rounded to a compute dtype of 16 bits.
-      loras: LoRA files that change the transformer: `"a.safetensors:0.8,b.safetensors"`, or files
-        and strengths.
+      loras: LoRA files that change the transformers: `"a.safetensors:0.8,b.safetensors"`, or those
+        of each expert.
+      keep_in_memory: whether all networks are read now, and stay; otherwise each stage of an edit
+        reads those that it needs, and they leave the devices when it ends.
       on_shapes: called with the model before its weights are read, with shapes in their place.
 
     Raises:
@@ -110,38 +131,34 @@ def load(
     from kvlock_jax.convert import lora
 
     reader, folder, own = _reader(source, files)
-    loras = parse_loras(loras) if isinstance(loras, str) else [(Path(f), s) for f, s in loras]
-    changes, restored = {}, reader is format
-    own |= {} if restored or not loras else {"loras": loras}
+    loras = Loras(loras) if isinstance(loras, str) else loras
+    restored = reader is format
+    own |= {} if restored else {"loras": loras}
     dtype = default_dtype(mesh) if dtype is None else dtype
     place = functools.partial(registry.on_mesh, mesh, spread=spread) if mesh else None
+    opened = reader.open(folder, compute_dtype=dtype, place_for=place, **own)
+    changes = lora.open_loras(loras, opened.shapes.configs) if restored else {}
+    tokenizer = Tokenizer(opened.shapes.tokenizer)
+    name = os.fspath(next(iter(files.given.values())) if source is None else source)
 
-    def model(networks: Checkpoint) -> Model:
-        """The model of a checkpoint, or of its shapes."""
-        networks.vae.tiles = vae_tiles
-        for name in networks.configs.transformers:
-            getattr(networks, name).attend = attend
-        name = os.fspath(files.transformer if source is None else source)
-        return Model(name, networks, Tokenizer(networks.tokenizer), mesh)
+    def placed(network: nnx.Module) -> nnx.Module:
+        """A network, told how devices share it."""
+        if hasattr(network, "attend"):
+            network.attend = attend
+        if hasattr(network, "tiles"):
+            network.tiles = vae_tiles
+        return network
 
-    def announce(shapes: Checkpoint) -> None:
-        """Checks the LoRAs on what is restored, and calls `on_shapes` with a model."""
-        if restored:
-            changes.update(lora.open_loras(loras, shapes.transformer))
-        on_shapes(model(shapes))
+    def read(part: str) -> nnx.Module:
+        """Reads a network."""
+        network = opened.read(part)
+        return placed(lora.merged(network, changes[part]) if part in changes else network)
 
-    networks = reader.load(folder, compute_dtype=dtype, place_for=place, on_shapes=announce, **own)
-    if changes:
-        changed = lora.merged(networks.transformer, changes)
-        networks = dataclasses.replace(networks, transformer=changed)
-    return model(networks)
-
-
-def parse_loras(text: str) -> tuple[tuple[Path, float], ...]:
-    """The files and strengths of `FILE[:STRENGTH],...`; errors as in `convert.lora`."""
-    from kvlock_jax.convert import lora
-
-    return lora.parse_loras(text)
+    for part in opened.shapes.configs.networks:
+        placed(getattr(opened.shapes, part))
+    model = Model(name, opened.shapes, tokenizer, mesh, read)
+    on_shapes(dataclasses.replace(model, read=None))
+    return model.kept() if keep_in_memory else model
 
 
 def describe(source: FilePath | None, files: Files = NO_FILES) -> Contents:

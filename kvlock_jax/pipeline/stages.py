@@ -53,7 +53,8 @@ def encode_texts(
         for text in (edit.prompt, edit_settings.edit.negative_prompt)
     ]
     texts += [first.edit.source_prompt for first in settings[:: len(settings) // sources]]
-    return encode_prompts(model.checkpoint.text_encoder, model.tokenizer, texts, run)
+    with model.using("text_encoder") as text_encoder:
+        return encode_prompts(text_encoder, model.tokenizer, texts, run)
 
 
 def encode_inputs(
@@ -77,9 +78,11 @@ def encode_inputs(
     conditioner = family(model.checkpoint.configs).conditioner
     canvases = [conditioner.canvases(first.references, *space) for first in firsts]
     pictures = list(zip(*canvases, strict=True))
-    args = (model.checkpoint, pixels, mask, context, settings.edit, noise, pictures)
+    args = (pixels, mask, context, settings.edit, noise, pictures)
     uses_source = settings.lock.uses_source or settings.edit.ceiling
-    edits = encode_edits(*args, uses_source=uses_source, run=run)
+    with model.using("vae") as vae:
+        networks = dataclasses.replace(model.checkpoint, vae=vae)
+        edits = encode_edits(networks, *args, uses_source=uses_source, run=run)
     _, rows, columns = edits.grid.axes
     return edits, int(_most_tokens(mask)) + len(pictures) * rows * columns
 
@@ -216,6 +219,7 @@ def decode_rows(
 
 def decode_latents(model: Model, parts: Sequence[Latents], run: Call = call) -> list[Frames | None]:
     """Decodes parts of latents; `None` stands for a video with pixels that are not finite."""
-    decoded = [run(autoencoder.decode, model.checkpoint.vae, latents) for latents in parts]
+    with model.using("vae") as vae:
+        decoded = [run(autoencoder.decode, vae, latents) for latents in parts]
     rows = (zip(*map(np.asarray, part), strict=True) for part in decoded)
     return [video if finite else None for video, finite in itertools.chain(*rows)]
