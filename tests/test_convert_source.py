@@ -110,6 +110,7 @@ def shapes_of(name: str) -> dict[str, LazyTensor]:
         ("wan2.1-t2v-14b", WanConfig(40, 128, 40, 13824)),
         ("wan2.1-vace-1.3b", WanConfig(12, 128, 30, 8960, vace_layers=tuple(range(0, 30, 2)))),
         ("wan2.1-vace-14b", WanConfig(40, 128, 40, 13824, vace_layers=tuple(range(0, 40, 5)))),
+        ("wan2.2-ti2v-5b", WanConfig(24, 128, 30, 14336, 48, 48)),
     ],
 )
 def test_published_transformers_need_no_config(name, config):

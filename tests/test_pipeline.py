@@ -33,8 +33,9 @@ def scaled(pipeline):
     pipeline.vae.register_to_config(latents_std=[1.5, 1.0, 0.7, 2.0])
     pipeline.text_encoder.eval()  # fresh from Transformers it drops out
     with torch.no_grad():
-        for block in pipeline.transformer.blocks:
-            block.attn2.to_out[0].weight *= 4
+        for transformer in (pipeline.transformer, pipeline.transformer_2):
+            for block in transformer.blocks if transformer else ():
+                block.attn2.to_out[0].weight *= 4
         pipeline.vae.decoder.conv_out.weight *= 2
     return pipeline
 
@@ -87,8 +88,9 @@ def theirs(pipeline, solver, prompt, references=0, **rest):
     return np.round(frames * 255).astype(np.uint8)
 
 
-def ours(model, solver, prompt):
-    config = run_config("cfg", steps=STEPS, shift=SHIFT, guidance_scale=GUIDANCE, solver=solver)
+def ours(model, solver, prompt, **rest):
+    sample = dict(steps=STEPS, shift=SHIFT, guidance_scale=GUIDANCE, solver=solver, **rest)
+    config = run_config("cfg", **sample)
     config.edit.negative_prompt = NEGATIVE
     everything = np.ones((HEIGHT, WIDTH), bool)
     video = tiny.clip(FRAMES, HEIGHT, WIDTH)
@@ -111,6 +113,43 @@ def test_same_frames_as_diffusers(pipeline, model, solver, capsys):
     # frames with a picture in them, that another text would have made another
     assert want.std() > 20 and ((want > 0) & (want < 255)).mean() > 0.8
     assert psnr(other, want) < 35
+
+
+@pytest.mark.parametrize("solver", SCHEDULERS)
+def test_same_frames_as_diffusers_over_two_experts(solver, tmp_path, capsys):
+    pipeline = scaled(tiny.make_experts_pipeline(tmp_path))
+    want = theirs(pipeline, solver, PROMPT, guidance_scale_2=3.0)
+    pipeline.register_to_config(boundary_ratio=0.0)
+    alone = theirs(pipeline, solver, PROMPT)
+    pipeline.register_to_config(boundary_ratio=0.875)
+    model = loaded(pipeline, tmp_path / "wan")
+    assert model.checkpoint.configs.experts == ("high", "low")
+    got = ours(model, solver, PROMPT, guidance_scale_low=3.0).video
+    found = psnr(got, want)
+    with capsys.disabled():
+        print(f"\ntwo experts, {solver}: {found:.1f} dB against Diffusers")
+    assert found > 50
+    assert want.std() > 20 and psnr(alone, want) < 35
+
+
+def test_same_frames_as_the_vace_pipeline_over_two_experts(tmp_path, capsys):
+    """Diffusers' conditioning of VACE-Fun, which blanks nothing and reverses no pictures here."""
+    pipeline = scaled(tiny.make_vace_experts_pipeline(tmp_path))
+    clip, mask = tiny.clip(FRAMES, HEIGHT, WIDTH), tiny.mask(FRAMES, HEIGHT, WIDTH)
+    shown = {
+        "video": [Image.fromarray(frame) for frame in clip],
+        "mask": [Image.fromarray(frame) for frame in mask],
+    }
+    want = theirs(pipeline, "unipc", PROMPT, **shown, guidance_scale_2=3.0)
+    model = loaded(pipeline, tmp_path / "wan")
+    sample = dict(steps=STEPS, shift=SHIFT, guidance_scale=GUIDANCE, guidance_scale_low=3.0)
+    config = run_config("cfg", **sample)
+    config.edit.update(negative_prompt=NEGATIVE, show_masked=True)
+    start = jnp.asarray(noise())
+    found = psnr(kvl.edit(model, clip, mask, PROMPT, config=config, noise=start).video, want)
+    with capsys.disabled():
+        print(f"\nVACE of two experts: {found:.1f} dB against Diffusers")
+    assert found > 50 and want.std() > 20
 
 
 @pytest.mark.parametrize("solver, references", [("unipc", 0), ("euler", 2)])

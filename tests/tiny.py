@@ -42,7 +42,30 @@ def make_vace_pipeline(folder: Path):
     )
 
 
-def _assemble(folder: Path, pipeline: type, make_transformer):
+def make_experts_pipeline(folder: Path):
+    """Text-to-video of two experts, which differ."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    def make():
+        return WanTransformer3DModel(**SIZES, num_layers=2)
+
+    rest = {"transformer_2": make, "boundary_ratio": 0.875}
+    return _assemble(folder, WanPipeline, make, **rest)
+
+
+def make_vace_experts_pipeline(folder: Path):
+    """VACE of two experts, which differ."""
+    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+
+    def make():
+        sizes = {"num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 4 + 4 + 64}
+        return WanVACETransformer3DModel(**SIZES, **sizes)
+
+    rest = {"transformer_2": make, "boundary_ratio": 0.875}
+    return _assemble(folder, WanVACEPipeline, make, **rest)
+
+
+def _assemble(folder: Path, pipeline: type, make_transformer, **rest):
     import torch
     import transformers
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
@@ -51,7 +74,9 @@ def _assemble(folder: Path, pipeline: type, make_transformer):
 
     torch.manual_seed(0)
     tokenizer.write_word_tokenizer(folder / "words", WORDS, 12)
+    rest = {name: make() if callable(make) else make for name, make in rest.items()}
     return pipeline(
+        **rest,
         tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "words"),
         text_encoder=transformers.UMT5EncoderModel(
             transformers.UMT5Config(
