@@ -58,9 +58,10 @@ def generate(model, config, scenes, seeds, clips, masks):
     """Edits clips to match scenes; returns the edits and the traces' means in the window."""
     settings = resolve_settings(config)
     networks = model.checkpoint
-    table = solvers.table(settings.sample.solver, settings.sample.steps, settings.sample.shift)
-    knobs = lock.knobs(settings.lock, settings.sample.guidance_scale)
-    program = Program.of(settings.lock)
+    how = settings.sample
+    table = solvers.table(how.solver, how.steps, how.shift, how.grid)
+    knobs = lock.knobs(settings.lock, how.guidance_scale)
+    program = Program.of(settings.lock, branches=how.branches)
     videos, traces = [], []
     for i in range(0, len(scenes), BATCH):
         part = slice(i, i + BATCH)

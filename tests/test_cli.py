@@ -144,6 +144,20 @@ def chosen(kvlock, monkeypatch, *flags: str, **changes: str | None):
     return seen[0]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preset=distilled", "--config.sample.steps=8"],
+        ["--config.preset=distilled", "--sample_steps=8"],
+    ],
+)
+def test_a_preset_brings_its_sampling(kvlock, monkeypatch, flags):
+    got = chosen(kvlock, monkeypatch, *flags, sample_steps=None)
+    sample = got.sample
+    assert (sample.steps, sample.shift, sample.grid, sample.branches) == (8, 5.0, "plain", 1)
+    assert got.lock.kappa == 3
+
+
 def test_file_then_overrides_then_flags(kvlock, folder, monkeypatch):
     (folder / "run.py").write_text(CONFIG)
     flags = [

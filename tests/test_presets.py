@@ -10,9 +10,12 @@ from kvlock_jax.lock import (
     in_window,
     knobs,
     preset,
+    sampling,
     source_needed,
     uncond_scale,
 )
+from kvlock_jax.sampling import solvers
+from kvlock_jax.settings.schema import SampleConfig
 
 OMEGA_0 = 5.0
 
@@ -34,10 +37,11 @@ TABLE = {
     "apg": (0, [0, 0], [5, 5], 1),
     "clean": (0, [0, 0], [5, 5], 1),
     "clean_anchor": (1, [0.1, 0.25], [1.0, 1.25], 0.8),
+    "distilled": (1, [0.1, 0.25], [1.0, 1.25], 0.8),
     "proedit": (0, [0, 0], [5, 5], 1),
 }
 CLEAN = {"clean", "clean_anchor"}
-PINNED = {"kvlock_anchor", "hard_lock", "fast", "clean_anchor"}
+PINNED = {"kvlock_anchor", "hard_lock", "fast", "clean_anchor", "distilled"}
 LOCKED = PINNED | {"kvlock", "fixed_half", "kv_only", "global_detection"}
 
 
@@ -102,3 +106,18 @@ def test_an_unknown_preset_is_an_error_that_lists_them():
         preset("kv_lock", OMEGA_0)
     for name in PRESETS:
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("steps", "window", "kappa"), [(4, 2, 2), (8, 2, 3), (50, 10, 20)])
+def test_the_distilled_lock_follows_the_number_of_steps(steps, window, kappa):
+    lock = preset("distilled", 1.0, steps)
+    assert (lock.window, lock.kappa) == (window, kappa)
+
+
+def test_the_distilled_sampling_is_lightx2vs():
+    sample = SampleConfig(**sampling("distilled"))
+    table = solvers.table(sample.solver, sample.steps, sample.shift, sample.grid)
+    table = table.with_experts(0.875)
+    np.testing.assert_allclose(table.timestep, [1000, 937.5, 833.3333, 625], rtol=1e-6)
+    assert table.expert.tolist() == [0, 0, 1, 1] and sample.branches == 1
+    assert sampling("kvlock") == {}

@@ -63,9 +63,11 @@ def gather_settings(args: argparse.Namespace, others: list[str], own: str) -> Co
       ConfigError: the file defines no config, or a flag is unknown or has an invalid value.
     """
     run = read_config_file(args.config) if args.config else config(own)
-    run = apply_overrides(run, others)
     values = {key: getattr(args, key) for key, *_ in SETTINGS}
-    return update(run, {key: value for key, value in values.items() if value is not None})
+    values = {key: value for key, value in values.items() if value is not None}
+    if "preset" in values:  # overrides go over the sampling that it brings
+        run = update(run, {"preset": values.pop("preset")})
+    return update(apply_overrides(run, others), values)
 
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -35,7 +35,7 @@ The baseline ProEdit adds `inject` to a step and `shift_start` before the first 
 from kvlock_jax.lock.cache import KVCache, Lock, SourcePass, fuse, splice, take
 from kvlock_jax.lock.guidance import apg, guide, projection_scale, zero_init
 from kvlock_jax.lock.masks import dilate, to_latent_mask, to_token_mask
-from kvlock_jax.lock.presets import PRESETS, preset
+from kvlock_jax.lock.presets import PRESETS, preset, sampling
 from kvlock_jax.lock.schedules import (
     Knobs,
     detection_region,
@@ -82,6 +82,7 @@ __all__ = [
     "push",
     "ready",
     "refreshed",
+    "sampling",
     "shift_start",
     "source_needed",
     "splice",

@@ -1,6 +1,8 @@
 """The paper's method, its ablations and the baselines, as settings (METHOD.md sections 9, 10)."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from kvlock_jax.errors import ConfigError
 from kvlock_jax.settings.schema import LockConfig
@@ -21,12 +23,33 @@ PRESETS = {
     "apg": "baseline: adaptive projected guidance, no lock",
     "clean": "for Wan 2.2's 5B: background tokens are the clean source; plain guidance, no lock",
     "clean_anchor": "ours, for the same: kvlock_anchor over a clean background",
+    "distilled": "ours, for LightX2V's and Lightning's LoRAs: kvlock_anchor in 4 unguided steps",
     "proedit": "baseline: ProEdit, the source injected in the first steps, none after them",
 }
 """Presets and their descriptions, in the order of METHOD.md sections 9 and 10."""
 
+_DISTILLED = {
+    "steps": 4,
+    "shift": 5.0,
+    "guidance_scale": 1.0,
+    "guidance_scale_low": 1.0,
+    "solver": "euler",
+    "grid": "plain",
+}
+"""As LightX2V samples its distilled Wan 2.1 and 2.2 (ModelTC/LightX2V)."""
 
-def preset(name: str, guidance_scale: float) -> LockConfig:
+
+def sampling(name: str) -> Mapping[str, Any]:
+    """The fields of `SampleConfig` that a preset sets beside the lock; most set none.
+
+    Weights that were distilled to few steps know their own noise levels alone, which `distilled`
+    has: 1000, 937.5, 833.3 and 625 as timesteps, of which the first two are the high-noise
+    expert's.
+    """
+    return _DISTILLED if name == "distilled" else {}
+
+
+def preset(name: str, guidance_scale: float, steps: int = 50) -> LockConfig:
     """The settings of the preset `name` for a run with the guidance scale omega_0.
 
     METHOD.md sections 9 and 10. Only `kvlock_anchor` and `clean_anchor` depend on omega_0: their
@@ -39,6 +62,9 @@ def preset(name: str, guidance_scale: float) -> LockConfig:
     `fast` is `hard_lock` with the source's pass in every fifth step, and VACE's context blocks
     locked too: on the demo model equal to it within noise, and at every tenth step still
     (`scripts/eval_demo.py`).
+
+    `distilled` depends on the number of steps: its window of estimates and its scheduled steps are
+    the same parts of a run as of 50 steps, 2 and 2 of 4.
 
     `cfg_zero_star` starts with 2 steps of zero velocity, its authors' choice for Wan at 50 steps;
     for few steps set `zero_init_steps` lower. `apg` takes eta 0 from its paper, and norm 55 and
@@ -75,6 +101,13 @@ def preset(name: str, guidance_scale: float) -> LockConfig:
             anchored = dataclasses.replace(published, warmup_fusion_ratio=1.0, omega_floor=floor)
             pinned = "source" if name == "kvlock_anchor" else "clean"
             return dataclasses.replace(anchored, background=pinned)
+        case "distilled":
+            anchored = preset("kvlock_anchor", guidance_scale)
+            window, kappa = (
+                round(published.window * steps / 50),
+                round(published.kappa * steps / 50),
+            )
+            return dataclasses.replace(anchored, window=max(2, window), kappa=max(1, kappa))
         case "hard_lock":
             return locked
         case "fast":

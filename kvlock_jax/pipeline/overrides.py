@@ -64,11 +64,14 @@ def file_names(text: str) -> list[str]:
 def update(run: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     """A copy with the values of dotted keys such as `sample.steps`, which are not checked here.
 
-    A guidance scale is that of all steps, unless the low-noise expert's is given beside it.
+    A guidance scale is that of all steps, unless the low-noise expert's is given beside it. A
+    preset brings the sampling that it sets, which other values change.
     """
-    run = copy.deepcopy(run)
+    run, values = copy.deepcopy(run), dict(values)
     if "sample.guidance_scale" in values:
-        values = {"sample.guidance_scale_low": 0.0} | dict(values)
+        values = {"sample.guidance_scale_low": 0.0} | values
+    brought = lock.sampling(str(values.get("preset")))
+    values = {f"sample.{name}": value for name, value in brought.items()} | values
     with run.unlocked(), run.ignore_type():  # a file may write 3 for 3.0
         run.update_from_flattened_dict(values)
     return run
@@ -115,6 +118,9 @@ def apply_overrides(run: ConfigDict, arguments: list[str]) -> ConfigDict:
             check_key(run, match[1], "--config.")
         elif argument.startswith("-") and not re.match(r"-[\d.]", argument):
             raise ConfigError(f"unknown flag {argument.partition('=')[0]}; see --help")
+    for argument in arguments:
+        if match := re.fullmatch(r"--?config\.preset=(.*)", argument):
+            run = update(run, {"preset": match[1]})
     values, argv = flags.FlagValues(), ["kvlock", *arguments]
     try:
         config_flags.DEFINE_config_dict("config", run, flag_values=values, sys_argv=argv)

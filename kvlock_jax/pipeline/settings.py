@@ -24,8 +24,12 @@ class Settings:
     edit: EditConfig
 
 
-def config(name: str) -> ConfigDict:
+def config(name: str, preset: str | None = None) -> ConfigDict:
     """The settings in `configs/NAME.py`, as a copy to change.
+
+    Args:
+      name: name of the file.
+      preset: a preset to take in place of the file's, with the sampling that it sets.
 
     Raises:
       ConfigError: the file does not exist.
@@ -36,7 +40,11 @@ def config(name: str) -> ConfigDict:
         folder = Path(importlib.import_module("kvlock_jax.configs").__path__[0])
         known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
         raise ConfigError(f"no config {name!r}; there are {', '.join(known)}") from error
-    return module.get_config()
+    run = module.get_config()
+    if preset is not None:
+        run.preset = preset
+        run.sample.update(lock.sampling(preset))
+    return run
 
 
 def default_config_name(source: str | os.PathLike | None, configs: Configs) -> str:
@@ -64,7 +72,7 @@ def resolve_settings(run: ConfigDict) -> Settings:
         raise ConfigError(f"the config has no {', '.join(absent)}; it must have {', '.join(parts)}")
     sampling = from_config_dict(SampleConfig, run.sample)
     scale = min(sampling.guidance_scales.values())  # so `kvlock_anchor` keeps omega at 1 in both
-    preset = dataclasses.asdict(lock.preset(run.preset, scale))
+    preset = dataclasses.asdict(lock.preset(run.preset, scale, sampling.steps))
     changed = {name: value for name, value in run.kvlock.items() if value is not None}
     return Settings(
         preset=run.preset,
