@@ -8,7 +8,7 @@ libtpu compiles the sampling loop with one kind of pass; its optimised program c
 of their inner block's instruction bundles, which libtpu dumps, without stalls, or that of their
 bytes at the memory's rate where it is longer. `--show` lists a step's lines of code and its dearest
 instructions. Programs and figures stay in `--runs`; a second run does the missing ones. `--only`
-compiles some, and the page keeps its rows of the others. One process at a time: libtpu takes a lock.
+compiles some, and the page keeps its rows of the others. One process at a time, for libtpu's lock.
 """
 
 import argparse

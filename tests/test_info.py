@@ -10,7 +10,7 @@ import pytest
 
 from kvlock_jax.checkpoints.format import Contents, Stored
 from kvlock_jax.checkpoints.registry import Configs, family
-from kvlock_jax.estimate import costs, info
+from kvlock_jax.estimate import costs, info, memory
 from kvlock_jax.estimate.costs import Layout, Workload
 from kvlock_jax.estimate.info import Plan
 from kvlock_jax.media.fit import Fit
@@ -117,32 +117,54 @@ def test_a_fused_pass_keeps_one_block():
 def test_memory_per_device():
     lines = words(needs(SMALL, devices=8))
     assert lines["per"] == "device, of 8 in all"
-    # 1.419 + 0.127 + 5.681 / 8 billion parameters of 2 bytes; 32,768 tokens' keys and values by 8
-    assert lines["  weights"] == "4.2 GiB  of transformer and VAE, and 1/8 of text encoder"
+    # 5.681 / 8, 0.127, 1.419 billion parameters of 2 bytes; 32,768 tokens' keys and values by 8
+    assert lines["  text"] == "1.3 GiB  encoder's weights, 1/8 of it"
+    assert lines["  VAE's"] == "242.2 MiB  weights" and lines["  transformer"] == "2.6 GiB  weights"
     assert lines["  cache"] == "720.0 MiB  4,096 tokens of 32,768, padding and all"
     carried = resolve_settings(config("t2v_1_3b_480p")).lock
     carried = dataclasses.replace(carried, cache="carried")
     workload = Workload(SMALL, 81, 480, 832)
     size = costs.activations(workload, Layout(8, False, 128), carried).total
     assert lines["  activations"] == f"{size / 2**20:.1f} MiB  of the sampling loop: an estimate"
-    assert lines["  total"] == f"{(4.2026 * 2**30 + 720 * 2**20 + size) / 2**30:.1f} GiB"
+    kept, transformer = 4.2026 * 2**30 + 720 * 2**20 + size, 2 * costs.parameters(SMALL).total
+    assert lines["  kept"].startswith(f"{kept / 2**30:.1f} GiB  all stay, with --keep_in_memory")
+    peak = transformer + 720 * 2**20 + size
+    assert lines["  peak"].startswith(f"{peak / 2**30:.1f} GiB  each network leaves")
     assert not {"step", "scaling"} & set(lines)
     alone = words(needs(SMALL))
-    assert alone["  weights"] == "13.5 GiB  of transformer, VAE and text encoder"
+    assert alone["  text"] == "10.6 GiB  encoder's weights"
     assert alone["  cache"] == "5.6 GiB  32,760 tokens"
 
 
 def test_a_chip_that_cannot_hold_all_weights_gets_a_part():
     lines = words(needs(SMALL, devices=8, chip="v5e"))
-    assert lines["  weights"].startswith("4.2 GiB")
-    assert lines["  total"].endswith("  fits in 14.9 GiB")
+    assert lines["  transformer"] == "2.6 GiB  weights"
+    assert lines["  kept"].endswith("; fits in 14.9 GiB")
     large = words(needs(LARGE, "t2v_14b_480p", devices=8, chip="v5e"))
-    # (14.288 + 5.681) / 8 + 0.127 billion parameters
-    assert large["  weights"] == "4.9 GiB  of VAE, and 1/8 of transformer and text encoder"
-    assert large["  total"].endswith("  fits in 14.9 GiB")
+    assert large["  transformer"] == "3.3 GiB  weights, 1/8 of it"
+    assert large["  kept"].endswith("; fits in 14.9 GiB")
     one = words(needs(LARGE, "t2v_14b_480p", chip="v5e"))  # one has no other to share with
-    assert one["  weights"].endswith("of transformer, VAE and text encoder")
-    assert one["  total"].endswith("  does not fit in 14.9 GiB")
+    assert one["  transformer"] == "26.6 GiB  weights"
+    for name in ("  peak", "  kept"):
+        assert one[name].endswith("; does not fit in 14.9 GiB")
+
+
+def test_two_experts_take_turns():
+    networks = contents(LARGE)
+    configs = dataclasses.replace(networks.configs, transformer_2=LARGE, experts=("high", "low"))
+    stored = {**networks.models, "transformer_2": networks.models["transformer"]}
+    both = dataclasses.replace(networks, configs=configs, models=stored)
+    workload, lock = Workload(LARGE, 81, 480, 832), resolve_settings(config("t2v_a14b")).lock
+    alone, pair = (memory.per_device(c, workload, Layout(), lock) for c in (networks, both))
+    assert pair.leaving == alone.leaving and pair.on_host == alone.on_host
+    assert pair.kept == alone.kept + stored["transformer"].size
+    loop = alone.cache + alone.activations
+    blocks = 2 * costs.parameters(LARGE).blocks
+    assert alone.blocks == pytest.approx(blocks) and alone.block == pytest.approx(blocks / 40)
+    rest = stored["transformer"].size - alone.blocks
+    encoder = stored["text_encoder"].size
+    assert alone.on_host == max(encoder, rest + 2 * alone.block + loop)
+    assert words(info.holds(both))["experts"] == "for high and low noise"
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.estimate import costs, roofline
+from kvlock_jax.estimate import costs, memory, roofline
 from kvlock_jax.estimate.costs import Layout, Workload
+from kvlock_jax.estimate.memory import Memory
 from kvlock_jax.estimate.roofline import CHIPS
 from kvlock_jax.media.fit import Fit
 from kvlock_jax.parallel import sharding
 from kvlock_jax.pipeline.settings import Settings
-from kvlock_jax.settings.schema import LockConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,9 @@ def holds(contents: Contents) -> Iterator[str]:
     if wan.vace_layers:
         sizes += f", context blocks at {', '.join(map(str, wan.vace_layers))}"
     yield _line("sizes", sizes)
+    if contents.configs.experts:
+        noise = " and ".join(contents.configs.experts)
+        yield _line("experts", f"for {noise} noise")
     yield _line("weights", _bytes(_weights(contents)))
     if contents.source:
         yield from _origin(contents)
@@ -89,13 +92,13 @@ def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
     of = "all blocks" if lock.cache == "carried" else "a block"
     yield _line("cache", f"{_bytes(cache)} in {plan.dtype}, of {of}: {tokens}")
 
-    memory = CHIPS[plan.chip].memory if plan.chip else None
+    limit = CHIPS[plan.chip].memory if plan.chip else None
     several = plan.devices > 1
-    spread = several and memory is not None and sharding.worth_spreading(stored.size, memory)
+    spread = several and limit is not None and sharding.worth_spreading(stored.size, limit)
     layout = Layout.of(plan.devices, spread, workload.tokens)
-    parts = _per_device(contents, workload, layout, lock)
+    parts = memory.per_device(contents, workload, layout, lock)
     yield ""
-    yield from _table(parts, workload, layout, plan, memory)
+    yield from _table(parts, workload, layout, plan, limit)
     if plan.chip:
         yield ""
         yield from _bound(workload, layout, settings, plan)
@@ -105,47 +108,34 @@ def _weights(contents: Contents) -> int:
     return sum(model.size for model in contents.models.values())
 
 
-def _per_device(
-    contents: Contents, workload: Workload, layout: Layout, lock: LockConfig
-) -> dict[str, int]:
-    """Bytes on a device, by part."""
-    sizes = {name: model.size for name, model in contents.models.items()}
-    shared = sizes["text_encoder"] + sizes["transformer"] * layout.shard_weights
-    return {
-        "weights": sum(sizes.values()) - shared + -(-shared // layout.devices),
-        "cache": costs.cache_bytes(workload, layout, lock),
-        "activations": costs.activations(workload, layout, lock).total,
-    }
-
-
 def _table(
-    parts: dict[str, int], workload: Workload, layout: Layout, plan: Plan, memory: int | None
+    parts: Memory, workload: Workload, layout: Layout, plan: Plan, limit: int | None
 ) -> Iterator[str]:
-    local = layout.local(workload.tokens)
-    weights = "of transformer, VAE and text encoder"
-    if layout.devices > 1:
-        whole, parted = ("VAE", "transformer and text encoder")
-        if not layout.shard_weights:
-            whole, parted = ("transformer and VAE", "text encoder")
-        weights = f"of {whole}, and 1/{layout.devices} of {parted}"
-    notes = {
-        "weights": weights,
-        "cache": f"{local:,} tokens",
-        "activations": "of the sampling loop: an estimate",
-    }
-    if layout.devices > 1:
-        notes["cache"] += f" of {layout.devices * local:,}"
+    local, several = layout.local(workload.tokens), layout.devices > 1
+    part = f"1/{layout.devices} of it" if several else ""
+    tokens = f"{local:,} tokens"
+    if several:
+        tokens += f" of {layout.devices * local:,}"
     if layout.devices * local > workload.tokens:
-        notes["cache"] += ", padding and all"
+        tokens += ", padding and all"
     yield f"per device, of {plan.devices} {plan.chip or 'in all'}"
-    for name, size in parts.items():
-        yield _row(name, size, notes[name])
-    total = sum(parts.values())
-    verdict = ""
-    if memory:
-        fits = "fits in" if total <= memory else "does not fit in"
-        verdict = f"{fits} {_short(memory)}"
-    yield _row("total", total, verdict)
+    yield _row("text", parts.text_encoder, f"encoder's weights{', ' + part if several else ''}")
+    yield _row("VAE's", parts.vae, "weights")
+    experts = " of each of two experts" if len(parts.transformers) > 1 else ""
+    spread = f", {part}" if layout.shard_weights else ""
+    yield _row("transformer", max(parts.transformers), f"weights{experts}{spread}")
+    yield _row("cache", parts.cache, tokens)
+    yield _row("activations", parts.activations, "of the sampling loop: an estimate")
+    peaks = {
+        "peak": (parts.leaving, "each network leaves when its stage has ended"),
+        "kept": (parts.kept, "all stay, with --keep_in_memory and in a batch"),
+        "host": (parts.on_host, "blocks come from the host's memory, with --weights_on host"),
+    }
+    for name, (size, note) in peaks.items():
+        verdict = ""
+        if limit:
+            verdict = f"; {'fits in' if size <= limit else 'does not fit in'} {_short(limit)}"
+        yield _row(name, size, f"{note}{verdict}")
 
 
 def _bound(workload: Workload, layout: Layout, settings: Settings, plan: Plan) -> Iterator[str]:
