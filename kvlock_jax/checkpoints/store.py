@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import gc
 import glob
 import math
 import os
@@ -43,7 +44,7 @@ DATA_FILE = 1 << 28
 """Bytes of one file of Orbax's store, which holds many arrays."""
 
 RESTORING = 10**9
-"""Bytes of shards on the host during a restore, unless four times the largest shard is more."""
+"""Bytes of shards on the host at once during a restore, unless one shard alone takes more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,21 +171,43 @@ def describe(folder: epath.Path) -> Mapping[str, Any]:
 def read(
     folder: epath.Path, targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Mapping[str, jax.Array]:
-    """Restores arrays, each directly to its target's sharding and dtype."""
+    """Restores arrays, each directly to its target's sharding and dtype.
+
+    The largest come first, and some at a time: Orbax holds all that a call has read a second time,
+    in cycles of references, until they are collected.
+    """
     import orbax.checkpoint as ocp
 
-    shards = [
-        math.prod(target.sharding.shard_shape(target.shape)) * target.dtype.itemsize
-        for target in targets.values()
-    ]
-    # Orbax counts whole chunks of the stored dtype, which may exceed a shard and be wider.
-    limit = max(RESTORING, 4 * max(shards) + 8 * CHUNK)
+    def needed(target: jax.ShapeDtypeStruct) -> int:
+        """Bytes that Orbax counts for an array: whole chunks of the stored dtype."""
+        shard = target.sharding.shard_shape(target.shape)
+        if shard == target.shape:  # of at most 4 bytes a number, and part of a chunk over
+            return 4 * math.prod(shard) + 8 * CHUNK
+        return 4 * math.prod(shard) * target.dtype.itemsize + 8 * CHUNK
+
+    sizes = {name: needed(target) for name, target in targets.items()}
+    limit = max(RESTORING, *sizes.values())
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 10**9)
+    found: dict[str, jax.Array] = {}
     with ocp.Checkpointer(handler) as checkpointer, _plain(folder) as place:
-        item = dict(targets)
-        arguments = ocp.checkpoint_utils.construct_restore_args(item)
-        restore = ocp.args.PyTreeRestore(item, restore_args=arguments)
-        return checkpointer.restore(place, args=restore)
+        for names in _groups(sizes):
+            item = {name: targets[name] for name in names}
+            arguments = ocp.checkpoint_utils.construct_restore_args(item)
+            restore = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
+            found |= jax.block_until_ready(checkpointer.restore(place, args=restore))
+            gc.collect()
+    return found
+
+
+def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names from the largest size on, in groups of `RESTORING` bytes or one larger array."""
+    group: list[str] = []
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        if group and sum(sizes[other] for other in group) + sizes[name] > RESTORING:
+            yield group
+            group = []
+        group.append(name)
+    yield group
 
 
 @contextlib.contextmanager

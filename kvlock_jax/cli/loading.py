@@ -13,6 +13,7 @@ from kvlock_jax.cli.terminal import say
 from kvlock_jax.parallel.processes import join_hosts
 from kvlock_jax.pipeline.load import Model, default_dtype, load
 from kvlock_jax.pipeline.placement import Placement, choose_placement, compiler_for
+from kvlock_jax.pipeline.settings import config, default_config_name
 from kvlock_jax.runtime.compile_cache import Compiler, keep_programs
 
 
@@ -67,8 +68,24 @@ def load_model(
     for names, what in ((args.lora, ""), (args.lora_high, "high"), (args.lora_low, "low")):
         if names:
             say("changed", f"by {names}" + (f", the {what}-noise expert alone" if what else ""))
+    if line := shift_note(folder, contents):
+        say("shift", line)
     say("on", str(placed))
     return model
+
+
+def shift_note(folder: str | None, contents: Contents) -> str:
+    """A line where a folder's scheduler has another shift than the publisher, of two experts.
+
+    Diffusers' conversion writes 3 where the publisher of Wan 2.2's A14B has 12, which halves the
+    high-noise expert's steps.
+    """
+    configs = contents.configs
+    shift = config(default_config_name(folder, configs)).sample.shift
+    found = configs.scheduler.get("flow_shift", shift)
+    if not configs.experts or found == shift:
+        return ""
+    return f"{shift:g} by default, as the publisher has it; the folder's scheduler says {found}"
 
 
 def summary(contents: Contents) -> str:

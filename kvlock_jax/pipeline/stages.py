@@ -54,7 +54,8 @@ def encode_texts(
     ]
     texts += [first.edit.source_prompt for first in settings[:: len(settings) // sources]]
     with model.using("text_encoder") as text_encoder:
-        return encode_prompts(text_encoder, model.tokenizer, texts, run)
+        encoded = encode_prompts(text_encoder, model.tokenizer, texts, run)
+        return jax.block_until_ready(encoded)  # the weights are freed when nothing runs on them
 
 
 def encode_inputs(
@@ -82,7 +83,8 @@ def encode_inputs(
     uses_source = settings.lock.uses_source or settings.edit.ceiling
     with model.using("vae") as vae:
         networks = dataclasses.replace(model.checkpoint, vae=vae)
-        edits = encode_edits(networks, *args, uses_source=uses_source, run=run)
+        encoded = encode_edits(networks, *args, uses_source=uses_source, run=run)
+        edits = jax.block_until_ready(encoded)
     _, rows, columns = edits.grid.axes
     return edits, int(_most_tokens(mask)) + len(pictures) * rows * columns
 
@@ -221,5 +223,6 @@ def decode_latents(model: Model, parts: Sequence[Latents], run: Call = call) -> 
     """Decodes parts of latents; `None` stands for a video with pixels that are not finite."""
     with model.using("vae") as vae:
         decoded = [run(autoencoder.decode, vae, latents) for latents in parts]
+        jax.block_until_ready(decoded)
     rows = (zip(*map(np.asarray, part), strict=True) for part in decoded)
     return [video if finite else None for video, finite in itertools.chain(*rows)]
