@@ -31,7 +31,8 @@ INDEX = "model_index.json"
 TRANSFORMER = "diffusion_pytorch_model"
 WEIGHTS = (f"{TRANSFORMER}.safetensors", f"{TRANSFORMER}.safetensors.index.json")
 VAE = "Wan2.1_VAE.pth"
-VAES = (VAE, "Wan2.1_VAE.safetensors")
+VAE_48 = "Wan2.2_VAE.pth"
+VAES = (VAE, "Wan2.1_VAE.safetensors", VAE_48, "Wan2.2_VAE.safetensors")
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl"
 """Files and folders of the publisher's layout."""
@@ -139,7 +140,8 @@ def open_original(folder: Path, transformer: Path | None = None) -> Published:
         raise CheckpointError(
             f"{folder} is one model of a Diffusers folder; give the one with model_index.json"
         )
-    parts = {VAE: _beside(folder / VAE), TEXT_ENCODER: _beside(folder / TEXT_ENCODER)}
+    vae = next((name for name in (VAE, VAE_48) if _beside(folder / name).is_file()), VAE)
+    parts = {name: _beside(folder / name) for name in (vae, TEXT_ENCODER)}
     absent = [name for name, path in parts.items() if not path.is_file()]
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
         absent.append(f"{TOKENIZER}/tokenizer.json")
@@ -148,18 +150,18 @@ def open_original(folder: Path, transformer: Path | None = None) -> Published:
     own = open_folder(folder, TRANSFORMER) if transformer is None else open_weights(transformer)
     tensors = {
         "transformer": own,
-        "vae": open_pickle(folder / VAE),
+        "vae": open_pickle(folder / vae),
         "text_encoder": open_pickle(folder / TEXT_ENCODER),
     }
     configs = Configs(
         sizes.transformer(own, values, transformer or folder),
-        sizes.vae(tensors["vae"], parts[VAE]),
+        sizes.vae(tensors["vae"], parts[vae]),
         sizes.umt5(tensors["text_encoder"], parts[TEXT_ENCODER]),
         {},  # the publisher's solver is code
     )
     weights = {
         "transformer": Weights(own, original.WAN, transformer or folder),
-        "vae": Weights(tensors["vae"], original.vae(configs.vae), parts[VAE]),
+        "vae": Weights(tensors["vae"], original.vae(configs.vae), parts[vae]),
         "text_encoder": Weights(tensors["text_encoder"], original.UMT5, parts[TEXT_ENCODER]),
     }
     read = [*parts.values(), *files_in(folder / TOKENIZER)]
