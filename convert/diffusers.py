@@ -7,7 +7,7 @@ size 1.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ class Component:
       table: layout of its weights.
       absent: fields of `config` that this family lacks.
       part: the part of a checkpoint that it is, one of `files.PARTS`; by default its name.
+      optional: fields of `config` that older exports lack; Diffusers' default is ours.
+      implied: values of `config.json` that follow from a config; others are another architecture.
     """
 
     name: str
@@ -93,6 +95,8 @@ class Component:
     fixed: Mapping[str, Any]
     table: Table
     absent: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    implied: Callable[[Any], Mapping[str, Any]] = lambda config: {}
     part: str = ""
 
     def __post_init__(self) -> None:
@@ -121,15 +125,10 @@ AUTOENCODER = Component(
     "diffusion_pytorch_model",
     "AutoencoderKLWan",
     VAEConfig,
-    {
-        "attn_scales": [],
-        "decoder_base_dim": None,
-        "in_channels": 3,
-        "out_channels": 3,
-        "is_residual": False,
-        "patch_size": None,
-    },
+    {"attn_scales": []},
     VAE,
+    optional=("decoder_base_dim", "is_residual", "patch_size"),
+    implied=lambda config: dict.fromkeys(("in_channels", "out_channels"), config.pixel_channels),
 )
 
 TEXT_ENCODER = Component(
@@ -196,12 +195,14 @@ def read_config(folder: Path, component: Component) -> Any:
     _check_family(path, values, (component.family,), component.fixed)
     fields = (field.name for field in dataclasses.fields(component.config))
     names = [name for name in fields if name not in component.absent]
-    if absent := [name for name in names if name not in values]:
+    if absent := [name for name in names if name not in {*values, *component.optional}]:
         raise CheckpointError(f"{path} has no {', '.join(absent)}")
     try:
-        return from_config_dict(component.config, {name: values[name] for name in names})
+        config = from_config_dict(component.config, {name: values.get(name) for name in names})
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    _check_fixed(path, values, component.implied(config))
+    return config
 
 
 def _family(values: dict) -> Any:
@@ -218,6 +219,11 @@ def _check_family(
     family = _family(values)
     if family not in families:
         raise CheckpointError(f"{path} is of a {family}, expected a {' or a '.join(families)}")
+    _check_fixed(path, values, fixed)
+
+
+def _check_fixed(path: Path, values: dict, fixed: Mapping[str, Any]) -> None:
+    """Raises if a config has another value than a fixed one."""
     for name, expected in fixed.items():
         value = values.get(name, expected)
         # model_index.json writes an absent component as two nulls

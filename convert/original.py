@@ -1,4 +1,4 @@
-"""Tables of the publisher's own layouts (Wan-Video/Wan2.1)."""
+"""Tables of the publisher's own layouts (Wan-Video/Wan2.1 and Wan-Video/Wan2.2)."""
 
 from kvlock_jax.convert.table import (
     Row,
@@ -67,7 +67,36 @@ def _resample(path: str, key: str) -> Table:
 
 
 def vae(config: VAEConfig) -> Table:
-    """`Wan2.1_VAE.pth`; its decoder numbers modules across levels, so the sizes matter."""
+    """`Wan2.1_VAE.pth` or, with shortcuts around its levels, `Wan2.2_VAE.pth`."""
+    levels = _nested_levels if config.is_residual else _flat_levels
+    return (
+        *levels(config),
+        *_residual(r"(.+)\.mid_block\.resnets\.0", r"\1.middle.0"),
+        Row(r"(.+)\.mid_block\.attentions\.0\.norm\.gamma", r"\1.middle.1.norm.gamma", per_channel),
+        *_biased(r"(.+)\.mid_block\.attentions\.0\.(to_qkv|proj)", r"\1.middle.1.\2", pointwise),
+        *_residual(r"(.+)\.mid_block\.resnets\.1", r"\1.middle.2"),
+        *_biased(r"(.+)\.conv_in", r"\1.conv1"),
+        Row(r"(.+)\.norm_out\.gamma", r"\1.head.0.gamma", per_channel),
+        *_biased(r"(.+)\.conv_out", r"\1.head.2"),
+        *_biased("quant_conv", "conv1", pointwise),
+        *_biased("post_quant_conv", "conv2", pointwise),
+    )
+
+
+def _nested_levels(config: VAEConfig) -> Table:
+    """The levels of Wan 2.2's VAE: a level numbers its modules from 0, its resampling last."""
+    down, up = (rf"{name}\.(\d+)" for name in (r"encoder\.down_blocks", r"decoder\.up_blocks"))
+    downs, ups = r"encoder.downsamples.\1.downsamples", r"decoder.upsamples.\1.upsamples"
+    return (
+        *_residual(rf"{down}\.resnets\.(\d+)", rf"{downs}.\2"),
+        *_resample(rf"{down}\.downsampler", f"{downs}.{config.num_res_blocks}"),
+        *_residual(rf"{up}\.resnets\.(\d+)", rf"{ups}.\2"),
+        *_resample(rf"{up}\.upsampler", f"{ups}.{config.num_res_blocks + 1}"),
+    )
+
+
+def _flat_levels(config: VAEConfig) -> Table:
+    """The levels of Wan 2.1's VAE, whose modules are numbered across levels: the sizes matter."""
     encoder = (r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1")
     rows = [*_residual(*encoder), *_resample(*encoder)]
     count = 0
@@ -79,18 +108,7 @@ def vae(config: VAEConfig) -> Table:
         path = rf"decoder\.up_blocks\.{level}\.upsamplers\.0"
         rows += _resample(path, f"decoder.upsamples.{count}")  # the last level has none
         count += 1
-    return (
-        *rows,
-        *_residual(r"(.+)\.mid_block\.resnets\.0", r"\1.middle.0"),
-        Row(r"(.+)\.mid_block\.attentions\.0\.norm\.gamma", r"\1.middle.1.norm.gamma", per_channel),
-        *_biased(r"(.+)\.mid_block\.attentions\.0\.(to_qkv|proj)", r"\1.middle.1.\2", pointwise),
-        *_residual(r"(.+)\.mid_block\.resnets\.1", r"\1.middle.2"),
-        *_biased(r"(.+)\.conv_in", r"\1.conv1"),
-        Row(r"(.+)\.norm_out\.gamma", r"\1.head.0.gamma", per_channel),
-        *_biased(r"(.+)\.conv_out", r"\1.head.2"),
-        *_biased("quant_conv", "conv1", pointwise),
-        *_biased("post_quant_conv", "conv2", pointwise),
-    )
+    return tuple(rows)
 
 
 UMT5: Table = (

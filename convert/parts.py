@@ -20,6 +20,15 @@ _VAE: _Renames = (
     (r"post_quant_conv\.", "conv2."),
     (r"encoder\.down_blocks\.(\d+)\.conv1\.", r"encoder.downsamples.\1.residual.2."),
     (r"encoder\.down_blocks\.(\d+)\.(resample|time_conv)\.", r"encoder.downsamples.\1.\2."),
+    (
+        r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.",
+        r"encoder.downsamples.\1.downsamples.\2.residual.2.",
+    ),
+    (
+        r"encoder\.down_blocks\.(\d+)\.downsampler\.(resample|time_conv)\.",
+        r"encoder.downsamples.\1.downsamples.9.\2.",  # after all residual blocks
+    ),
+    (r"decoder\.conv_in\.", "decoder.conv1."),
 )
 """Diffusers' names of what `sizes.vae` reads, and the publisher's."""
 

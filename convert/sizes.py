@@ -22,7 +22,8 @@ Tensors = Mapping[str, LazyTensor]
 HEAD = 128
 """Head size of every published transformer, which does not follow from any tensor."""
 
-# Of the publisher's VAE (`wan/modules/vae.py`), as in the defaults of Diffusers' AutoencoderKLWan.
+# Of the publisher's VAEs: Wan 2.1's (`wan/modules/vae.py`), as in the defaults of Diffusers'
+# AutoencoderKLWan, and Wan 2.2's (`wan/modules/vae2_2.py`).
 LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -31,6 +32,24 @@ LATENTS_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+LATENTS_MEAN_48 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+LATENTS_STD_48 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+_STATISTICS = {16: (LATENTS_MEAN, LATENTS_STD), 48: (LATENTS_MEAN_48, LATENTS_STD_48)}
+"""Means and deviations by the number of latent channels."""
 
 _FAMILIES = {"WanModel": "t2v", "VaceWanModel": "vace"}
 """`model_type` by `_class_name` of the supported models' `config.json`."""
@@ -139,19 +158,24 @@ def _context_layers(
 
 
 def vae(tensors: Tensors, where: Path) -> VAEConfig:
-    """Sizes of a VAE.
+    """Sizes of a VAE, Wan 2.1's or Wan 2.2's, which nests the names of each level's modules.
 
     Raises:
       CheckpointError: the tensors are another model's, or its latents have no published statistics.
     """
-    base = _shape(tensors, "encoder.conv1.weight", 5, where)[0]
+    base, pixels = _shape(tensors, "encoder.conv1.weight", 5, where)[:2]
     z_dim = _shape(tensors, "conv2.weight", 5, where)[0]
-    if z_dim != len(LATENTS_MEAN):
-        expected = len(LATENTS_MEAN)
-        raise CheckpointError(f"{where} has {z_dim} latent channels, Wan 2.1 has {expected}")
+    if z_dim not in _STATISTICS:
+        expected = " and ".join(map(str, _STATISTICS))
+        raise CheckpointError(
+            f"{where} has {z_dim} latent channels, published are VAEs with {expected}"
+        )
+    mean, std = _STATISTICS[z_dim]
+    top = "encoder.downsamples"
+    levels = _numbered(tensors, top)
+    nested = [one for level in levels for one in _numbered(tensors, f"{level}.downsamples")]
     widths, blocks, temporal, at_level = [], [], [], 0
-    for i in range(_count(tensors, r"encoder\.downsamples")):
-        path = f"encoder.downsamples.{i}"
+    for path in nested or levels:
         if f"{path}.resample.1.weight" in tensors:
             temporal.append(f"{path}.time_conv.weight" in tensors)
             blocks.append(at_level)
@@ -162,7 +186,8 @@ def vae(tensors: Tensors, where: Path) -> VAEConfig:
             widths.append(width)
         at_level += 1
     if set(blocks) != {at_level} or any(width % base for width in widths):
-        raise CheckpointError(f"{where} is no VAE of Wan 2.1: its levels are unlike each other")
+        raise CheckpointError(f"{where} is no VAE of Wan: its levels are unlike each other")
+    decoder = _shape(tensors, "decoder.conv1.weight", 5, where)[0] * base // widths[-1]
     try:
         return VAEConfig(
             base_dim=base,
@@ -170,8 +195,11 @@ def vae(tensors: Tensors, where: Path) -> VAEConfig:
             dim_mult=tuple(width // base for width in widths),
             num_res_blocks=at_level,
             temperal_downsample=tuple(temporal),
-            latents_mean=LATENTS_MEAN,
-            latents_std=LATENTS_STD,
+            latents_mean=mean,
+            latents_std=std,
+            decoder_base_dim=None if decoder == base else decoder,
+            is_residual=bool(nested),
+            patch_size=math.isqrt(pixels // 3),
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
@@ -208,6 +236,12 @@ def _shape(tensors: Tensors, key: str, rank: int, where: Path) -> tuple[int, ...
         expected = f"{rank} axes, none of length 0"
         raise CheckpointError(f"{where}: {key} is {list(shape)}, expected {expected}")
     return shape
+
+
+def _numbered(tensors: Tensors, path: str) -> list[str]:
+    """The numbered modules under a path, in order."""
+    matches = (re.match(rf"{re.escape(path)}\.(\d+)\.", key) for key in tensors)
+    return [f"{path}.{number}" for number in sorted({int(match[1]) for match in matches if match})]
 
 
 def _count(tensors: Tensors, path: str) -> int:

@@ -37,7 +37,8 @@ INDEX = "model_index.json"
 TRANSFORMER = "diffusion_pytorch_model"
 WEIGHTS = (f"{TRANSFORMER}.safetensors", f"{TRANSFORMER}.safetensors.index.json")
 VAE = "Wan2.1_VAE.pth"
-VAES = (VAE, "Wan2.1_VAE.safetensors")
+VAE_48 = "Wan2.2_VAE.pth"
+VAES = (VAE, "Wan2.1_VAE.safetensors", VAE_48, "Wan2.2_VAE.safetensors")
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl"
 EXPERTS = {"high": "high_noise_model", "low": "low_noise_model"}
@@ -172,8 +173,9 @@ def open_original(
 ) -> Published:
     """Opens a folder in the publisher's own layout, but for parts that are given."""
     given = given or {}
-    paths = {"vae": beside(folder / VAE), "text_encoder": beside(folder / TEXT_ENCODER)}
-    names = {"vae": VAE, "text_encoder": TEXT_ENCODER}
+    vae = next((name for name in (VAE, VAE_48) if beside(folder / name).is_file()), VAE)
+    names = {"vae": vae, "text_encoder": TEXT_ENCODER}
+    paths = {part: beside(folder / name) for part, name in names.items()}
     own = _own_transformers(folder, given)
     described = {name: _description(place) for name, place in own.items()}
     absent = [names[part] for part in names if part not in given and not paths[part].is_file()]

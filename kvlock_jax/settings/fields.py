@@ -1,6 +1,7 @@
 """Frozen dataclasses from mappings, with errors that name the key and the values it may have."""
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -47,7 +48,8 @@ def _convert(kind: type, field: dataclasses.Field, value: Any) -> Any:
     """`value` as the field's type; only ints pass for floats and sequences for tuples."""
     where = f"{kind.__name__}.{field.name}"
     if get_origin(field.type) is not tuple:
-        return _scalar(where, field.type, value)
+        kinds = get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+        return _scalar(where, kinds[0], value)  # of `int | None` the first; None is no value here
     inner = get_args(field.type)
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{where} must be a sequence of {inner[0].__name__}, found {value!r}")
