@@ -38,7 +38,8 @@ NewMask = Bool[np.ndarray, "new_frames new_height new_width"]
 NewImage = UInt8[np.ndarray, "new_height new_width 3"]
 
 VAE_STRIDES = (4, 8, 8)
-"""Pixels per latent cell along time, height and width (Wan 2.1's VAE, METHOD.md section 2)."""
+"""Pixels per latent cell along time, height and width of Wan 2.1's VAE (METHOD.md section 2), which
+VACE's masks are folded by; another VAE's are in its config."""
 
 PATCH = (1, 2, 2)
 """Latent cells per token along time, height and width (Wan 2.1's transformer)."""

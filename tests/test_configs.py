@@ -9,6 +9,7 @@ import pytest
 
 from kvlock_jax.checkpoints.registry import Configs
 from kvlock_jax.configs import NEGATIVE_PROMPT
+from kvlock_jax.errors import CheckpointError
 from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.config import WanConfig
@@ -26,8 +27,12 @@ PUBLISHED = {  # shift, guidance of the high-noise expert and of the low-noise o
     "vace_14b_720p": (16.0, 5.0),
     "t2v_a14b": (12.0, 4.0),
     "vace_fun_a14b": (12.0, 5.0),
+    "ti2v_5b_480p": (3.0, 5.0),
+    "ti2v_5b_720p": (5.0, 5.0),
 }
 SOLVERS = {"t2v_a14b": (40, "unipc", "plain"), "vace_fun_a14b": (50, "euler", "diffusers")}
+SOLVERS |= dict.fromkeys(["ti2v_5b_480p", "ti2v_5b_720p"], (50, "unipc", "plain"))
+PRESETS = {"vace": "kvlock", "ti2v": "clean", "t2v": "kvlock_anchor"}
 
 
 def test_all_runs_are_known():
@@ -43,7 +48,7 @@ def test_settings_are_the_publishers(name):
     assert sample.guidance_scales["low"] == low and sample.boundary == 0.875
     solver = SOLVERS.get(name, (50, "unipc", "diffusers"))
     assert (sample.steps, sample.solver, sample.grid) == solver
-    assert settings.preset == ("kvlock" if name.startswith("vace") else "kvlock_anchor")
+    assert settings.preset == PRESETS[name.split("_")[0]]
     assert settings.edit.negative_prompt == NEGATIVE_PROMPT
     assert settings.edit.size == ""  # the video keeps its own
 
@@ -101,3 +106,15 @@ def test_experts_get_the_runs_of_wan_2_2(layers, name, experts):
     networks = (wan, VAEConfig(), UMT5Config(16, 16, 4, 24, 1, 2))
     configs = Configs(*networks, {}, transformer_2=second, experts=experts)
     assert default_config_name("folder", configs) == name
+    assert configs.unit == (4, 16, 16)
+
+
+def test_the_5b_gets_its_own():
+    vae = VAEConfig(base_dim=160, decoder_base_dim=256, is_residual=True, patch_size=2)
+    wan = WanConfig(24, 128, 30, 14336, 48, 48)
+    configs = Configs(wan, vae, UMT5Config(16, 16, 4, 24, 1, 2), {})
+    assert default_config_name("folder", configs) == "ti2v_5b_720p"
+    assert configs.unit == (4, 32, 32)
+    mixed = dataclasses.replace(configs, transformer=dataclasses.replace(wan, vace_layers=(0,)))
+    with pytest.raises(CheckpointError, match=r"of no one family, of wan2\.1-t2v"):
+        default_config_name("folder", mixed)

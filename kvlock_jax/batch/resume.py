@@ -50,6 +50,7 @@ class Job:
       batch_size: most edits that run together.
       shard: number of this machine's part of the manifest, from 0, and count of the parts.
       overwrite: whether finished edits are done again.
+      unit: pixels under a token of the model (`media.fit.Fit`).
     """
 
     manifest: str
@@ -59,6 +60,7 @@ class Job:
     batch_size: int = 1
     shard: tuple[int, int] = (0, 1)
     overwrite: bool = False
+    unit: tuple[int, int, int] = (4, 16, 16)
 
     def __post_init__(self) -> None:
         index, count = self.shard
@@ -152,7 +154,7 @@ def find_work(job: Job) -> Work:
         }
         # a group of one has no shape to agree on
         sizes = _try_each(pool, _probe, {r.source for r in requests} if job.batch_size > 1 else ())
-        shapes = {r.id: _shape(r, sizes.get(r.source)) for r in requests}
+        shapes = {r.id: _shape(r, sizes.get(r.source), job.unit) for r in requests}
         groups = grouping.group(requests, lambda r: shapes[r.id], job.batch_size)
         finished = []
         if not job.overwrite:
@@ -211,13 +213,15 @@ def _is_finished(job: Job, request: Request, wanted: str, sizes: Mapping[str, in
     return found == (wanted, sizes[request.save_file])
 
 
-def _shape(request: Request, size: tuple[int, int, int] | Exception | None) -> Hashable:
+def _shape(
+    request: Request, size: tuple[int, int, int] | Exception | None, unit: tuple[int, int, int]
+) -> Hashable:
     """The shape that the model works on; `None` of an unreadable video, which fails later."""
     if not isinstance(size, tuple):
         return None
     (frames, *space), edit = size, request.settings.edit
     frames = min(frames, edit.frame_num or frames)
-    return Fit(frames, *(edit.height_width or space)).model_shape
+    return Fit(frames, *(edit.height_width or space), unit).model_shape
 
 
 def _probe(path: str) -> tuple[int, int, int]:

@@ -111,7 +111,7 @@ def follow(work: Work, load: Callable[[], Model], runner: Runner | None = None) 
     with ThreadPoolExecutor(1) as reading:
         model = _once(load)
         for group in ahead(reading, Reader().read, work.pending):
-            _outcomes(runner or run_group, model, group)
+            _outcomes(runner or run_group, model, group, work.job.unit)
     first, *_ = agreement.ask("the end of the batch", "")
     return Summary(**json.loads(first))
 
@@ -161,7 +161,7 @@ def _failures(
         try:
             for group in ahead(reading, Reader().read, work.pending):
                 try:
-                    outcomes = _outcomes(runner, model, group)
+                    outcomes = _outcomes(runner, model, group, work.job.unit)
                 except LostHostError as error:  # the run ends, and these edits with it
                     failed = [Outcome(one.request, error, one.seconds) for one in group]
                     yield from writing.submit(results.write, failed).result()
@@ -184,7 +184,12 @@ def _once(load: Callable[[], Model]) -> Callable[[], Model]:
     return functools.cache(lambda: agreement.together("loading the model", load))
 
 
-def _outcomes(runner: Runner, model: Callable[[], Model], group: Sequence[Reading]) -> list:
+def _outcomes(
+    runner: Runner,
+    model: Callable[[], Model],
+    group: Sequence[Reading],
+    unit: tuple[int, int, int],
+) -> list:
     """Runs a group as batches of one shape.
 
     A container may announce another shape than its frames have, and some inputs may be at fault:
@@ -199,7 +204,7 @@ def _outcomes(runner: Runner, model: Callable[[], Model], group: Sequence[Readin
     shapes: dict[tuple, list[Reading]] = {}
     for one in group:
         if not isinstance(one.inputs, Exception):
-            shape = Fit(*one.inputs.source.shape[:3]).model_shape
+            shape = Fit(*one.inputs.source.shape[:3], unit).model_shape
             shapes.setdefault((shape, len(one.inputs.references)), []).append(one)
     for batch in shapes.values():
         results = _results(runner, model(), batch)

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 from etils import epath
 from flax import nnx
 
-from kvlock_jax.errors import ConfigError
+from kvlock_jax.errors import CheckpointError, ConfigError
 from kvlock_jax.models.family import Family, Network
 from kvlock_jax.models.wan.families import (
+    KNOWN_TOKENS,
     TEXT_TO_VIDEO,
     TEXT_TO_VIDEO_EXPERTS,
     VACE,
     VACE_FUN,
 )
 
-FAMILIES: tuple[Family, ...] = (TEXT_TO_VIDEO, VACE, TEXT_TO_VIDEO_EXPERTS, VACE_FUN)
+FAMILIES: tuple[Family, ...] = (TEXT_TO_VIDEO, VACE, TEXT_TO_VIDEO_EXPERTS, VACE_FUN, KNOWN_TOKENS)
 """The model families that checkpoints may hold; a new one adds its line here."""
 
 NETWORKS = ("transformer", "vae", "text_encoder")
@@ -86,6 +87,13 @@ class Configs:
             raise ConfigError(f"experts must be {known}, found {roles!r}{sizes}")
 
     @property
+    def unit(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels under a token: a stride and a patch in one."""
+        strides, patch = self.vae.strides, self.transformer.patch_size
+        time, height, width = (s * p for s, p in zip(strides, patch, strict=True))
+        return time, height, width
+
+    @property
     def transformers(self) -> tuple[str, ...]:
         """The names of the transformers, in the order of their steps."""
         return TRANSFORMERS[: 1 if self.transformer_2 is None else 2]
@@ -127,8 +135,16 @@ class Opened:
 
 
 def family(configs: Configs) -> Family:
-    """The family that a checkpoint's configs describe."""
-    return next(known for known in FAMILIES if known.describes(configs))
+    """The family that a checkpoint's configs describe.
+
+    Raises:
+      CheckpointError: they are of networks that no family combines.
+    """
+    for known in FAMILIES:
+        if known.describes(configs):
+            return known
+    names = ", ".join(known.name for known in FAMILIES)
+    raise CheckpointError(f"the networks are of no one family, of {names}")
 
 
 def family_named(name: str) -> Family | None:

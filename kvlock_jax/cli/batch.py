@@ -70,6 +70,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
         batch_size=size,
         shard=(args.shard_index, args.num_shards),
         overwrite=args.overwrite,
+        unit=contents.configs.unit,
     )
     work = resume.agree_on_work(find_work(job))
     total, groups = len(work.missing), len(work.pending)

@@ -40,7 +40,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
         raise InputError(f"--devices must be 1 or more, found {args.devices}")
     contents = describe(args.dir, gather_files(args))
     settings = resolve_settings(config(default_config_name(args.dir, contents.configs)))
-    shape = Fit(size.frame_num, *size.height_width)
+    shape = Fit(size.frame_num, *size.height_width, contents.configs.unit)
     dtype = args.dtype or ("bfloat16" if args.chip else default_dtype().name)
     number = jnp.dtype(DTYPES[dtype]).itemsize
     plan = info.Plan(shape, args.devices, dtype, number, args.chip)

@@ -36,6 +36,7 @@ class Workload:
       width: width of each video, likewise.
       batch: number of edits `B`.
       branches: guidance branches of each edit: 2, or 1 without guidance.
+      strides: pixels per latent cell of the VAE.
       references: reference pictures of a VACE edit, a latent frame each (METHOD.md section 11).
       text_tokens: number of text tokens `S`.
       dtype_bytes: bytes of a number in matrix products and in the cache, 2 for bfloat16.
@@ -52,13 +53,14 @@ class Workload:
     dtype_bytes: int = 2
     weight_bytes: float = 2.0
     branches: int = 2
+    strides: tuple[int, int, int] = VAE_STRIDES
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "batch", "text_tokens", "dtype_bytes"):
             _require(getattr(self, name) > 0, self, name, "over 0")
         _require(self.references >= 0, self, "references", "0 or more")
         time, rows, columns = (
-            s * p for s, p in zip(VAE_STRIDES, self.config.patch_size, strict=True)
+            s * p for s, p in zip(self.strides, self.config.patch_size, strict=True)
         )
         _require((self.frames - 1) % time == 0, self, "frames", f"1 more than a multiple of {time}")
         _require(self.height % rows == 0, self, "height", f"a multiple of {rows}")
@@ -67,7 +69,7 @@ class Workload:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Latent frames (those of references included), rows and columns `T H W`."""
-        time, rows, columns = VAE_STRIDES
+        time, rows, columns = self.strides
         frames = (self.frames - 1) // time + 1 + self.references
         return frames, self.height // rows, self.width // columns
 

@@ -85,6 +85,7 @@ def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
         dtype_bytes=plan.dtype_bytes,
         weight_bytes=stored.size / stored.parameters,
         branches=settings.sample.branches,
+        strides=contents.configs.vae.strides,
     )
     frames, height, width = plan.video.model_shape
     tokens = f"{workload.tokens:,} tokens of {frames} frames of {width}x{height}"

@@ -9,8 +9,6 @@ import numpy as np
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.shapes import (
-    PATCH,
-    VAE_STRIDES,
     Frames,
     Image,
     Mask,
@@ -24,19 +22,27 @@ from kvlock_jax.shapes import (
 class Fit:
     """The padding that makes a video of any length and size one that the model takes.
 
-    Frames go up to the next 4n + 1, height and width to the next multiple of 16 (the VAE's stride
-    times the transformer's patch), by repeating the last frame, the bottom row and the right column
-    (DESIGN.md section 4). No pixel is resampled. `Fit(*video.shape[:3])` is the padding of a video.
+    Frames go up to the next 4n + 1, height and width to the next multiple of the model's `unit`, by
+    repeating the last frame, the bottom row and the right column (DESIGN.md section 4). No pixel is
+    resampled. `Fit(*video.shape[:3], unit)` is the padding of a video.
+
+    Attributes:
+      frames: frames of the video.
+      height: its rows.
+      width: its columns.
+      unit: pixels under a token along time, height and width (`registry.Configs.unit`), of Wan 2.1
+        by default.
     """
 
     frames: int
     height: int
     width: int
+    unit: tuple[int, int, int] = (4, 16, 16)
 
     @property
     def model_shape(self) -> tuple[int, int, int]:
         """Frames, height and width of the padded video."""
-        time, rows, columns = (s * p for s, p in zip(VAE_STRIDES, PATCH, strict=True))
+        time, rows, columns = self.unit
         height, width = -(-self.height // rows) * rows, -(-self.width // columns) * columns
         return -(-(self.frames - 1) // time) * time + 1, height, width
 

@@ -157,6 +157,8 @@ class Family:
       describes: whether a checkpoint's configs (`registry.Configs`) belong to this family.
       conditioner: the transformer's context.
       settings: from a checkpoint's configs to the name of its default settings in `configs/`.
+      takes_known_tokens: whether it was trained on a timestep for every token, and so can be given
+        clean ones (`LockConfig.background` `"clean"`).
       results: pytree classes of the transformer's results and the conditioner's contexts, so that
         programs that return them can be cached.
     """
@@ -167,3 +169,4 @@ class Family:
     conditioner: Conditioner
     settings: Callable[[Any], str]
     results: tuple[type, ...] = ()
+    takes_known_tokens: bool = False

@@ -15,9 +15,8 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from kvlock_jax.checkpoints.registry import family, not_finite
-from kvlock_jax.errors import InputError, SamplingError
+from kvlock_jax.errors import ConfigError, InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
-from kvlock_jax.media.fit import Fit
 from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.masks import Box
 from kvlock_jax.media.storage import FilePath
@@ -175,6 +174,9 @@ def _run_batch(
     kind = family(model.checkpoint.configs)
     if inputs[0].references and not kind.conditioner.takes_references:
         raise InputError(f"reference pictures need a VACE model, this one is {kind.name}")
+    if settings[0].lock.background == "clean" and not kind.takes_known_tokens:
+        needed = "background 'clean' needs a model that was trained on known tokens (Wan 2.2's 5B)"
+        raise ConfigError(f"{needed}, this one is {kind.name}")
     for one, own in zip(inputs, settings, strict=True):
         texts = one.prompt, own.edit.negative_prompt, own.edit.source_prompt
         for line in prompt_warnings(model.tokenizer, *texts):
@@ -242,7 +244,7 @@ def _result(
 ) -> Result | SamplingError:
     """The result of a decoded edit, or its error."""
     source, mask = inputs.source, inputs.mask
-    fit = Fit(*source.shape[:3])
+    fit = model.fit(source)
     try:
         video = fit.undo(_finite(video, trace, model))
     except SamplingError as error:
@@ -286,7 +288,7 @@ def _finite_pixels(video: Frames | None) -> Frames:
 
 def round_trip(model: Model, video: Frames) -> Frames:
     """Encodes and decodes a video with the VAE: the ceiling of any edit's background."""
-    fit = Fit(*video.shape[:3])
+    fit = model.fit(video)
     with model.on_mesh():
         with model.using("vae") as vae:
             latents = autoencoder.encode(vae, fit.apply(video)[None])

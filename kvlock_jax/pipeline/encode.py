@@ -13,7 +13,6 @@ from kvlock_jax import lock
 from kvlock_jax.checkpoints.registry import Checkpoint, family
 from kvlock_jax.errors import InputError
 from kvlock_jax.grid import Grid
-from kvlock_jax.media.fit import Fit
 from kvlock_jax.models.family import Conditioner, Encoded
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.parallel import padding, sharding
@@ -22,7 +21,6 @@ from kvlock_jax.pipeline.load import Model
 from kvlock_jax.runtime.compile_cache import Call, call
 from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.settings.schema import EditConfig
-from kvlock_jax.shapes import VAE_STRIDES
 
 
 def encode_clips(
@@ -100,7 +98,9 @@ def encode_edits(
     space = (latents.shape[1] + len(references), *latents.shape[2:4])
     if noise.shape != (expected := (len(sources), *space, latents.shape[-1])):
         raise InputError(f"noise must have the shape {expected}, found {noise.shape}")
-    grid = Grid(space, padding.padded(Grid.of(space).tokens, sharding.shards("L")))
+    patch = networks.configs.transformer.patch_size
+    length = padding.padded(Grid.of(space, patch).tokens, sharding.shards("L"))
+    grid = Grid(space, length, patch)
     encoded = conditioner.encode(
         encode,
         sources,
@@ -108,11 +108,12 @@ def encode_edits(
         scale=settings.context_scale,
         show_masked=settings.show_masked,
     )
-    static = {"conditioner": conditioner, "grid": grid}
+    strides = networks.configs.vae.strides
+    static = {"conditioner": conditioner, "grid": grid, "strides": strides}
     return run(_edits, latents, references, mask, noise, context, encoded, **static)
 
 
-@functools.partial(jax.jit, static_argnames=("conditioner", "grid"))
+@functools.partial(jax.jit, static_argnames=("conditioner", "grid", "strides"))
 def _edits(
     latents: Encoded,
     references: Sequence[Encoded],
@@ -123,6 +124,7 @@ def _edits(
     *,
     conditioner: Conditioner,
     grid: Grid,
+    strides: tuple[int, int, int],
 ) -> Edits:
     """Assembles the loop's inputs; `encoded` is the result of the conditioner's `encode`.
 
@@ -131,7 +133,7 @@ def _edits(
     latents, references = latents.rows(), [picture.rows() for picture in references]
     sources = len(latents)
     source = jnp.concatenate([*references, latents], axis=1)
-    foreground = lock.to_latent_mask(mask)
+    foreground = lock.to_latent_mask(mask, strides)
     foreground = jnp.pad(foreground, [(0, 0), (len(references), 0), (0, 0), (0, 0)])
     texts, source_texts = conditioner.contexts(
         context[:-sources], context[-sources:], latents, references, mask, encoded, grid
@@ -147,8 +149,8 @@ def draw_noise(model: Model, inputs: EditInputs, key: Array) -> Float[np.ndarray
 
 def noise_shape(model: Model, inputs: EditInputs) -> tuple[int, ...]:
     """The shape `1 T H W C` of one source's latents."""
-    frames, height, width = Fit(*inputs.source.shape[:3]).model_shape
-    time, rows, columns = VAE_STRIDES
+    configs = model.checkpoint.configs
+    frames, height, width = model.fit(inputs.source).model_shape
+    time, rows, columns = configs.vae.strides
     space = ((frames - 1) // time + 1 + len(inputs.references), height // rows, width // columns)
-    channels = model.checkpoint.configs.transformer.in_channels
-    return (1, *space, channels)
+    return (1, *space, configs.transformer.in_channels)

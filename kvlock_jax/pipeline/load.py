@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Shaped
 from ml_collections import ConfigDict
 
 from kvlock_jax import demo
@@ -24,6 +25,7 @@ from kvlock_jax.checkpoints.files import NO_FILES, NO_LORAS, Files, Loras
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.checkpoints.registry import Checkpoint, Opened
 from kvlock_jax.errors import CheckpointError
+from kvlock_jax.media.fit import Fit
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.models.attention.sharded import Attend, overlapped
 from kvlock_jax.models.text.tokenizer import Tokenizer
@@ -68,6 +70,10 @@ class Model:
         finally:
             for parameter in jax.tree.leaves(nnx.state(network)):
                 parameter.delete()  # whoever still holds the module
+
+    def fit(self, video: Shaped[np.ndarray, "frames height width *colours"]) -> Fit:
+        """The padding of a video or a mask for this model."""
+        return Fit(*video.shape[:3], self.checkpoint.configs.unit)
 
     def on_mesh(self) -> AbstractContextManager:
         """Makes its mesh the ambient one, in which its programs must be compiled and run."""

@@ -19,7 +19,6 @@ from kvlock_jax import lock
 from kvlock_jax.checkpoints.registry import family
 from kvlock_jax.grid import Grid, Patches
 from kvlock_jax.lock import Knobs
-from kvlock_jax.media.fit import Fit
 from kvlock_jax.models.text.prompts import encode_prompts
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.parallel import sharding
@@ -71,7 +70,7 @@ def encode_inputs(
     Edits of one source share one array of frames, which is encoded once.
     """
     firsts = inputs[:: len(inputs) // len(noise)]
-    fits = [Fit(*edit.source.shape[:3]) for edit in inputs]
+    fits = [model.fit(edit.source) for edit in inputs]
     fitted = {id(i.source): fit.apply(i.source) for i, fit in zip(inputs, fits, strict=True)}
     pixels = [fitted[id(first.source)] for first in firsts]
     mask = np.stack([fit.apply_mask(i.mask) for i, fit in zip(inputs, fits, strict=True)])
@@ -86,7 +85,9 @@ def encode_inputs(
         encoded = encode_edits(networks, *args, uses_source=uses_source, run=run)
         edits = jax.block_until_ready(encoded)
     _, rows, columns = edits.grid.axes
-    return edits, int(_most_tokens(mask)) + len(pictures) * rows * columns
+    configs = model.checkpoint.configs
+    strides = {"strides": configs.vae.strides, "patch": configs.transformer.patch_size}
+    return edits, int(_most_tokens(mask, **strides)) + len(pictures) * rows * columns
 
 
 def encode_rows(
@@ -101,9 +102,13 @@ def encode_rows(
     return dataclasses.replace(edits, pools=rows.pools), tokens
 
 
-@jax.jit
-def _most_tokens(mask: Bool[Array, "B frames height width"]) -> Int[Array, ""]:
-    return lock.to_token_mask(lock.to_latent_mask(mask)).sum(axis=1).max()
+@functools.partial(jax.jit, static_argnames=("strides", "patch"))
+def _most_tokens(
+    mask: Bool[Array, "B frames height width"],
+    strides: tuple[int, int, int],
+    patch: tuple[int, int, int],
+) -> Int[Array, ""]:
+    return lock.to_token_mask(lock.to_latent_mask(mask, strides), patch).sum(axis=1).max()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -30,14 +30,18 @@ _LARGE = 5120
 """Width of the 14B models."""
 
 
-def _describes(*, vace: bool, experts: bool) -> Callable[[Any], bool]:
-    """Whether configs are of a transformer with context blocks or without, and of experts."""
+def _describes(
+    *, vace: bool = False, experts: bool = False, residual: bool = False
+) -> Callable[[Any], bool]:
+    """Whether configs are of a transformer with context blocks, of experts, of Wan 2.2's VAE."""
 
     def describes(configs: Any) -> bool:
         """Whether they are."""
         config = configs.transformer
-        kind = isinstance(config, WanConfig) and bool(config.vace_layers) == vace
-        return kind and bool(configs.experts) == experts
+        if not isinstance(config, WanConfig):
+            return False
+        found = bool(config.vace_layers), bool(configs.experts), configs.vae.is_residual
+        return found == (vace, experts, residual)
 
     return describes
 
@@ -59,7 +63,7 @@ def _settings(kind: str) -> Callable[[Any], str]:
 TEXT_TO_VIDEO = Family(
     name="wan2.1-t2v",
     networks=_NETWORKS,
-    describes=_describes(vace=False, experts=False),
+    describes=_describes(),
     conditioner=TextOnly(),
     settings=_settings("t2v"),
     results=_RESULTS,
@@ -68,7 +72,7 @@ TEXT_TO_VIDEO = Family(
 VACE = Family(
     name="wan2.1-vace",
     networks=_NETWORKS,
-    describes=_describes(vace=True, experts=False),
+    describes=_describes(vace=True),
     conditioner=VACEConditioner(),
     settings=_settings("vace"),
     results=_RESULTS,
@@ -77,10 +81,20 @@ VACE = Family(
 TEXT_TO_VIDEO_EXPERTS = Family(
     name="wan2.2-t2v",
     networks=_NETWORKS,
-    describes=_describes(vace=False, experts=True),
+    describes=_describes(experts=True),
     conditioner=TextOnly(),
     settings=lambda configs: "t2v_a14b",
     results=_RESULTS,
+)
+
+KNOWN_TOKENS = Family(
+    name="wan2.2-ti2v",
+    networks=_NETWORKS,
+    describes=_describes(residual=True),
+    conditioner=TextOnly(),
+    settings=lambda configs: "ti2v_5b_720p",
+    results=_RESULTS,
+    takes_known_tokens=True,
 )
 
 VACE_FUN = Family(
