@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 import kvlock_jax as kvl
+from kvlock_jax.errors import ConfigError
 from kvlock_jax.settings.schema import run_config
 
 STEPS, SHIFT, GUIDANCE = 8, 3.0, 5.0
@@ -65,12 +66,12 @@ def loaded(pipeline, folder):
     return kvl.load(folder)
 
 
-def noise(references=0):
-    shape = (1, references + 1 + FRAMES // 4, HEIGHT // 8, WIDTH // 8, 4)
+def noise(references=0, stride=8):
+    shape = (1, references + 1 + FRAMES // 4, HEIGHT // stride, WIDTH // stride, 4)
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def theirs(pipeline, solver, prompt, references=0, **rest):
+def theirs(pipeline, solver, prompt, references=0, stride=8, **rest):
     pipeline.scheduler = SCHEDULERS[solver]
     frames = pipeline(
         prompt=prompt,
@@ -80,7 +81,7 @@ def theirs(pipeline, solver, prompt, references=0, **rest):
         num_frames=FRAMES,
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
-        latents=torch.from_numpy(noise(references)).permute(0, 4, 1, 2, 3),
+        latents=torch.from_numpy(noise(references, stride)).permute(0, 4, 1, 2, 3),
         max_sequence_length=12,
         output_type="np",
         **rest,
@@ -113,6 +114,36 @@ def test_same_frames_as_diffusers(pipeline, model, solver, capsys):
     # frames with a picture in them, that another text would have made another
     assert want.std() > 20 and ((want > 0) & (want < 255)).mean() > 0.8
     assert psnr(other, want) < 35
+
+
+def test_same_frames_as_diffusers_of_the_5b(tmp_path, monkeypatch, capsys):
+    """Its text loop gives all tokens one timestep; sides are multiples of 32."""
+    monkeypatch.setattr("test_pipeline.WIDTH", 64)
+    pipeline = scaled(tiny.make_ti2v_pipeline(tmp_path))
+    want = theirs(pipeline, "unipc", PROMPT, stride=16)
+    model = loaded(pipeline, tmp_path / "wan")
+    assert model.checkpoint.configs.unit == (4, 32, 32)
+    assert ours.__globals__["WIDTH"] == 64
+    sample = dict(steps=STEPS, shift=SHIFT, guidance_scale=GUIDANCE)
+    config = run_config("cfg", **sample)
+    config.edit.negative_prompt = NEGATIVE
+    everything, video = np.ones((HEIGHT, 64), bool), tiny.clip(FRAMES, HEIGHT, 64)
+    hand = dict(config=config, noise=jnp.asarray(noise(stride=16)))
+    found = psnr(kvl.edit(model, video, everything, PROMPT, **hand).video, want)
+    with capsys.disabled():
+        print(f"\n5B: {found:.1f} dB against Diffusers")
+    assert found > 50 and want.std() > 15
+
+    config.preset = "clean"  # at an odd size
+    box = (8, 8, 24, 24)
+    result = kvl.edit(model, tiny.clip(4, 40, 50), box, PROMPT, config=config)
+    assert result.video.shape == (4, 40, 50, 3) and result.trace.finite.all()
+
+
+def test_known_tokens_need_a_model_of_them(model):
+    config = run_config("clean", steps=1)
+    with pytest.raises(ConfigError, match=r"background 'clean' needs .*, this one is wan2"):
+        kvl.edit(model, tiny.clip(5, 32, 48), (8, 8, 16, 16), PROMPT, config=config)
 
 
 @pytest.mark.parametrize("solver", SCHEDULERS)

@@ -65,6 +65,21 @@ def make_vace_experts_pipeline(folder: Path):
     return _assemble(folder, WanVACEPipeline, make, **rest)
 
 
+def make_ti2v_pipeline(folder: Path):
+    """Wan 2.2's 5B: the VAE of 16x16 pixels a cell, and a timestep for every token."""
+    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+    def make_vae():
+        pixels = {"in_channels": 12, "out_channels": 12, "patch_size": 2, "is_residual": True}
+        sizes = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, "decoder_base_dim": 6}
+        statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+        return AutoencoderKLWan(**sizes, **statistics, **pixels, scale_factor_spatial=16)
+
+    rest = {"vae": make_vae, "expand_timesteps": True}
+    make = lambda: WanTransformer3DModel(**SIZES, num_layers=2)  # noqa: E731
+    return _assemble(folder, WanPipeline, make, **rest)
+
+
 def _assemble(folder: Path, pipeline: type, make_transformer, **rest):
     import torch
     import transformers
@@ -75,6 +90,16 @@ def _assemble(folder: Path, pipeline: type, make_transformer, **rest):
     torch.manual_seed(0)
     tokenizer.write_word_tokenizer(folder / "words", WORDS, 12)
     rest = {name: make() if callable(make) else make for name, make in rest.items()}
+    rest.setdefault(
+        "vae",
+        AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            num_res_blocks=1,
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+    )
     return pipeline(
         **rest,
         tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "words"),
@@ -82,13 +107,6 @@ def _assemble(folder: Path, pipeline: type, make_transformer, **rest):
             transformers.UMT5Config(
                 vocab_size=16, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2
             )
-        ),
-        vae=AutoencoderKLWan(
-            base_dim=4,
-            z_dim=4,
-            num_res_blocks=1,
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
         ),
         transformer=make_transformer(),
         scheduler=UniPCMultistepScheduler(
