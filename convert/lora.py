@@ -87,16 +87,23 @@ def open_changes(loras: Sequence[Lora], transformer: nnx.Module) -> Changes:
 def merged(transformer: nnx.Module, changes: Changes) -> nnx.Module:
     """A loaded transformer with changes, a layer at a time on its own devices."""
     graph, state = nnx.split(transformer)
-    flat = dict(nnx.to_flat_state(state))
-    paths = {".".join(map(str, path)): path for path in flat}
-    for name, by_layer in changes.items():
-        leaf = flat[paths[name]]
-        array = leaf.get_value()
-        add = jax.jit(_add, donate_argnums=0, out_shardings=array.sharding)
-        for layer, functions in by_layer.items():
-            array = add(array, sum(change() for change in functions), layer)
-        flat[paths[name]] = leaf.replace(array)
-    return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
+    flat = [
+        (path, leaf.replace(changed(".".join(map(str, path)), leaf.get_value(), changes)))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def changed(path: str, array: jax.Array, changes: Changes) -> jax.Array:
+    """A parameter with its changes, if there are any; the array is donated then."""
+    if path not in changes:
+        return array
+    near = array.sharding.with_memory_kind("device")
+    made = jax.device_put(array, near)
+    add = jax.jit(_add, donate_argnums=0, out_shardings=near)
+    for layer, functions in changes[path].items():
+        made = add(made, sum(change() for change in functions), layer)
+    return jax.device_put(made, array.sharding)
 
 
 def _add(array: jax.Array, change: jax.Array, layer: int | None) -> jax.Array:

@@ -18,6 +18,7 @@ from kvlock_jax.checkpoints.registry import (
     TRANSFORMERS,
     Checkpoint,
     Configs,
+    Filling,
     Opened,
     PlaceFor,
     on_first_device,
@@ -31,7 +32,7 @@ from kvlock_jax.convert.table import (
     changed,
     parameters,
     plan,
-    read,
+    read_one,
 )
 from kvlock_jax.errors import CheckpointError, ConfigError
 from kvlock_jax.models.layout import ParameterRules
@@ -172,6 +173,7 @@ class Published:
         dtype: Any = None,
         compute_dtype: Any = jnp.float32,
         place_for: PlaceFor | None = None,
+        weights: str | None = None,
     ) -> Opened:
         """Opens the checkpoint's networks, each of which is read one stacked parameter at a time.
 
@@ -179,6 +181,7 @@ class Published:
           dtype: as in `parameters`.
           compute_dtype: dtype of the modules' matrix products.
           place_for: sharding of each parameter; None is the first device.
+          weights: kind of 8-bit values for the large kernels (`models.small.KINDS`).
 
         Raises:
           CheckpointError: as in `parameters`; and where a network is read, if a file cannot be read
@@ -195,20 +198,19 @@ class Published:
             }
             for name, values in sources.items()
         }
-        planned = {
-            name: registry.fill(self._abstract(name, compute_dtype), arrays)
-            for name, arrays in shapes.items()
-        }
+        filling = Filling(self.configs, compute_dtype, weights)
+        planned = {name: filling(name, iter(arrays.items())) for name, arrays in shapes.items()}
 
         def network(name: str) -> nnx.Module:
             """Reads a network."""
-            graph, state = nnx.split(self._abstract(name, compute_dtype))
-            return nnx.merge(graph, read(state, sources[name], _under(name, place)))
+            own = _under(name, place)
+            arrays = ((path, read_one(path, p, own)) for path, p in sources[name].items())
+            return filling(name, arrays)
 
         return Opened(Checkpoint(self.configs, **planned, tokenizer=self.tokenizer), network)
 
-    def _abstract(self, name: str, compute_dtype: Any = jnp.float32) -> nnx.Module:
-        return registry.abstract(getattr(self.configs, name), compute_dtype)
+    def _abstract(self, name: str) -> nnx.Module:
+        return registry.abstract(getattr(self.configs, name))
 
 
 def _dtype(rules: ParameterRules, wanted: Any, path: str, stored: np.dtype) -> np.dtype:

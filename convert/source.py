@@ -60,6 +60,7 @@ def open(
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
     place_for: PlaceFor | None = None,
+    weights: str | None = None,
     files: Files = NO_FILES,
     loras: Loras = NO_LORAS,
 ) -> Opened:
@@ -70,7 +71,7 @@ def open(
     published = open_source(source, files, loras)
     if files.given and dtype is None and jnp.dtype(compute_dtype).itemsize == 2:
         dtype = compute_dtype
-    return published.open(dtype, compute_dtype, place_for)
+    return published.open(dtype, compute_dtype, place_for, weights)
 
 
 def describe(source: str | os.PathLike | None, files: Files = NO_FILES) -> Contents:

@@ -289,19 +289,20 @@ def fill(
 def read(
     abstract: nnx.State, values: Mapping[str, Parameter], place: Place = on_first_device
 ) -> nnx.State:
-    """Reads parameters into the structure of an abstract state, each to its sharding.
-
-    The host holds one parameter at a time, and a device receives only its own part.
-    """
+    """Reads parameters into the structure of an abstract state; `read_one` for each."""
     filled = []
     for path, variable in nnx.to_flat_state(abstract):
         name = ".".join(map(str, path))
-        host = values[name].whole()
-        host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
-        sharding = place(name, host.shape)
-        array = jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
-        filled.append((path, variable.replace(array)))
+        filled.append((path, variable.replace(read_one(name, values[name], place))))
     return nnx.from_flat_state(filled)
+
+
+def read_one(path: str, value: Parameter, place: Place) -> jax.Array:
+    """Reads a parameter to its sharding; a device receives only its own part."""
+    host = value.whole()
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+    sharding = place(path, host.shape)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
 def published_names(

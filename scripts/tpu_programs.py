@@ -141,14 +141,21 @@ def array(mesh: Mesh, shape, letters: str, dtype=jnp.float32) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
-def loop(mesh: Mesh, row: Row, spread: bool, kind: str = "", share: float = 0.0):
-    """The lowered sampling loop.
+def loop(
+    mesh: Mesh,
+    row: Row,
+    spread: bool,
+    kind: str = "",
+    share: float = 0.0,
+    model: nnx.Module | None = None,
+):
+    """The lowered sampling loop, of bfloat16 weights or of an abstract `model`.
 
     Every step of `kind`, if it is given, is that kind of pass; `"foreground"` computes a `share` of
     the tokens.
     """
     config, latent = MODELS[row.model], row.workload.latent_shape
-    model = abstract(mesh, config, jnp.bfloat16, spread)
+    model = model or abstract(mesh, config, jnp.bfloat16, spread)
     model.attend = gathered if row.gathered else overlapped
     grid = Grid(latent, padding.padded(Grid.of(latent).tokens, sharding.shards("L")))
     batch = row.batch

@@ -26,11 +26,11 @@ from kvlock_jax.checkpoints.metadata import Metadata, Stored, is_data_name
 from kvlock_jax.checkpoints.registry import (
     Checkpoint,
     Configs,
+    Filling,
     Opened,
     PlaceFor,
     abstract,
     family,
-    fill,
     network,
     on_first_device,
 )
@@ -172,6 +172,8 @@ def open(
     dtype: Any = None,
     compute_dtype: Any = jnp.float32,
     place_for: PlaceFor | None = None,
+    weights: str | None = None,
+    change: Callable[[str, str, jax.Array], jax.Array] = lambda name, path, array: array,
 ) -> Opened:
     """Opens a checkpoint after checking shapes; a network's files are verified as it is read.
 
@@ -181,6 +183,8 @@ def open(
       compute_dtype: dtype of the modules' matrix products.
       place_for: sharding of each parameter, to which its file is read directly; None is the first
         device.
+      weights: kind of 8-bit values for the large kernels (`models.small.KINDS`).
+      change: changes a network's parameter of a path as it is read.
 
     Raises:
       CheckpointError: the folder holds no checkpoint, files are missing or damaged, or parameters
@@ -207,12 +211,14 @@ def open(
             sharding = place(f"{name}.{path}", array.shape)
             targets[name][path] = jax.ShapeDtypeStruct(array.shape, kind, sharding=sharding)
     _verify(data, metadata.files, "tokenizer")
-    shapes = {name: fill(model, targets[name]) for name, model in models.items()}
+    filling = Filling(metadata.configs, compute_dtype, weights)
+    shapes = {name: filling(name, targets[name].items()) for name in models}
 
     def read(name: str) -> nnx.Module:
         """Restores a network while another thread verifies its files."""
         with _checked(data, metadata.files, name):
-            return fill(models[name], store.read(data / name, targets[name]))
+            arrays = store.read(data / name, targets[name])
+            return filling(name, ((path, change(name, path, array)) for path, array in arrays))
 
     return Opened(Checkpoint(metadata.configs, **shapes, tokenizer=data / "tokenizer"), read)
 

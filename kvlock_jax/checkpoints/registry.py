@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from etils import epath
 from flax import nnx
 
 from kvlock_jax.errors import CheckpointError, ConfigError
+from kvlock_jax.models import small
 from kvlock_jax.models.family import Family, Network
 from kvlock_jax.models.wan.families import (
     KNOWN_TOKENS,
@@ -47,6 +48,19 @@ def on_mesh(mesh: jax.sharding.Mesh, configs: "Configs", *, spread: bool) -> Pla
         return rules.sharding(mesh, path, shape, spread=spread)
 
     return place
+
+
+def on_host(place: Place, configs: "Configs") -> Place:
+    """A `Place` with the transformers' large kernels in the host's memory."""
+
+    def placed(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        """The sharding of one parameter."""
+        name, _, own = path.partition(".")
+        large = name in TRANSFORMERS and network(getattr(configs, name)).parameters.is_large(own)
+        found = place(path, shape)
+        return found.with_memory_kind(small.HOST) if large else found
+
+    return placed
 
 
 def on_first_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
@@ -180,6 +194,32 @@ def fill(model: nnx.Module, arrays: Mapping[str, Any]) -> nnx.Module:
     flat = nnx.to_flat_state(state)
     full = [(path, v.replace(arrays[".".join(map(str, path))])) for path, v in flat]
     return nnx.merge(graph, nnx.from_flat_state(full))
+
+
+@dataclasses.dataclass(frozen=True)
+class Filling:
+    """Fills the networks of a checkpoint with parameters as these are read.
+
+    Attributes:
+      configs: sizes of the networks.
+      compute_dtype: dtype of their matrix products.
+      weights: kind of 8-bit values for the large kernels (`models.small.KINDS`); `None` keeps them.
+    """
+
+    configs: Configs
+    compute_dtype: Any
+    weights: str | None = None
+
+    def __call__(self, name: str, arrays: Iterable[tuple[str, Any]]) -> nnx.Module:
+        """A network of arrays by dotted path, or of their shapes, each narrowed as it comes."""
+        config = getattr(self.configs, name)
+        model, rules = abstract(config, self.compute_dtype), network(config).parameters
+        if self.weights is not None:
+            model = small.in_8_bits(model, rules, self.weights)
+        found: dict[str, Any] = {}
+        for path, array in arrays:
+            found |= small.parts(path, array, rules, self.weights)
+        return fill(model, found)
 
 
 def not_finite(checkpoint: Checkpoint) -> list[str]:

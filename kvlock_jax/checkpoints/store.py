@@ -170,8 +170,8 @@ def describe(folder: epath.Path) -> Mapping[str, Any]:
 
 def read(
     folder: epath.Path, targets: Mapping[str, jax.ShapeDtypeStruct]
-) -> Mapping[str, jax.Array]:
-    """Restores arrays, each directly to its target's sharding and dtype.
+) -> Iterator[tuple[str, jax.Array]]:
+    """Restores arrays by name, each directly to its target's sharding and dtype.
 
     The largest come first, and some at a time: Orbax holds all that a call has read a second time,
     in cycles of references, until they are collected.
@@ -188,15 +188,15 @@ def read(
     sizes = {name: needed(target) for name, target in targets.items()}
     limit = max(RESTORING, *sizes.values())
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 10**9)
-    found: dict[str, jax.Array] = {}
     with ocp.Checkpointer(handler) as checkpointer, _plain(folder) as place:
         for names in _groups(sizes):
             item = {name: targets[name] for name in names}
             arguments = ocp.checkpoint_utils.construct_restore_args(item)
             restore = ocp.args.PyTreeRestore(item, restore_args=arguments, partial_restore=True)
-            found |= jax.block_until_ready(checkpointer.restore(place, args=restore))
+            found = jax.block_until_ready(checkpointer.restore(place, args=restore))
             gc.collect()
-    return found
+            while found:
+                yield found.popitem()
 
 
 def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:

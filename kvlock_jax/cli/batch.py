@@ -66,7 +66,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
         save_dir=storage.resolve(args.save_dir),
         common=Common(settings, manifest.resolved(defaults, ".")),
         checkpoint=checkpoint_identity(folder, files, gather_loras(args))
-        | {"dtype": dtype_name(args)},
+        | {"dtype": dtype_name(args)}
+        | ({"weights": args.weights} if args.weights else {}),
         batch_size=size,
         shard=(args.shard_index, args.num_shards),
         overwrite=args.overwrite,

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from kvlock_jax.checkpoints.files import PARTS, ROLES, Files, Loras, by_role
 from kvlock_jax.errors import InputError
+from kvlock_jax.models import small
 from kvlock_jax.pipeline.overrides import SETTINGS, apply_overrides, read_config_file, update
 from kvlock_jax.pipeline.placement import ATTENTION
 from kvlock_jax.pipeline.settings import config
@@ -24,6 +25,14 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     add("--attention", choices=ATTENTION, default="auto", help=about)
     about = "spread the weights over frames and gather them layer by layer; by default where large"
     add("--spread_weights", action=argparse.BooleanOptionalAction, help=about)
+    about = (
+        "keep the kernels of the transformer's blocks in 8 bits, with scales"
+    )
+    add("--weights", choices=small.KINDS, help=about)
+    about = (
+        "memory of those kernels: the device's (default), or the host's, as used"
+    )
+    add("--weights_on", choices=("device", "host"), default="device", help=about)
     about = "tiles of columns that the VAE makes a frame in, for the memory of one: %(default)s"
     add("--vae_tiles", type=int, default=1, help=about)
     add("--distributed", action="store_true", help="several hosts, which Cloud TPU knows by itself")

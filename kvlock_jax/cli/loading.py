@@ -37,6 +37,8 @@ def place(args: argparse.Namespace, contents: Contents, *, many: bool) -> Placem
         spread=args.spread_weights,
         attention=args.attention,
         vae_tiles=args.vae_tiles,
+        weights=args.weights,
+        weights_on=args.weights_on,
     )
 
 

@@ -31,12 +31,19 @@ class ParameterRules:
       rounded: pattern for the whole path of parameters that the network takes in its compute dtype,
         and that a checkpoint may therefore store in it. All others are taken in float32 (DESIGN.md
         section 3).
+      large: pattern for the whole path of stacked kernels, nearly all of the network's memory,
+        which may be kept in 8 bits or in the host's memory (`models.small`).
     """
 
     letters: Mapping[str, str] = dataclasses.field(default_factory=dict)
     axes: Mapping[str, Any] = dataclasses.field(default_factory=lambda: sharding.RULES)
     spread_axes: Mapping[str, Any] = dataclasses.field(default_factory=lambda: sharding.SPREAD)
     rounded: str = "(?!)"
+    large: str = "(?!)"
+
+    def is_large(self, path: str) -> bool:
+        """Whether a parameter is one of the `large` ones."""
+        return re.fullmatch(self.large, path) is not None
 
     def sharding(
         self, mesh: Mesh, path: str, shape: tuple[int, ...], *, spread: bool
@@ -73,9 +80,14 @@ class ParameterRules:
 def gathered_layer(weights: _T, rules: ParameterRules) -> _T:
     """Gathers one layer's weights for its products; heads and feed-forward stay sharded.
 
-    The constraint stands inside the scan over layers, so that one layer is gathered at a time. XLA
-    by itself may sum partial products over all tokens instead.
+    Weights in the host's memory come to the device. The constraint stands inside the scan over
+    layers, so that one layer is gathered at a time. XLA by itself may sum partial products over all
+    tokens instead.
     """
+    near = jax.memory.Space.Device
+    weights = jax.tree.map(
+        lambda x: x if jax.typeof(x).memory_space == near else jax.device_put(x, near), weights
+    )
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return weights

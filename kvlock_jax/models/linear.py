@@ -30,17 +30,19 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (c_in, c_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((c_out,), jnp.float32))
         self.dtype = dtype
+        self.scale = nnx.data(None)  # of each output, where the kernel has 8 bits (`models.small`)
 
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
         """The layer's output, float32."""
         y = _matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        y = y if self.scale is None else y * self.scale[...]
         return y + self.bias[...].astype(jnp.float32)
 
 
 def together(layers: Sequence[Linear], x: Float[Array, "*rows I"]) -> list[Float[Array, "*rows O"]]:
     """Applies layers of equal size to one input; a CPU computes small ones in a single product."""
     rows, c_out = x.size // x.shape[-1], layers[0].kernel.shape[-1]
-    shared = jax.sharding.get_abstract_mesh().size > 1
+    shared = jax.sharding.get_abstract_mesh().size > 1 or layers[0].scale is not None
     if shared or rows > _ROWS or c_out > _COLUMNS:
         return _apart(layers, x)
     return jax.lax.platform_dependent(layers, x, cpu=_joined, default=_apart)

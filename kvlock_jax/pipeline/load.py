@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -23,10 +22,11 @@ from kvlock_jax import demo
 from kvlock_jax.checkpoints import format, registry
 from kvlock_jax.checkpoints.files import NO_FILES, NO_LORAS, Files, Loras
 from kvlock_jax.checkpoints.format import Contents
-from kvlock_jax.checkpoints.registry import Checkpoint, Opened
-from kvlock_jax.errors import CheckpointError
+from kvlock_jax.checkpoints.registry import Checkpoint, Configs, Opened, Place
+from kvlock_jax.errors import CheckpointError, ConfigError
 from kvlock_jax.media.fit import Fit
 from kvlock_jax.media.storage import FilePath
+from kvlock_jax.models import small
 from kvlock_jax.models.attention.sharded import Attend, overlapped
 from kvlock_jax.models.text.tokenizer import Tokenizer
 from kvlock_jax.pipeline.settings import config, default_config_name
@@ -104,6 +104,8 @@ def load(
     spread: bool = False,
     attend: Attend = overlapped,
     vae_tiles: int = 1,
+    weights: str | None = None,
+    weights_on: str = "device",
     files: Files = NO_FILES,
     loras: str | Loras = NO_LORAS,
     keep_in_memory: bool = True,
@@ -122,6 +124,10 @@ def load(
       attend: self-attention between devices: `overlapped`, `gathered` or `ring`.
       vae_tiles: number of column tiles of a frame that the VAE processes one by one, to save
         memory; the result is the same.
+      weights: `"int8"` or `"float8"` to keep the kernels of the transformers' blocks in 8 bits,
+        with a scale for each output channel; by default they keep the checkpoint's dtype.
+      weights_on: `"host"` to keep those kernels in the host's memory, from which each layer's come
+        to the devices as it is used.
       files: files of single parts, float8 and block-quantised ones too, which take the place of a
         published folder's. Matrices are rounded to a compute dtype of 16 bits.
       loras: LoRA files that change the transformers: `"a.safetensors:0.8,b.safetensors"`, or those
@@ -141,9 +147,24 @@ def load(
     restored = reader is format
     own |= {} if restored else {"loras": loras}
     dtype = default_dtype(mesh) if dtype is None else dtype
-    place = functools.partial(registry.on_mesh, mesh, spread=spread) if mesh else None
-    opened = reader.open(folder, compute_dtype=dtype, place_for=place, **own)
-    changes = lora.open_loras(loras, opened.shapes.configs) if restored else {}
+    if weights not in (None, *small.KINDS):
+        raise ConfigError(f"weights must be one of {', '.join(small.KINDS)}, found {weights!r}")
+    if weights_on not in ("device", "host"):
+        raise ConfigError(f"weights_on must be 'device' or 'host', found {weights_on!r}")
+
+    def place_for(configs: Configs) -> Place:
+        """Where each parameter goes."""
+        place = registry.on_first_device
+        if mesh is not None:
+            place = registry.on_mesh(mesh, configs, spread=spread)
+        return registry.on_host(place, configs) if weights_on == "host" else place
+
+    changes = {}
+    if restored:
+        changes |= lora.open_loras(loras, format.read_metadata(folder).configs)
+        own["change"] = lambda part, path, x: lora.changed(path, x, changes.get(part, {}))
+    options = {"compute_dtype": dtype, "place_for": place_for, "weights": weights}
+    opened = reader.open(folder, **options, **own)
     tokenizer = Tokenizer(opened.shapes.tokenizer)
     name = os.fspath(next(iter(files.given.values())) if source is None else source)
 
@@ -157,8 +178,7 @@ def load(
 
     def read(part: str) -> nnx.Module:
         """Reads a network."""
-        network = opened.read(part)
-        return placed(lora.merged(network, changes[part]) if part in changes else network)
+        return placed(opened.read(part))
 
     for part in opened.shapes.configs.networks:
         placed(getattr(opened.shapes, part))

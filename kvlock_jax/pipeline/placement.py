@@ -43,20 +43,26 @@ class Placement:
       spread: whether the mesh's `frames` axis shares the transformer's weights.
       attend: self-attention between tokens on several devices.
       vae_tiles: number of column tiles of a frame that the VAE processes one by one.
+      weights: kind of 8-bit values for the kernels of the transformers' blocks, if any.
+      weights_on: memory of those kernels, `"device"` or `"host"`.
     """
 
     mesh: Mesh | None
     spread: bool
     attend: Attend
     vae_tiles: int = 1
+    weights: str | None = None
+    weights_on: str = "device"
 
     def __str__(self) -> str:
+        kept = f", blocks in {self.weights}" if self.weights else ""
+        kept += ", blocks in the host's memory" if self.weights_on == "host" else ""
         if self.mesh is None:
-            return str(jax.devices()[0].device_kind)
+            return f"{jax.devices()[0].device_kind}{kept}"
         sizes = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
         weights = ", weights spread" if self.spread else ""
-        return f"{self.mesh.size} devices{hosts}: {sizes}{weights}"
+        return f"{self.mesh.size} devices{hosts}: {sizes}{weights}{kept}"
 
 
 def choose_placement(
@@ -67,6 +73,7 @@ def choose_placement(
     spread: bool | None = None,
     attention: str = "auto",
     vae_tiles: int = 1,
+    **weights: Any,
 ) -> Placement:
     """Chooses the placement of a checkpoint's transformer and VAE.
 
@@ -77,6 +84,7 @@ def choose_placement(
       spread: whether to spread the transformer's weights; by default where they are large.
       attention: a key of `ATTENTION`.
       vae_tiles: column tiles of a frame in the VAE, 1 or more.
+      weights: `weights` and `weights_on` of the placement.
 
     Raises:
       ConfigError: the mesh is impossible or does not divide the heads, or `vae_tiles` is under 1.
@@ -101,9 +109,9 @@ def choose_placement(
             f"use one of {', '.join(map(str, fitting))}"
         )
     if devices.size == 1:
-        return Placement(None, False, overlapped, vae_tiles)
+        return Placement(None, False, overlapped, vae_tiles, **weights)
     spread = spread and devices.shape["frames"] > 1
-    return Placement(devices, spread, ATTENTION[attention], vae_tiles)
+    return Placement(devices, spread, ATTENTION[attention], vae_tiles, **weights)
 
 
 def compiler_for(placed: Placement, cache_dir: str | None) -> Compiler:

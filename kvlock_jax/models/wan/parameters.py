@@ -15,5 +15,6 @@ PARAMETERS = ParameterRules(
         r"condition_embedder\.time_proj\.kernel": "D I",
     },
     # the time embedding's products stay float32
+    large=r"(vace_)?blocks\..+\.kernel",
     rounded=r"(?!condition_embedder\.time_)(.+\.)?kernel",
 )

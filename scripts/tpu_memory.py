@@ -1,0 +1,156 @@
+"""What 14B takes of one TPU chip, by the TPU's compiler, without a TPU; a section of docs/tpu.md.
+
+    python scripts/tpu_memory.py [--only int8] [--runs runs/memory_tpu]
+
+The sampling loop of text-to-video 14B at 81 frames of 480x832 (`kvlock_anchor`, every kind of pass)
+is compiled for one chip with the transformer's weights in bfloat16, with its blocks' kernels in 8
+bits, and with those in the host's memory. One process at a time: libtpu takes a lock. Figures stay
+in `--runs`; a second run does the missing ones.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODEL, HEIGHT, WIDTH, FRAMES = "T2V 14B", 480, 832, 81
+CHIPS = {"v6e": 32e9, "v5e": 16e9}
+WAYS = {
+    "bfloat16": (None, "device"),
+    "int8": ("int8", "device"),
+    "float8": ("float8", "device"),
+    "bfloat16, in the host's memory": (None, "host"),
+    "int8, in the host's memory": ("int8", "host"),
+}
+SECTION = "## 14B on one chip"
+ABOUT = """{title}
+
+Written by `python scripts/tpu_memory.py`. GB on one chip in the sampling loop of {model} at {size},
+compiled by libtpu {version}: `weights` are the transformer's on the device, `temporaries` the
+compiler's own. `peak` is the loop's, once the text encoder has left, and `with it` adds the text
+encoder's {encoder:.1f} GB in bfloat16, which a run that keeps all networks holds too. `compiler`
+says that libtpu compiled the program into the chip's memory, or why not.
+
+{table}
+"""
+
+
+def program(chip: str, way: str):
+    """The lowered loop on one chip, and bytes of weights on the device."""
+    import jax
+    import jax.numpy as jnp
+    import tpu_programs
+    from flax import nnx
+    from jax.experimental import topologies
+
+    from kvlock_jax.checkpoints import registry
+    from kvlock_jax.models import small
+    from kvlock_jax.parallel.mesh import make_mesh
+
+    weights, where = WAYS[way]
+    os.environ["TPU_ACCELERATOR_TYPE"] = f"{chip.replace('v5e', 'v5litepod')}-1"
+    options = {"platform": "tpu", "chips_per_host_bounds": [1, 1, 1]}
+    devices = topologies.get_topology_desc(f"{chip}:1x1", **options).devices
+    mesh = make_mesh(1, 1, 1, devices=devices)
+    row = tpu_programs.Row(MODEL, HEIGHT, WIDTH, FRAMES, f"{chip}-8")
+    config = tpu_programs.MODELS[MODEL]
+    rules, model = registry.network(config).parameters, registry.abstract(config, jnp.bfloat16)
+    wide = tpu_programs.abstract(mesh, config, jnp.bfloat16, False)
+    if weights:
+        model = small.in_8_bits(model, rules, weights)
+    found, near = {}, 0
+    for path, leaf in nnx.to_flat_state(nnx.state(wide)):
+        struct, name = leaf.get_value(), ".".join(map(str, path))
+        if where == "host" and rules.is_large(name):
+            place = struct.sharding.with_memory_kind(small.HOST)
+            struct = jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place)
+        for part, one in small.parts(name, struct, rules, weights).items():
+            found[part] = one
+            if one.sharding.memory_kind != small.HOST:
+                near += one.size * one.dtype.itemsize
+    made = registry.fill(model, found)
+    with jax.set_mesh(mesh):
+        return tpu_programs.loop(mesh, row, False, model=made), near
+
+
+def measured(chip: str, way: str) -> dict:
+    """The compiler's figures, or its refusal."""
+    lowered, near = program(chip, way)
+    try:
+        memory = lowered.compile().memory_analysis()
+    except Exception as error:  # of any kind that libtpu raises
+        text = " ".join(str(error).split())
+        used = re.search(r"Used ([0-9.]+)G of", text)
+        return {"weights": near, "refused": text[:400], "used": used and float(used[1]) * 2**30}
+    return {
+        "weights": near,
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    }
+
+
+def cells(chip: str, way: str, found: dict, encoder: float) -> str:
+    """A row of the table."""
+    limit = CHIPS[chip]
+    if "refused" in found:
+        used = found["used"]
+        peak = f"{used / 1e9:.1f}" if used else "-"
+        fits = f"refused: over {limit / 1e9:g} GB" if used else found["refused"]
+        return f"| {chip} | {way} | {found['weights'] / 1e9:.1f} | - | {peak} | - | {fits} |"
+    peak = found["arguments"] + found["temporaries"] + found["outputs"]
+    both = peak + encoder
+    verdict = f"compiled; with it {'fits' if both <= limit else 'does not fit'} {limit / 1e9:g} GB"
+    numbers = (found["weights"], found["temporaries"], peak, both)
+    return f"| {chip} | {way} | {' | '.join(f'{n / 1e9:.1f}' for n in numbers)} | {verdict} |"
+
+
+def main() -> None:
+    """Compiles what is missing, and writes the section."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="compile ways whose name contains this")
+    parser.add_argument("--runs", type=pathlib.Path, default=ROOT / "runs" / "memory_tpu")
+    parser.add_argument("--page", type=pathlib.Path, default=ROOT / "docs" / "tpu.md")
+    args = parser.parse_args()
+    import importlib.metadata
+
+    import tpu_programs
+    from tpu_costs import section
+
+    from kvlock_jax.checkpoints import registry
+
+    args.runs.mkdir(parents=True, exist_ok=True)
+    encoder = 2 * sum(
+        leaf.size for leaf in jax_leaves(registry.abstract(tpu_programs.TEXT_ENCODER))
+    )
+    rows = []
+    for chip in CHIPS:
+        for way in WAYS:
+            file = args.runs / re.sub(r"[^a-z0-9]+", "_", f"{chip} {way}.json".lower())
+            if not file.exists() and args.only in way:
+                print(f"{chip}, {way} ...", flush=True)
+                file.write_text(json.dumps(measured(chip, way)))
+            if file.exists():
+                rows.append(cells(chip, way, json.loads(file.read_text()), encoder))
+                print(rows[-1])
+    head = "| chip | weights of the blocks | weights | temporaries | peak | with it | compiler |"
+    table = "\n".join([head, "|---" * 7 + "|", *rows])
+    size = f"{FRAMES} frames of {HEIGHT}x{WIDTH}"
+    version = importlib.metadata.version("libtpu")
+    about = {"title": SECTION, "model": MODEL, "size": size, "version": version}
+    text = ABOUT.format(**about, encoder=encoder / 1e9, table=table)
+    args.page.write_text(section(args.page.read_text(), SECTION, text))
+
+
+def jax_leaves(model) -> list:
+    """The shapes of a model's parameters."""
+    import jax
+    from flax import nnx
+
+    return jax.tree.leaves(nnx.state(model))
+
+
+if __name__ == "__main__":
+    main()
