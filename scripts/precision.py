@@ -54,6 +54,16 @@ Two runs of an edit part as they go: every step starts from what the one before 
 difference. PSNR between them says how far they parted, not which is better; that is what the lines
 on the background are for.
 
+## Blocks in 8 bits
+
+`--weights int8` and `--weights float8` (e4m3) keep the kernels of the transformer's blocks in 8
+bits, with a float32 scale for each output channel, and multiply in the compute dtype: here
+bfloat16, beside bfloat16 kernels, each against float32 alone.
+
+| bfloat16 products | bfloat16 kernels | int8 | float8 |
+|---|---|---|---|
+{small}
+
 ## What "float32" means on a TPU
 
 A dtype does not say how exactly a product is computed. A TPU multiplies bfloat16 numbers: by
@@ -100,10 +110,12 @@ def main() -> None:
     ):
         print(f"{what}: {figure}", flush=True)
         rows.append(f"| {what} | {figure} |")
+    small = [f"| {row} |" for row in in_8_bits(args.model, wide, low, inputs, config)]
+    print(*small, sep="\n", flush=True)
     simulated, verdict = simulations(wide, inputs, settings)
     device = f"{jax.devices()[0].device_kind} ({platform.machine()})"
     facts = dict(device=device, jax=jax.__version__, steps=args.steps, model=args.model)
-    facts |= dict(simulated="\n".join(simulated), verdict=verdict)
+    facts |= dict(simulated="\n".join(simulated), verdict=verdict, small="\n".join(small))
     page = PAGE.format(rows="\n".join(rows), preset=settings.preset, prompt=PROMPT, **facts)
     args.page.write_text(page)
 
@@ -127,6 +139,24 @@ def passes(wide, low, inputs, settings):
     for sigma in LEVELS:
         exact, found = (velocity(m.checkpoint.transformer, jnp.float32(sigma)) for m in (wide, low))
         yield f"velocity at noise level {sigma}, relative L2", f"{relative(found, exact):.1e}"
+
+
+def in_8_bits(name, wide, low, inputs, config):
+    """Rows of bfloat16 products with kernels of 16 and of 8 bits."""
+    models = [low, *(kvl.load(name, jnp.bfloat16, weights=kind) for kind in ("int8", "float8"))]
+    settings, found = resolve_settings(config), {}
+    for model in models:
+        for what, figure in passes(wide, model, inputs, settings):
+            if what.startswith("velocity"):
+                found.setdefault(what, []).append(figure)
+    exact = kvl.edit(wide, inputs.source, inputs.mask, inputs.prompt, config=config).video
+    for model in models:
+        made = kvl.edit(model, inputs.source, inputs.mask, inputs.prompt, config=config)
+        background = f"{made.metrics.background_psnr:.2f} dB"
+        found.setdefault("edit's background PSNR", []).append(background)
+        found.setdefault("edit, against float32", []).append(decibel(exact, made.video))
+    for what, figures in found.items():
+        yield f"{what} | {' | '.join(figures)}"
 
 
 def edits(wide, low, inputs, config):
