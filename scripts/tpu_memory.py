@@ -81,9 +81,7 @@ def measured(chip: str, way: str) -> dict:
     try:
         memory = lowered.compile().memory_analysis()
     except Exception as error:  # of any kind that libtpu raises
-        text = " ".join(str(error).split())
-        used = re.search(r"Used ([0-9.]+)G of", text)
-        return {"weights": near, "refused": text[:400], "used": used and float(used[1]) * 2**30}
+        return {"weights": near, "refused": " ".join(str(error).split())[:400]}
     return {
         "weights": near,
         "arguments": memory.argument_size_in_bytes,
@@ -96,10 +94,10 @@ def cells(chip: str, way: str, found: dict, encoder: float) -> str:
     """A row of the table."""
     limit = CHIPS[chip]
     if "refused" in found:
-        used = found["used"]
-        peak = f"{used / 1e9:.1f}" if used else "-"
-        fits = f"refused: over {limit / 1e9:g} GB" if used else found["refused"]
-        return f"| {chip} | {way} | {found['weights'] / 1e9:.1f} | - | {peak} | - | {fits} |"
+        over = re.search(r"HLO temporaries \(([0-9.]+)G\)", found["refused"])  # arguments too
+        peak = f"{float(over[1]) * 2**30 / 1e9:.1f}" if over else "-"
+        why = f"refused: over {limit / 1e9:g} GB" if over else found["refused"]
+        return f"| {chip} | {way} | {found['weights'] / 1e9:.1f} | - | {peak} | - | {why} |"
     peak = found["arguments"] + found["temporaries"] + found["outputs"]
     both = peak + encoder
     verdict = f"compiled; with it {'fits' if both <= limit else 'does not fit'} {limit / 1e9:g} GB"

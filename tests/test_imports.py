@@ -44,7 +44,7 @@ ORDER = {
     "settings": "fields schema",
     "parallel": "padding mesh sharding processes agreement",
     "runtime": "clock identity trees compile_cache",
-    "models": "layout family precision linear attention norms text vae wan",
+    "models": "layout small family precision linear attention norms text vae wan",
     "checkpoints": "files store registry metadata format",
     "media": "storage folders footage orientation colour timing containers pictures heif memory "
     "deinterlace sound decode encode fit timeline masks",

@@ -14,9 +14,11 @@ from kvlock_jax.estimate import costs, info, memory
 from kvlock_jax.estimate.costs import Layout, Workload
 from kvlock_jax.estimate.info import Plan
 from kvlock_jax.media.fit import Fit
+from kvlock_jax.models.attention.sharded import overlapped
 from kvlock_jax.models.text.config import UMT5Config
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.wan.config import WanConfig
+from kvlock_jax.pipeline.placement import Placement
 from kvlock_jax.pipeline.settings import config, resolve_settings
 
 SMALL, LARGE = WanConfig(12, 128, 30, 8960), WanConfig(40, 128, 40, 13824)
@@ -189,3 +191,33 @@ def test_bound_of_a_run(run, wan, share):
 def test_interconnect_that_never_binds(monkeypatch):
     monkeypatch.setattr(info.roofline, "interconnect_binds_from", lambda *_, **__: None)
     assert words(needs(SMALL, chip="a100"))["scaling"].endswith("binds at no number of chips")
+
+
+def test_kernels_of_8_bits_take_a_byte():
+    workload, lock = Workload(LARGE, 81, 480, 832), resolve_settings(config("t2v_14b_480p")).lock
+    wide, small = (
+        memory.per_device(contents(LARGE), workload, Layout(), lock, in_8_bits=kept)
+        for kept in (False, True)
+    )
+    blocks = costs.parameters(LARGE).blocks
+    assert small.blocks == blocks and wide.blocks == pytest.approx(2 * blocks)
+    assert wide.leaving - small.leaving == pytest.approx(blocks, rel=1e-6)
+    assert words(needs(LARGE, weights="int8"))["  transformer"] == "13.5 GiB  weights"
+
+
+@pytest.mark.parametrize(
+    ("limit", "asked", "where", "said"),
+    [
+        (80e9, "device", "device", ""),
+        (20e9, "device", "host", "blocks stay in the host's memory"),
+        (5e9, "device", "device", "it may not fit; try --weights int8"),
+        (5e9, "host", "host", "it may not fit"),
+        (20e9, "host", "host", ""),
+    ],
+)
+def test_an_edit_takes_the_leanest_way_that_it_needs(limit, asked, where, said):
+    workload, lock = Workload(LARGE, 81, 480, 832), resolve_settings(config("t2v_14b_480p")).lock
+    need = memory.per_device(contents(LARGE), workload, Layout(), lock)
+    placed = Placement(None, False, overlapped, weights_on=asked)
+    found, line = memory.fitted(placed, need, int(limit))
+    assert found.weights_on == where and said in line and bool(said) == bool(line)

@@ -12,7 +12,14 @@ import jax
 from kvlock_jax import lock
 from kvlock_jax.checkpoints.files import PARTS
 from kvlock_jax.cli.flags import add_shared, checkpoint, gather_files, gather_loras, gather_settings
-from kvlock_jax.cli.loading import compiler, dtype_name, join, load_model, place
+from kvlock_jax.cli.loading import (
+    compiler,
+    dtype_name,
+    fit_memory,
+    join,
+    load_model,
+    place,
+)
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import encode, storage
@@ -84,7 +91,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     say("mask", f"{100 * inputs.mask.mean():.1f} % of the pixels are edited")
     say("preset", f"{settings.preset}: {lock.PRESETS[settings.preset]}")
 
-    placed = place(args, contents, many=False)
+    placed = fit_memory(place(args, contents, many=False), contents, inputs, settings)
     start = time.perf_counter()
     compiling: list[BackgroundCompiler] = []
 

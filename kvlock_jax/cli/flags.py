@@ -25,13 +25,9 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     add("--attention", choices=ATTENTION, default="auto", help=about)
     about = "spread the weights over frames and gather them layer by layer; by default where large"
     add("--spread_weights", action=argparse.BooleanOptionalAction, help=about)
-    about = (
-        "keep the kernels of the transformer's blocks in 8 bits, with scales"
-    )
+    about = "keep the kernels of the transformer's blocks in 8 bits, with scales"
     add("--weights", choices=small.KINDS, help=about)
-    about = (
-        "memory of those kernels: the device's (default), or the host's, as used"
-    )
+    about = "memory of those kernels: the device's (default), or the host's, as used"
     add("--weights_on", choices=("device", "host"), default="device", help=about)
     about = "tiles of columns that the VAE makes a frame in, for the memory of one: %(default)s"
     add("--vae_tiles", type=int, default=1, help=about)

@@ -9,6 +9,7 @@ from kvlock_jax.cli.flags import DTYPES, add_dtype, add_files, gather_files
 from kvlock_jax.errors import InputError
 from kvlock_jax.estimate import info, roofline
 from kvlock_jax.media.fit import Fit
+from kvlock_jax.models import small
 from kvlock_jax.pipeline.load import default_dtype, describe
 from kvlock_jax.pipeline.settings import config, default_config_name, resolve_settings
 from kvlock_jax.settings.schema import EditConfig
@@ -26,6 +27,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--frame_num", type=int, default=81, help="frames of the video")
     parser.add_argument("--devices", type=int, default=1, help="devices that share the video")
     chips = ", ".join(roofline.CHIPS)
+    about = "of the kernels of the transformer's blocks: 8 bits each"
+    parser.add_argument("--weights", choices=small.KINDS, help=about)
     parser.add_argument("--chip", choices=roofline.CHIPS, help=f"kind of the devices: {chips}")
     add_dtype(parser)
 
@@ -43,6 +46,6 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     shape = Fit(size.frame_num, *size.height_width, contents.configs.unit)
     dtype = args.dtype or ("bfloat16" if args.chip else default_dtype().name)
     number = jnp.dtype(DTYPES[dtype]).itemsize
-    plan = info.Plan(shape, args.devices, dtype, number, args.chip)
+    plan = info.Plan(shape, args.devices, dtype, number, args.chip, args.weights)
     for lines in (info.holds(contents), info.needs(contents, settings, plan)):
         print(*lines, sep="\n", flush=True)

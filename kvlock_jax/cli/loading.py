@@ -10,10 +10,19 @@ from kvlock_jax.checkpoints.files import PARTS
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.cli.flags import DTYPES, checkpoint, gather_files, gather_loras
 from kvlock_jax.cli.terminal import say
+from kvlock_jax.estimate import memory
+from kvlock_jax.estimate.costs import Layout, Workload
+from kvlock_jax.media.fit import Fit
+from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.parallel.processes import join_hosts
+from kvlock_jax.pipeline.inputs import EditInputs
 from kvlock_jax.pipeline.load import Model, default_dtype, load
-from kvlock_jax.pipeline.placement import Placement, choose_placement, compiler_for
-from kvlock_jax.pipeline.settings import config, default_config_name
+from kvlock_jax.pipeline.placement import (
+    Placement,
+    choose_placement,
+    compiler_for,
+)
+from kvlock_jax.pipeline.settings import Settings, config, default_config_name
 from kvlock_jax.runtime.compile_cache import Compiler, keep_programs
 
 
@@ -40,6 +49,35 @@ def place(args: argparse.Namespace, contents: Contents, *, many: bool) -> Placem
         weights=args.weights,
         weights_on=args.weights_on,
     )
+
+
+def fit_memory(
+    placed: Placement, contents: Contents, inputs: EditInputs, settings: Settings
+) -> Placement:
+    """The placement with which an edit fits the devices, and a line about it, if they tell."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats or not isinstance(contents.configs.transformer, WanConfig):
+        return placed
+    configs = contents.configs
+    shape = Fit(*inputs.source.shape[:3], configs.unit).model_shape
+    stored = contents.models["transformer"]
+    workload = Workload(
+        configs.transformer,
+        *shape,
+        batch=settings.lock.pool_seeds,
+        references=len(inputs.references),
+        weight_bytes=stored.size / stored.parameters,
+        branches=settings.sample.branches,
+        strides=configs.vae.strides,
+    )
+    devices = placed.mesh.shape["frames"] if placed.mesh else 1
+    layout = Layout.of(devices, placed.spread, workload.tokens)
+    small = placed.weights is not None
+    need = memory.per_device(contents, workload, layout, settings.lock, in_8_bits=small)
+    placed, line = memory.fitted(placed, need, stats["bytes_limit"])
+    if line:
+        say("memory", line)
+    return placed
 
 
 def compiler(args: argparse.Namespace, placed: Placement) -> Compiler:

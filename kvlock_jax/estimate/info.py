@@ -23,6 +23,7 @@ class Plan:
       dtype: name of the dtype of matrix products and cache.
       dtype_bytes: bytes of a number of that dtype.
       chip: kind of the devices, one of `CHIPS`; `None` estimates memory alone.
+      weights: kind of 8-bit values for the kernels of the blocks, if any.
     """
 
     video: Fit
@@ -30,6 +31,7 @@ class Plan:
     dtype: str
     dtype_bytes: int
     chip: str | None = None
+    weights: str | None = None
 
 
 def holds(contents: Contents) -> Iterator[str]:
@@ -97,7 +99,8 @@ def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
     several = plan.devices > 1
     spread = several and limit is not None and sharding.worth_spreading(stored.size, limit)
     layout = Layout.of(plan.devices, spread, workload.tokens)
-    parts = memory.per_device(contents, workload, layout, lock)
+    small = plan.weights is not None
+    parts = memory.per_device(contents, workload, layout, lock, in_8_bits=small)
     yield ""
     yield from _table(parts, workload, layout, plan, limit)
     if plan.chip:

@@ -12,6 +12,7 @@ import math
 from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.estimate import costs
 from kvlock_jax.estimate.costs import Layout, Workload
+from kvlock_jax.pipeline.placement import Placement
 from kvlock_jax.settings.schema import LockConfig
 
 
@@ -58,7 +59,14 @@ class Memory:
         return self.cache + self.activations
 
 
-def per_device(contents: Contents, workload: Workload, layout: Layout, lock: LockConfig) -> Memory:
+def per_device(
+    contents: Contents,
+    workload: Workload,
+    layout: Layout,
+    lock: LockConfig,
+    *,
+    in_8_bits: bool = False,
+) -> Memory:
     """An edit's memory on each of the devices that share it.
 
     Args:
@@ -66,13 +74,18 @@ def per_device(contents: Contents, workload: Workload, layout: Layout, lock: Loc
       workload: the edit and its transformer.
       layout: devices, and whether they share the transformer's weights.
       lock: settings of the lock.
+      in_8_bits: whether the kernels of the transformers' blocks are kept in 8 bits.
     """
     configs, sizes = contents.configs, {name: m.size for name, m in contents.models.items()}
     ways = layout.devices if layout.shard_weights else 1
     names = configs.transformers
     parts = costs.parameters(configs.transformer)
-    share = (parts.blocks + parts.vace) / parts.total
-    blocks = math.ceil(share * sizes[names[0]] / ways)
+    number = parts.blocks + parts.vace
+    for name in names if in_8_bits else ():
+        sizes[name] -= math.ceil(sizes[name] * number / parts.total) - number
+    blocks = math.ceil(sizes[names[0]] * number / parts.total / ways)
+    if in_8_bits:
+        blocks = -(-number // ways)
     count = configs.transformer.num_layers + len(configs.transformer.vace_layers)
     return Memory(
         text_encoder=-(-sizes["text_encoder"] // layout.devices),
@@ -83,3 +96,26 @@ def per_device(contents: Contents, workload: Workload, layout: Layout, lock: Loc
         cache=costs.cache_bytes(workload, layout, lock),
         activations=costs.activations(workload, layout, lock).total,
     )
+
+
+def fitted(placed: Placement, need: Memory, limit: int) -> tuple[Placement, str]:
+    """The placement of one edit that a device's memory asks for, and a line if it is another.
+
+    The blocks' kernels go to the host's memory where the largest stage would not fit otherwise.
+
+    Args:
+      placed: placement that the user asks for.
+      need: memory that the edit takes.
+      limit: bytes of a device's memory.
+    """
+    gigabytes = f"{limit / 1e9:.1f} GB of a device"
+    near, far = f"{need.leaving / 1e9:.1f} GB", f"{need.on_host / 1e9:.1f} GB"
+    if placed.weights_on == "host" or need.leaving <= limit:
+        peak = need.on_host if placed.weights_on == "host" else need.leaving
+        over = f"about {peak / 1e9:.1f} GB are needed, over the {gigabytes}: it may not fit"
+        return placed, over if peak > limit else ""
+    if need.on_host <= limit:
+        line = f"about {near} are over the {gigabytes}: blocks stay in the host's memory, {far}"
+        return dataclasses.replace(placed, weights_on="host"), line
+    line = f"about {near} are needed, {far} with blocks in the host's memory, over the {gigabytes}"
+    return placed, f"{line}: it may not fit; try --weights int8, a smaller --size or more devices"
