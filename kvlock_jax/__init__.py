@@ -1,4 +1,4 @@
-"""KV-Lock in JAX: edit the masked part of a video with a frozen Wan 2.1, and keep the rest.
+"""KV-Lock in JAX: edit the masked part of a video with a frozen Wan, and keep the rest.
 
 import kvlock_jax as kvl
 

@@ -1,11 +1,12 @@
-"""What 14B takes of one TPU chip, by the TPU's compiler, without a TPU; a section of docs/tpu.md.
+"""What 14B takes of one TPU chip, and Wan 2.2 of eight, by the TPU's compiler; in docs/tpu.md.
 
     python scripts/tpu_memory.py [--only int8] [--runs runs/memory_tpu]
 
 The sampling loop of text-to-video 14B at 81 frames of 480x832 (`kvlock_anchor`, every kind of pass)
 is compiled for one chip with the transformer's weights in bfloat16, with its blocks' kernels in 8
-bits, and with those in the host's memory. One process at a time: libtpu takes a lock. Figures stay
-in `--runs`; a second run does the missing ones.
+bits, and with those in the host's memory. Wan 2.2's models are compiled for eight chips. One
+process at a time: libtpu takes a lock. Figures stay in `--runs`; a second run does the missing
+ones.
 """
 
 import argparse
@@ -35,6 +36,53 @@ says that libtpu compiled the program into the chip's memory, or why not.
 
 {table}
 """
+
+
+EIGHT = {
+    "T2V-A14B": ("T2V 14B", 480, 832, 81, 2, "kvlock_anchor"),
+    "VACE-Fun-A14B": ("VACE 14B", 480, 832, 81, 2, "kvlock"),
+    "TI2V-5B, clean": ("TI2V 5B", 704, 1280, 121, 1, "clean"),
+    "TI2V-5B, clean_anchor": ("TI2V 5B", 704, 1280, 121, 1, "clean_anchor"),
+}
+"""Model, its transformer, height, width, frames, number of transformers, preset."""
+SLICE = "v6e-8"
+SECTION_22 = "## Wan 2.2 on eight chips"
+ABOUT_22 = """{title}
+
+Written by `python scripts/tpu_memory.py`. GB on each chip of a {slice} in the sampling loop,
+compiled by libtpu {version}; the experts of an A14B have the sizes of Wan 2.1's 14B, and one
+program serves both. `one` is the peak with one expert's weights at a time, spread over the chips,
+and `both` with both.
+
+| model, preset | video | weights of one | temporaries | one | both |
+|---|---|---|---|---|---|
+{table}
+"""
+
+
+def on_eight(name: str) -> dict:
+    """The compiler's figures of a model of Wan 2.2 on eight chips."""
+    import jax
+    import tpu_programs
+
+    model, height, width, frames, _, preset = EIGHT[name]
+    row = tpu_programs.Row(model, height, width, frames, SLICE, preset=preset)
+    mesh, spread = tpu_programs.mesh_of(row), tpu_programs.spreads(row)
+    with jax.set_mesh(mesh):
+        found = tpu_programs.measure(tpu_programs.loop(mesh, row, spread))
+    held = tpu_programs.held(mesh, spread, tpu_programs.MODELS[model])["transformer"]
+    return {key: found[key] for key in ("arguments", "temporaries", "outputs")} | {"held": held}
+
+
+def cells_of_eight(name: str, found: dict) -> str:
+    """A row of the table of Wan 2.2."""
+    _, height, width, frames, count, preset = EIGHT[name]
+    peak = found["arguments"] + found["temporaries"] + found["outputs"]
+    both = f"{(peak + found['held']) / 1e9:.1f}" if count == 2 else "-"
+    label = name if preset in name else f"{name}, {preset}"
+    numbers = [f"{found[key] / 1e9:.1f}" for key in ("held", "temporaries")]
+    video = f"{frames} frames of {height}x{width}"
+    return f"| {label} | {video} | {' | '.join(numbers)} | {peak / 1e9:.1f} | {both} |"
 
 
 def program(chip: str, way: str):
@@ -140,6 +188,18 @@ def main() -> None:
     about = {"title": SECTION, "model": MODEL, "size": size, "version": version}
     text = ABOUT.format(**about, encoder=encoder / 1e9, table=table)
     args.page.write_text(section(args.page.read_text(), SECTION, text))
+    rows = []
+    for name in EIGHT:
+        file = args.runs / re.sub(r"[^a-z0-9]+", "_", f"{name}.json".lower())
+        if not file.exists() and args.only in name:
+            print(f"{name} ...", flush=True)
+            file.write_text(json.dumps(on_eight(name)))
+        if file.exists():
+            rows.append(cells_of_eight(name, json.loads(file.read_text())))
+            print(rows[-1])
+    facts = {"title": SECTION_22, "slice": SLICE, "version": version, "table": "\n".join(rows)}
+    page = section(args.page.read_text(), SECTION_22, ABOUT_22.format(**facts))
+    args.page.write_text(page)
 
 
 def jax_leaves(model) -> list:

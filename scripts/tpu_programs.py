@@ -49,6 +49,9 @@ MODELS = {f"T2V {name}": config for name, config in T2V.items()} | {
     f"VACE {name}": dataclasses.replace(config, vace_layers=VACE_LAYERS[name])
     for name, config in T2V.items()
 }
+MODELS["TI2V 5B"] = WanConfig(24, 128, 30, 14336, 48, 48)
+STRIDES = {"TI2V 5B": (4, 16, 16)}
+"""Of VAEs other than Wan 2.1's."""
 TEXT_ENCODER = UMT5Config(256_384, 4096, 64, 10_240, 24, 64)
 VAE = VAEConfig()
 TOPOLOGIES = {"v5e-8": "v5e:2x4", "v6e-8": "v6e:2x4", "v5p-8": "v5p:2x2x1"}
@@ -95,7 +98,8 @@ class Row:
     def workload(self) -> costs.Workload:
         """The workload of the roofline."""
         size = (self.frames, self.height, self.width)
-        return costs.Workload(MODELS[self.model], *size, batch=self.batch)
+        strides = STRIDES.get(self.model, VAE.strides)
+        return costs.Workload(MODELS[self.model], *size, batch=self.batch, strides=strides)
 
 
 def spreads(row: Row) -> bool:
@@ -170,7 +174,8 @@ def loop(
         return VACEContext(text, patches(config.vace_in_channels), array(mesh, (batch,), "B"))
 
     foreground = array(mesh, (batch, grid.length, 4), "B L cells", jnp.bool_)
-    edits = Edits(patches(16), patches(16), foreground, texts(2 * batch), texts(batch), grid)
+    z = patches(config.in_channels)
+    edits = Edits(z, z, foreground, texts(2 * batch), texts(batch), grid)
     settings = settings_of(row)
     knobs = jax.eval_shape(lambda: lock.knobs(settings, 5.0))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -182,7 +187,7 @@ def loop(
     if kind:
         tokens = bucket(round(share * grid.tokens), grid) if kind == "foreground" else None
         program = dataclasses.replace(program, passes=(kind,), tokens=tokens)
-    return sample.lower(model, patches(16), edits, table, knobs, program=program)
+    return sample.lower(model, z, edits, table, knobs, program=program)
 
 
 def text_encoder(mesh: Mesh, row: Row):

@@ -16,10 +16,15 @@ from safetensors.numpy import load_file, save_file
 import kvlock_jax as kvl
 from kvlock_jax.checkpoints import format
 from kvlock_jax.checkpoints.files import Files, Loras, by_role
+from kvlock_jax.checkpoints.registry import Configs
 from kvlock_jax.cli import main
+from kvlock_jax.cli.loading import shift_note
 from kvlock_jax.convert import converter, sizes, source
 from kvlock_jax.errors import CheckpointError, InputError
 from kvlock_jax.media import decode, encode
+from kvlock_jax.models.text.config import UMT5Config
+from kvlock_jax.models.vae.config import VAEConfig
+from kvlock_jax.models.wan.config import WanConfig
 
 LORA = originals.DATA.parent / "lora" / "kohya.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -220,3 +225,15 @@ def test_networks_leave_when_their_stage_ends(folder, monkeypatch):
     order = ["text_encoder", "vae", "transformer", "transformer_2", "vae"]
     assert [name for name, _ in read] == order
     assert not any(alive) and all(leaf.is_deleted() for _, leaf in read)
+
+
+@pytest.mark.parametrize(("found", "said"), [(3.0, "12 by default"), (12.0, ""), (None, "")])
+def test_another_shift_in_the_scheduler_is_named(found, said):
+    wan = WanConfig(40, 128, 40, 13824)
+    scheduler = {} if found is None else {"flow_shift": found}
+    sizes_of = (wan, VAEConfig(), UMT5Config(16, 16, 4, 24, 1, 2), scheduler)
+    configs = Configs(*sizes_of, transformer_2=wan, experts=("high", "low"))
+    line = shift_note("folder", format.Contents("wan2.2-t2v", configs, {}))
+    assert line.startswith(said) and bool(line) == bool(said)
+    alone = dataclasses.replace(configs, transformer_2=None, experts=())
+    assert shift_note("folder", format.Contents("wan2.1-t2v", alone, {})) == ""

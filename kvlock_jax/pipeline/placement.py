@@ -118,11 +118,12 @@ def compiler_for(placed: Placement, cache_dir: str | None) -> Compiler:
     """A compiler for programs of a placement, which caches traces where one device runs them.
 
     Args:
-      placed: of the model.
+      placed: of the model. What is kept of a trace knows nothing of the host's memory.
       cache_dir: folder of compiled programs; `None` is the user's own cache folder, whatever JAX's
         settings name, and an empty name is no cache.
     """
-    if placed.mesh or cache_dir == "" or not jax.config.jax_enable_compilation_cache:
+    on_host = placed.weights_on == "host"
+    if placed.mesh or on_host or cache_dir == "" or not jax.config.jax_enable_compilation_cache:
         return Compiler()
     of_families = dict.fromkeys(kind for family in FAMILIES for kind in family.results)
     trees.register((*RESULTS, *of_families), STATICS)

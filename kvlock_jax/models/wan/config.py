@@ -9,7 +9,7 @@ from kvlock_jax.settings.fields import require, require_positive
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
-    """Sizes of a Wan 2.1 transformer, named as in Diffusers' `config.json`.
+    """Sizes of a Wan transformer, named as in Diffusers' `config.json`.
 
     `vace_layers` are the blocks after which VACE adds a hint (METHOD.md section 11), increasing
     from 0. The text-to-video model has none, and ignores `vace_in_channels`.
