@@ -21,9 +21,9 @@ def add(commands: Any) -> None:
     about = "Convert a published checkpoint of Wan 2.1 or 2.2: text-to-video, VACE, or the 5B."
     tail = (
         "The source is a folder as on the Hub: Diffusers' (model_index.json), or the publisher's "
-        "own (diffusion_pytorch_model*.safetensors, or those of two experts in high_noise_model and "
-        "low_noise_model, Wan2.1_VAE.pth or Wan2.2_VAE.pth, "
-        "models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl)."
+        "own (diffusion_pytorch_model*.safetensors, of two experts in high_noise_model and "
+        "low_noise_model; Wan2.1_VAE.pth or Wan2.2_VAE.pth; models_t5_umt5-xxl-enc-bf16.pth; "
+        "google/umt5-xxl)."
     )
     parser = commands.add_parser("convert", description=about, epilog=tail, allow_abbrev=False)
     parser.set_defaults(command=_command)

@@ -67,7 +67,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("kvlock", description="Training-free video editing: KV-Lock on Wan 2.1 and 2.2.")
+    parser = _Parser(
+        "kvlock", description="Training-free video editing: KV-Lock on Wan 2.1 and 2.2."
+    )
     version = importlib.metadata.version("kvlock-jax")
     parser.add_argument("--version", action="version", version=f"kvlock {version}")
     commands = parser.add_subparsers(required=True, metavar="edit|batch|convert|info")

@@ -1,4 +1,4 @@
-"""Wan 2.1's text-to-video transformer.
+"""Wan's text-to-video transformer, of 2.1 and 2.2.
 
 One pass turns noisy latents, a timestep and a text into a velocity. It can return every block's
 self-attention keys and values (METHOD.md section 3), and fuse its own with those of such a cache
