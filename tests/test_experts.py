@@ -16,6 +16,8 @@ from kvlock_jax import lock
 from kvlock_jax.checkpoints import registry
 from kvlock_jax.convert import original, sizes, table, weights
 from kvlock_jax.grid import Grid
+from kvlock_jax.models.family import Encoded
+from kvlock_jax.models.wan.families import VACE_FUN
 from kvlock_jax.models.wan.vace import VACEContext
 from kvlock_jax.sampling import loop, solvers
 from kvlock_jax.sampling.edits import Edits
@@ -172,3 +174,45 @@ def test_each_expert_has_its_guidance_scale():
     assert SampleConfig(guidance_scale=4.0).guidance_scales["low"] == 4.0
     assert SampleConfig(guidance_scale=1.0, guidance_scale_low=1.0).branches == 1
     assert SampleConfig(guidance_scale=1.0, guidance_scale_low=3.0).branches == 2
+
+
+# -- VACE-Fun's conditioning ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("references", [0, 2])
+def test_conditioning_equals_videox_fun(references):
+    """Its mask is 1 from 0.5 on; the tiny VAE of Wan 2.1, with published statistics."""
+    given = arrays("vace")
+    tensors = weights.open_file(DATA.parent / "original" / "vae.safetensors")
+    config = sizes.vae(tensors, DATA)
+    graph, abstract = nnx.split(registry.abstract(config))
+    vae = nnx.merge(graph, table.fill(abstract, tensors, original.vae(config), "vae"))
+    video, mask = last(given["video"][0]), given["mask"][0, 0] >= 0.5
+    pictures = list(np.moveaxis(given["references"][0], 0, -1))[:references]
+    conditioner = VACE_FUN.conditioner
+    as_pixels = [np.asarray(np.round(picture * 255), np.uint8) for picture in pictures]
+    canvases = conditioner.canvases(as_pixels, *mask.shape[1:])
+    for canvas, picture in zip(canvases, pictures, strict=True):  # of the video's size already
+        np.testing.assert_allclose(canvas, 2 * picture - 1, atol=1 / 127)
+
+    levels = np.zeros(video.shape, np.uint8)  # stands for the video, whose levels are not whole
+
+    def encode(clips, shown):
+        rows = [
+            np.where(seen[..., None], 2 * (video if clip is levels else clip) - 1, 0.0)
+            for clip, seen in zip(clips, shown, strict=True)
+        ]
+        return Encoded([vae.encode(jnp.asarray(np.stack(rows), jnp.float32))], np.arange(len(rows)))
+
+    exact = [encode([p[None]], [np.ones((1, *p.shape[:2]), bool)]).rows() for p in pictures]
+    encoded = conditioner.encode(encode, [levels], mask[None], scale=0.8, show_masked=False)
+    latents = encode([video], [np.ones_like(mask)]).rows()
+    grid = Grid.of((latents.shape[1] + references, *latents.shape[2:4]))
+    text = jnp.zeros((2, 4, 8))
+    args = (text, text[1:], latents, exact, jnp.asarray(mask)[None], encoded)
+    args = jax.tree.map(jnp.asarray, args)  # as inside of the compiled program
+    context, _ = conditioner.contexts(*args, grid)
+    want = given["context_references" if references else "context_plain"]
+    got = np.moveaxis(np.asarray(grid.join(context.control))[0], -1, 0)
+    assert relative(got, want) < 1e-5
+    assert float(context.scale[0]) == np.float32(0.8)

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import loops
 import numpy as np
 import pytest
+import torch
+from peers import pair
 from test_experts import CONFIG, arrays, expert, last, relative, texts
+from test_wan import CASES, inputs
 
 from kvlock_jax import lock
 from kvlock_jax.grid import Grid
@@ -56,6 +59,31 @@ def test_timesteps_of_tokens_equal_the_publisher(name, at_once, monkeypatch):
 
     got = velocity(data["latents"], time, text)
     assert relative(got, data[f"velocity_{name}"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items()])
+def test_timesteps_of_tokens_equal_diffusers(name):
+    """Rows of tokens at two timesteps, as its image loop has them, and one of many."""
+    peer, ours = pair(CASES[name].config, jnp.float32)
+    latents, _, context = inputs(name)
+    grid = Grid.of(latents.shape[1:4], ours.config.patch_size)
+    rng, rows = np.random.default_rng(4), len(latents)
+    distinct = np.sort(rng.uniform(0, 1000, (rows, 2 if rows > 1 else 5)), axis=1)
+    number = rng.integers(0, distinct.shape[1], (rows, grid.length))
+    timesteps = np.take_along_axis(distinct, number, axis=1).astype(np.float32)
+    with torch.no_grad():
+        arrays = [torch.tensor(np.asarray(a)) for a in (latents, timesteps, context)]
+        want = peer(arrays[0].permute(0, 4, 1, 2, 3), *arrays[1:]).sample
+
+    @jax.jit
+    def run(model, z, distinct, number, context):
+        times = model.times(distinct.reshape(-1))
+        times = jax.tree.map(lambda x: x.reshape(*distinct.shape, *x.shape[1:]), times)
+        return model(z, model.per_token(times, number), model.condition(context, grid))
+
+    args = (jnp.asarray(distinct, jnp.float32), jnp.asarray(number, jnp.int32), context)
+    got = np.asarray(grid.join(run(ours, grid.split(latents), *args)))
+    assert relative(got, want.permute(0, 2, 3, 4, 1).numpy()) < 1e-5
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
