@@ -34,7 +34,7 @@ from kvlock_jax.sampling.edits import Edits, bucket
 from kvlock_jax.sampling.loop import Trace
 from kvlock_jax.sampling.program import Program
 from kvlock_jax.sampling.solvers import SolverTable
-from kvlock_jax.sampling.stepwise import step_inputs, stepwise
+from kvlock_jax.sampling.stepwise import shared_knobs, step_inputs, stepwise
 from kvlock_jax.shapes import Frames, Latents
 
 
@@ -147,7 +147,7 @@ class Loop:
             table, by_step = table.with_experts(sample.boundary), True
         roles = configs.experts or ("high",)
         scales = np.array([sample.guidance_scales[role] for role in roles])[table.expert]
-        knobs = lock.knobs(settings.lock, scales if by_step else scales[0])
+        knobs = lock.knobs(settings.lock, scales if len(roles) > 1 else scales[0])
         computed = bucket(tokens, edits.grid) if settings.lock.skip_background else None
         if settings.lock.start_shift:
             start = run(_shifted_start, edits, knobs.start_shift)
@@ -167,8 +167,8 @@ class Loop:
             return run(loop.sample, network, *self.args, **static)[0]
         texts, steps = run(loop.prepare, network, edits, table, knobs, **static)
         state = run(loop.start, network, latents, edits, **static)
-        first = run(step_inputs, steps, np.int32(0))
-        return run(loop.advance, network, edits, knobs, texts, first, state, **static)[0].latents
+        first, shared = run(step_inputs, steps, np.int32(0)), shared_knobs(knobs)
+        return run(loop.advance, network, edits, shared, texts, first, state, **static)[0].latents
 
     def run(
         self, compiler: Compiler, clock: Clock, on_step: Callable[[int], None] | None

@@ -10,6 +10,7 @@ own; latents, solver history, clean estimates and statistic go on from one to th
 cache is computed anew. One compiled step serves both.
 """
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -38,6 +39,14 @@ def step_inputs(steps: StepInputs, number: Int[Array, ""]) -> StepInputs:
     return sharding.everywhere(jax.tree.map(lambda rows: rows[number], steps))
 
 
+def shared_knobs(knobs: Knobs) -> Knobs:
+    """The settings that all steps share: each has a guidance scale of its own among its inputs.
+
+    So a program of one step serves runs of any number of steps.
+    """
+    return dataclasses.replace(knobs, guidance_scale=np.float32(0))
+
+
 def stepwise(
     using: Using,
     latents: Patches,
@@ -61,7 +70,7 @@ def stepwise(
       on_step: callback with the number of each finished step, from 0.
       run: function that calls each step's compiled programs.
     """
-    state, traces = None, []
+    state, traces, shared = None, [], shared_knobs(knobs)
     for expert, numbers in table.phases:
         with using(expert) as model:
             texts, steps = run(loop.prepare, model, edits, table, knobs, program=program)
@@ -69,7 +78,7 @@ def stepwise(
                 state = run(loop.start, model, latents, edits, program=program)
             for number in numbers:
                 inputs = run(step_inputs, steps, np.int32(number))
-                args = (model, edits, knobs, texts, inputs, state)
+                args = (model, edits, shared, texts, inputs, state)
                 state, trace = run(loop.advance, *args, program=program)
                 traces.append(jax.tree.map(np.asarray, trace))  # waits for the step to finish
                 on_step(number)

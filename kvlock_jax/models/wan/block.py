@@ -29,7 +29,7 @@ def over_tokens(
     run: Callable[..., Float[Array, "B n D"]],
     x: Float[Array, "B L D"],
     most: int,
-    beside: Int[Array, "B L"] | None = None,
+    *beside: Int[Array, "B L"],
 ) -> Float[Array, "B L D"]:
     """Applies `run`, which treats tokens independently, to `most` of a device's at a time.
 
@@ -42,7 +42,7 @@ def over_tokens(
     equal = (n for n in range(fewest, 2 * fewest + 1) if local % n == 0)
     size = -(-local // next(equal, fewest))
     x = sharding.constrain(x.reshape(rows, ways, local, width), "B L own D")
-    beside = beside if beside is None else beside.reshape(rows, ways, local)
+    beside = [one.reshape(rows, ways, local) for one in beside]
 
     def part(start: int | Int[Array, ""], x: Float[Array, "B ways n D"], count: int) -> Array:
         """Replaces some tokens by their results, in place in a loop."""
@@ -52,7 +52,7 @@ def over_tokens(
             cut = jax.lax.dynamic_slice_in_dim(tokens, start, count, axis=2)
             return cut.reshape(rows, ways * count, *tokens.shape[3:])
 
-        done = run(some(x), beside if beside is None else some(beside))
+        done = run(some(x), *map(some, beside))
         done = done.reshape(rows, ways, count, width)
         return jax.lax.dynamic_update_slice_in_dim(x, done, start, axis=2)
 
@@ -229,11 +229,12 @@ class Block(nnx.Module):
         y = norm(x, self.norm2.scale[None], self.norm2.bias[None]) if self.norm2 else x
         x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
 
-        def fed_forward(x: Tokens, of_token: Any) -> Tokens:
+        def fed_forward(x: Tokens, of_token: Int[Array, "B L"] | None = None) -> Tokens:
             """Applies the feed-forward layer to each token independently."""
             return x + self.ffn(shifted(x, scale2, shift2, of_token)) * of_tokens(gate2, of_token)
 
-        x = over_tokens(fed_forward, x, FEED_FORWARD_TOKENS, of_token)
+        beside = () if of_token is None else (of_token,)
+        x = over_tokens(fed_forward, x, FEED_FORWARD_TOKENS, *beside)
         x = sharding.constrain(x, "BLD")
         return x, sharding.constrain(KVCache(k=k, v=v), "BLN")
 
