@@ -19,7 +19,7 @@ from kvlock_jax.estimate.costs import Layout, Workload
 from kvlock_jax.grid import Grid
 from kvlock_jax.lock import KVCache
 from kvlock_jax.models.wan import block as wan_block
-from kvlock_jax.models.wan.block import Block, Positions
+from kvlock_jax.models.wan.block import Block, Modulation, Positions
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.models.wan.vace import VACEBlock, VACEContext, wan_transformer
 
@@ -58,7 +58,8 @@ def run_block(kind: type[Block], config: WanConfig, workload: Workload):
         nnx.eval_shape(lambda: kind(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     )
 
-    def run(state, x, modulation, text, rope):
+    def run(state, x, modulations, text, rope):
+        modulation = Modulation(modulations)
         block, positions = nnx.merge(graph, state), Positions(rope, None, softmax)
         if kind is VACEBlock:
             return block.hint(x, modulation, text, positions)

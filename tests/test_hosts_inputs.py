@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kvlock_jax.checkpoints import registry
 from kvlock_jax.errors import HostError, InputError
 from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline import api, hosts
@@ -40,7 +41,8 @@ def network(value=0.0):
 
 def a_model(value=0.0):
     parts = {name: network() for name in ("transformer", "vae")}
-    networks = types.SimpleNamespace(configs=1, text_encoder=network(value), **parts)
+    configs = types.SimpleNamespace(networks=registry.NETWORKS)
+    networks = types.SimpleNamespace(configs=configs, text_encoder=network(value), **parts)
     return types.SimpleNamespace(checkpoint=networks, mesh=None)
 
 

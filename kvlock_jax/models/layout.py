@@ -85,9 +85,8 @@ def gathered_layer(weights: _T, rules: ParameterRules) -> _T:
     tokens instead.
     """
     near = jax.memory.Space.Device
-    weights = jax.tree.map(
-        lambda x: x if jax.typeof(x).memory_space == near else jax.device_put(x, near), weights
-    )
+    if any(jax.typeof(x).memory_space != near for x in jax.tree.leaves(weights)):
+        weights = jax.tree.map(lambda x: jax.device_put(x, near), weights)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return weights
