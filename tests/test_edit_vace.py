@@ -33,7 +33,7 @@ def test_without_a_lock_no_source_is_encoded(model, vace, monkeypatch):
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if "clean" not in name])
 def test_every_preset_runs_on_vace_weights(vace, preset):
     result = edit(vace, config=config_of(preset))
     assert result.video.shape == CLIP.shape and result.trace.finite.all()

@@ -23,7 +23,7 @@ def test_a_checkpoint_is_written_and_read(tmp_path, name):
     assert store.describe(folder)["weight"].shape == (3, 2)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.ShapeDtypeStruct((3, 2), np.float32, sharding=device)
-    np.testing.assert_array_equal(store.read(folder, {"weight": target})["weight"], values)
+    np.testing.assert_array_equal(dict(store.read(folder, {"weight": target}))["weight"], values)
     assert {path.name for path in tmp_path.iterdir()} == {name}
 
 

@@ -33,7 +33,7 @@ def restored(folder, values, spec=None, dtype=None):
     single = SingleDeviceSharding(jax.devices()[0])
     place = single if spec is None else NamedSharding(mesh, spec)
     target = jax.ShapeDtypeStruct(values.shape, dtype or values.dtype, sharding=place)
-    return store.read(folder, {"x": target})["x"]
+    return dict(store.read(folder, {"x": target}))["x"]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,9 @@ def test_a_restore_holds_few_shards_on_the_host(values, tmp_path, monkeypatch):
     place = NamedSharding(jax.make_mesh((8,), ("model",)), PartitionSpec("model"))
     target = jax.ShapeDtypeStruct(values.shape[1:], values.dtype, sharding=place)
     targets = {f"x{i}": target for i in range(LAYERS)}
-    every = peak_of(lambda: store.read(folder, targets))
+    every = peak_of(lambda: dict(store.read(folder, targets)))
     monkeypatch.setattr(store, "RESTORING", 1)
-    few = peak_of(lambda: store.read(folder, targets))
+    few = peak_of(lambda: dict(store.read(folder, targets)))
     assert few < 0.5 * values.nbytes < values.nbytes < every
 
 
