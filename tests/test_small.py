@@ -9,6 +9,8 @@ import originals
 import pytest
 import tiny
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_wan import velocity_of
 
 import kvlock_jax as kvl
@@ -17,6 +19,7 @@ from kvlock_jax.cli import main
 from kvlock_jax.convert import converter
 from kvlock_jax.media import encode
 from kvlock_jax.models import small
+from kvlock_jax.models.layout import ParameterRules
 from kvlock_jax.parallel.mesh import make_mesh
 
 LORA = originals.DATA.parent / "lora" / "kohya.safetensors"
@@ -96,7 +99,33 @@ def test_kernels_in_the_hosts_memory_change_nothing(folder, converted):
         np.testing.assert_array_equal(velocity(model), near)
 
 
-@pytest.mark.parametrize("rest", [{}, {"weights": "int8"}, {"weights_on": "host"}])
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_kernels_of_8_bits_in_the_hosts_memory_lie_in_rows_of_8(folder, kind):
+    model = kvl.load(folder, weights=kind, weights_on="host").checkpoint.transformer
+    near = kvl.load(folder, weights=kind).checkpoint.transformer
+    kernel, flat = (m.blocks.ffn.net_0.kernel.get_value() for m in (model, near))
+    layers, inputs, outputs = flat.shape
+    assert kernel.shape == (layers, inputs // 8, 8, outputs)
+    assert kernel.sharding.memory_kind == "pinned_host"
+    np.testing.assert_array_equal(kernel.reshape(flat.shape), flat)
+    np.testing.assert_array_equal(velocity(model), velocity(near))
+
+
+def test_rows_that_a_mesh_cuts_short_stay_a_matrix():
+    mesh = make_mesh(frames=2, devices=jax.devices()[:2])
+    place = NamedSharding(mesh, P(None, "frames"), memory_kind="pinned_host")
+    rules = ParameterRules(large="kernel")
+    for inputs, lies in ((32, (4, 4, 8, 6)), (24, (4, 24, 6))):
+        wide = jax.device_put(jnp.ones((4, inputs, 6)), place)
+        found = small.parts("kernel", wide, rules, "int8")["kernel"]
+        assert found.shape == lies and found.sharding.memory_kind == "pinned_host"
+        assert found.sharding.shard_shape(lies)[1] == lies[1] // 2
+
+
+BOTH = {"weights": "int8", "weights_on": "host"}
+
+
+@pytest.mark.parametrize("rest", [{}, {"weights": "int8"}, {"weights_on": "host"}, BOTH])
 def test_a_mesh_shares_them(folder, rest):
     mesh = make_mesh(frames=2, devices=jax.devices()[:2])
     config = kvl.config("t2v_1_3b_480p")
