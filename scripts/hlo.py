@@ -154,6 +154,19 @@ class Module:
             else:
                 yield Use(one, times, name, loops)
 
+    def work(self, one: Instruction) -> int:
+        """The compiler's cycles of an instruction, of a loop's turns and a branch's dearest."""
+        if one.op == "while":
+            return self._trips(one) * self.total(one.called("body"))
+        if one.op == "conditional":
+            return max(map(self.total, _branches(one)))
+        return self.total(one.called("to_apply")) if one.op == "call" else one.cycles or 0
+
+    @functools.cache  # noqa: B019 (a module lives as long as the script)
+    def total(self, computation: str) -> int:
+        """`work` of a computation."""
+        return sum(map(self.work, self.computations[computation]))
+
     def _trips(self, loop: Instruction) -> int:
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:

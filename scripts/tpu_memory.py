@@ -32,9 +32,20 @@ Written by `python scripts/tpu_memory.py`. GB on one chip in the sampling loop o
 compiled by libtpu {version}: `weights` are the transformer's on the device, `temporaries` the
 compiler's own. `peak` is the loop's, once the text encoder has left, and `with it` adds the text
 encoder's {encoder:.1f} GB in bfloat16, which a run that keeps all networks holds too. `compiler`
-says that libtpu compiled the program into the chip's memory, or why not.
+says that libtpu compiled the program into the chip's memory, or refused it: "Ran out of memory on
+HBM", of which there are {limits}.
 
 {table}
+
+libtpu of its own accord copies kernels from the host's memory while it computes: the copies of a
+layer begin in that layer, each ahead of the product that takes it. `copied` is what a layer copies
+and `work` its time by the compiler's cycles, without attention and norms. A link of `needs` GB/s
+copies the one in the other. `first` is the work that the layer's first copy lies behind, which is
+little, since the layer before does not begin it: that copy is waited for. `others` is the least
+work that one of the rest lies behind. `stacks` counts copies of all layers' kernels at once, which
+must be none.
+
+{copies}
 """
 
 
@@ -127,15 +138,48 @@ def measured(chip: str, way: str) -> dict:
     """The compiler's figures, or its refusal."""
     lowered, near = program(chip, way)
     try:
-        memory = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
     except Exception as error:  # of any kind that libtpu raises
         return {"weights": near, "refused": " ".join(str(error).split())[:400]}
-    return {
+    memory = compiled.memory_analysis()
+    found = {
         "weights": near,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
     }
+    on_host = WAYS[way][1] == "host"
+    return found | ({"copies": copies(compiled.as_text(), chip)} if on_host else {})
+
+
+def copies(text: str, chip: str) -> dict:
+    """What the loop over layers copies from the host's memory, and the work that it lies behind."""
+    import hlo
+    from tpu_kernels import CLOCKS
+
+    module, far = hlo.Module(text), "S(5)"
+    starts = {
+        name: [i for i, one in enumerate(body) if one.op == "dynamic-slice-start"]
+        for name, body in module.computations.items()
+    }
+    layer = max((name for name in starts if starts[name]), key=module.total)
+    body, size, behind = module.computations[layer], 0, {}
+    for start in starts[layer]:
+        (done,) = (i for i, one in enumerate(body) if body[start].name in one.operands)
+        size += body[done].nbytes
+        behind[done] = sum(map(module.work, body[start:done])) / CLOCKS[chip]
+    first, *others = (behind[done] for done in sorted(behind))
+    stacks = sum(one.op == "copy-start" and far in one.shape for one in body)
+    work = module.total(layer) / CLOCKS[chip]
+    return {"bytes": size, "work": work, "first": first, "others": min(others), "stacks": stacks}
+
+
+def copy_cells(chip: str, way: str, found: dict) -> str:
+    """A row of the table of copies."""
+    rate = found["bytes"] / found["work"] / 1e9
+    seconds = [f"{1e3 * found[key]:.1f} ms" for key in ("first", "others")]
+    numbers = [f"{found['bytes'] / 1e6:.0f} MB", f"{1e3 * found['work']:.0f} ms", f"{rate:.1f}"]
+    return f"| {chip} | {way} | {' | '.join([*numbers, *seconds, str(found['stacks'])])} |"
 
 
 def cells(chip: str, way: str, found: dict, encoder: float) -> str:
@@ -171,26 +215,35 @@ def main() -> None:
     encoder = 2 * sum(
         leaf.size for leaf in jax_leaves(registry.abstract(tpu_programs.TEXT_ENCODER))
     )
-    rows = []
+    rows, copied, limits = [], [], set()
     for chip in CHIPS:
         for way in WAYS:
-            file = args.runs / re.sub(r"[^a-z0-9]+", "_", f"{chip} {way}.json".lower())
+            file = args.runs / named(f"{chip} {way}")
             if not file.exists() and args.only in way:
                 print(f"{chip}, {way} ...", flush=True)
                 file.write_text(json.dumps(measured(chip, way)))
             if file.exists():
-                rows.append(cells(chip, way, json.loads(file.read_text()), encoder))
+                found = json.loads(file.read_text())
+                rows.append(cells(chip, way, found, encoder))
                 print(rows[-1])
+                if "copies" in found:
+                    copied.append(copy_cells(chip, way, found["copies"]))
+                if over := re.search(r"available HBM \(([0-9.]+)G\)", str(found)):
+                    limits.add(f"{over[1]} GiB on {chip}")
     head = "| chip | weights of the blocks | weights | temporaries | peak | with it | compiler |"
     table = "\n".join([head, "|---" * 7 + "|", *rows])
     size = f"{FRAMES} frames of {HEIGHT}x{WIDTH}"
     version = importlib.metadata.version("libtpu")
     about = {"title": SECTION, "model": MODEL, "size": size, "version": version}
-    text = ABOUT.format(**about, encoder=encoder / 1e9, table=table)
+    head = "| chip | weights of the blocks | copied | work | needs | first | others | stacks |"
+    facts = {"copies": "\n".join([head, "|---" * 8 + "|", *copied]), "table": table}
+    text = ABOUT.format(
+        **about, encoder=encoder / 1e9, limits=" and ".join(sorted(limits)), **facts
+    )
     args.page.write_text(section(args.page.read_text(), SECTION, text))
     rows = []
     for name in EIGHT:
-        file = args.runs / re.sub(r"[^a-z0-9]+", "_", f"{name}.json".lower())
+        file = args.runs / named(name)
         if not file.exists() and args.only in name:
             print(f"{name} ...", flush=True)
             file.write_text(json.dumps(on_eight(name)))
@@ -200,6 +253,11 @@ def main() -> None:
     facts = {"title": SECTION_22, "slice": SLICE, "version": version, "table": "\n".join(rows)}
     page = section(args.page.read_text(), SECTION_22, ABOUT_22.format(**facts))
     args.page.write_text(page)
+
+
+def named(what: str) -> str:
+    """The name of a figure's file."""
+    return re.sub(r"[^a-z0-9]+", "_", what.lower()) + ".json"
 
 
 def jax_leaves(model) -> list:

@@ -1,6 +1,9 @@
 """Kernels in 8 bits, and kernels in the host's memory."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,8 @@ import originals
 import pytest
 import tiny
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_wan import velocity_of
 
 import kvlock_jax as kvl
@@ -17,8 +22,11 @@ from kvlock_jax.cli import main
 from kvlock_jax.convert import converter
 from kvlock_jax.media import encode
 from kvlock_jax.models import small
+from kvlock_jax.models.layout import ParameterRules
 from kvlock_jax.parallel.mesh import make_mesh
 
+BOTH = {"weights": "int8", "weights_on": "host"}
+BOX = (8, 8, 24, 24)
 LORA = originals.DATA.parent / "lora" / "kohya.safetensors"
 
 
@@ -96,12 +104,47 @@ def test_kernels_in_the_hosts_memory_change_nothing(folder, converted):
         np.testing.assert_array_equal(velocity(model), near)
 
 
-@pytest.mark.parametrize("rest", [{}, {"weights": "int8"}, {"weights_on": "host"}])
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_kernels_of_8_bits_in_the_hosts_memory_lie_in_rows_of_8(folder, kind):
+    model = kvl.load(folder, weights=kind, weights_on="host").checkpoint.transformer
+    near = kvl.load(folder, weights=kind).checkpoint.transformer
+    kernel, flat = (m.blocks.ffn.net_0.kernel.get_value() for m in (model, near))
+    layers, inputs, outputs = flat.shape
+    assert kernel.shape == (layers, inputs // 8, 8, outputs)
+    assert kernel.sharding.memory_kind == "pinned_host"
+    np.testing.assert_array_equal(kernel.reshape(flat.shape), flat)
+    np.testing.assert_array_equal(velocity(model), velocity(near))
+
+
+def test_context_blocks_of_two_experts(tmp_path):
+    tiny.make_vace_experts_pipeline(tmp_path).save_pretrained(tmp_path / "wan")
+    near, far = (kvl.load(tmp_path / "wan", **rest) for rest in ({"weights": "int8"}, BOTH))
+    for name in ("transformer", "transformer_2"):
+        kernel = getattr(far.checkpoint, name).vace_blocks.proj_out.kernel.get_value()
+        assert kernel.dtype == jnp.int8 and kernel.sharding.memory_kind == "pinned_host"
+    config = kvl.default_config(near)
+    config.sample.steps = 2
+    videos = (kvl.edit(m, tiny.clip(), BOX, "a star", config=config).video for m in (near, far))
+    np.testing.assert_array_equal(*videos)
+
+
+def test_rows_that_a_mesh_cuts_short_stay_a_matrix():
+    mesh = make_mesh(frames=2, devices=jax.devices()[:2])
+    place = NamedSharding(mesh, P(None, "frames"), memory_kind="pinned_host")
+    rules = ParameterRules(large="kernel")
+    for inputs, lies in ((32, (4, 4, 8, 6)), (24, (4, 24, 6))):
+        wide = jax.device_put(jnp.ones((4, inputs, 6)), place)
+        found = small.parts("kernel", wide, rules, "int8")["kernel"]
+        assert found.shape == lies and found.sharding.memory_kind == "pinned_host"
+        assert found.sharding.shard_shape(lies)[1] == lies[1] // 2
+
+
+@pytest.mark.parametrize("rest", [{}, {"weights": "int8"}, {"weights_on": "host"}, BOTH])
 def test_a_mesh_shares_them(folder, rest):
     mesh = make_mesh(frames=2, devices=jax.devices()[:2])
     config = kvl.config("t2v_1_3b_480p")
     config.sample.steps = 2
-    given = (tiny.clip(), (8, 8, 24, 24), "a star")
+    given = (tiny.clip(), BOX, "a star")
     alone = kvl.edit(kvl.load(folder, **rest), *given, config=config).video
     spread = kvl.load(folder, mesh=mesh, spread=True, **rest)
     shared = kvl.edit(spread, *given, config=config).video
@@ -131,3 +174,41 @@ def test_shapes_tell_of_them(folder):
     kernel = model.blocks.ffn.net_2.kernel.get_value()
     assert dataclasses.is_dataclass(seen[0]) and kernel.dtype == jnp.int8
     assert model.blocks.ffn.net_2.scale.get_value().dtype == jnp.float32
+
+
+TPU = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from kvlock_jax.models import small
+from kvlock_jax.models.layout import ParameterRules, gathered_layer
+
+device = topologies.get_topology_desc("v6e:2x4", platform="tpu").devices[0]
+near, far = (SingleDeviceSharding(device, memory_kind=m) for m in ("device", small.HOST))
+rules = ParameterRules(large="kernel")
+kernel = jax.ShapeDtypeStruct((4, 2048, 2048), jnp.bfloat16, sharding=far)
+
+def layer(x, weights):
+    weights = gathered_layer(weights, rules)
+    x, kernel = (a.astype(jnp.bfloat16) for a in (x, weights["kernel"]))
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32) * weights["scale"], None
+
+for kind in small.KINDS:
+    x = jax.ShapeDtypeStruct((4096, 2048), jnp.float32, sharding=near)
+    run = jax.jit(lambda x, weights: jax.lax.scan(layer, x, weights)[0])
+    text = run.lower(x, small.parts("kernel", kernel, rules, kind)).compile().as_text()
+    stacks = [line for line in text.splitlines() if " copy-start(" in line and "S(5)" in line]
+    print("FOUND", kind, len(stacks), text.count(" dynamic-slice-start("))
+"""
+
+
+def test_the_tpu_compiler_copies_single_layers_from_the_hosts_memory():
+    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # of a CPU
+    env |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env["TPU_ACCELERATOR_TYPE"] = "v6e-8"
+    ran = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith("FOUND")]
+    assert found == [["int8", "0", "1"], ["float8", "0", "1"]]

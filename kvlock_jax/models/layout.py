@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
 
 from kvlock_jax.parallel import sharding
 
@@ -84,9 +85,7 @@ def gathered_layer(weights: _T, rules: ParameterRules) -> _T:
     layers, so that one layer is gathered at a time. XLA by itself may sum partial products over all
     tokens instead.
     """
-    near = jax.memory.Space.Device
-    if any(jax.typeof(x).memory_space != near for x in jax.tree.leaves(weights)):
-        weights = jax.tree.map(lambda x: jax.device_put(x, near), weights)
+    weights = jax.tree.map(_on_device, weights)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return weights
@@ -97,3 +96,11 @@ def gathered_layer(weights: _T, rules: ParameterRules) -> _T:
         spec = sharding.dividing(sharding.spec(letters), value.shape, mesh)
         flat.append((path, leaf.replace(jax.lax.with_sharding_constraint(value, spec))))
     return nnx.from_flat_state(flat)
+
+
+def _on_device(array: Array) -> Array:
+    """A layer's parameter, from the host's memory as the matrix it is (`models.small.TOGETHER`)."""
+    if jax.typeof(array).memory_space == jax.memory.Space.Device:
+        return array
+    array = jax.device_put(array, jax.memory.Space.Device)
+    return array.reshape(-1, array.shape[-1]) if array.ndim == 3 else array

@@ -22,6 +22,12 @@ KINDS = {"int8": (jnp.int8, 127.0), "float8": (jnp.float8_e4m3fn, 448.0)}
 
 HOST = "pinned_host"
 
+TOGETHER = 8
+"""Rows of an 8-bit kernel that lie in an axis of their own in the host's memory. XLA for TPUs keeps
+an 8-bit matrix in tiles of 32 rows and multiplies it in tiles of 8. On the device that costs
+nothing. From the host's memory it would copy the stacks of all layers, 12 GB of 14B, to the device
+and back for each layer."""
+
 
 def narrowed(
     kernel: Float[Array, "layers I O"], kind: str
@@ -61,21 +67,46 @@ def parts(
     """
     if kind is None or not rules.is_large(path):
         return {path: array}
-    whole = place = array.sharding
+    place, shape = array.sharding, array.shape
+    whole = place.with_memory_kind("device")
     if isinstance(place, jax.sharding.NamedSharding):
-        whole = place.update(spec=jax.sharding.PartitionSpec())
-    whole = whole.with_memory_kind("device")
+        whole = whole.update(spec=jax.sharding.PartitionSpec())
+    far, lies = _in_rows(place, shape) if place.memory_kind == HOST else (place, shape)
+
+    def narrow(
+        kernel: Float[Array, "layers I O"],
+    ) -> tuple[Num[Array, "layers *rows O"], Float[Array, "layers O"]]:
+        """Values as they lie, and scales."""
+        values, scale = narrowed(kernel, kind)
+        return values.reshape(lies), scale
+
     if isinstance(array, jax.ShapeDtypeStruct):
-        near = jax.ShapeDtypeStruct(array.shape, array.dtype)
-        found = jax.eval_shape(lambda kernel: narrowed(kernel, kind), near)
+        found = jax.eval_shape(narrow, jax.ShapeDtypeStruct(shape, array.dtype))
         made = [
             jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=where)
-            for one, where in zip(found, (place, whole), strict=True)
+            for one, where in zip(found, (far, whole), strict=True)
         ]
     else:
-        near = place.with_memory_kind("device")
-        narrow = jax.jit(lambda kernel: narrowed(kernel, kind), out_shardings=(near, whole))
-        values, scale = narrow(jax.device_put(array, near))
-        made = jax.block_until_ready((jax.device_put(values, place), scale))
+        wide = jax.device_put(array, place.with_memory_kind("device"))
+        on_device = jax.jit(narrow, out_shardings=(far.with_memory_kind("device"), whole))
+        values, scale = on_device(wide)
+        made = jax.block_until_ready((jax.device_put(values, far), scale))
         array.delete()
     return dict(zip((path, f"{path.removesuffix('kernel')}scale"), made, strict=True))
+
+
+def _in_rows(
+    place: jax.sharding.Sharding, shape: tuple[int, ...]
+) -> tuple[jax.sharding.Sharding, tuple[int, ...]]:
+    """Sharding and shape of a kernel `layers I O` as `layers I/TOGETHER TOGETHER O`.
+
+    One whose shards have another number of rows stays as it is.
+    """
+    if place.shard_shape(shape)[1] % TOGETHER:
+        return place, shape
+    layers, inputs, outputs = shape
+    if isinstance(place, jax.sharding.NamedSharding):
+        of_layers, of_inputs, of_outputs = (*place.spec, None, None, None)[:3]
+        spec = jax.sharding.PartitionSpec(of_layers, of_inputs, None, of_outputs)
+        place = place.update(spec=spec)
+    return place, (layers, inputs // TOGETHER, TOGETHER, outputs)
