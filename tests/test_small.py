@@ -1,9 +1,6 @@
 """Kernels in 8 bits, and kernels in the host's memory."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -174,41 +171,3 @@ def test_shapes_tell_of_them(folder):
     kernel = model.blocks.ffn.net_2.kernel.get_value()
     assert dataclasses.is_dataclass(seen[0]) and kernel.dtype == jnp.int8
     assert model.blocks.ffn.net_2.scale.get_value().dtype == jnp.float32
-
-
-TPU = """
-import sys
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
-from kvlock_jax.models import small
-from kvlock_jax.models.layout import ParameterRules, gathered_layer
-
-device = topologies.get_topology_desc("v6e:2x4", platform="tpu").devices[0]
-near, far = (SingleDeviceSharding(device, memory_kind=m) for m in ("device", small.HOST))
-rules = ParameterRules(large="kernel")
-kernel = jax.ShapeDtypeStruct((4, 2048, 2048), jnp.bfloat16, sharding=far)
-
-def layer(x, weights):
-    weights = gathered_layer(weights, rules)
-    x, kernel = (a.astype(jnp.bfloat16) for a in (x, weights["kernel"]))
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32) * weights["scale"], None
-
-for kind in small.KINDS:
-    x = jax.ShapeDtypeStruct((4096, 2048), jnp.float32, sharding=near)
-    run = jax.jit(lambda x, weights: jax.lax.scan(layer, x, weights)[0])
-    text = run.lower(x, small.parts("kernel", kernel, rules, kind)).compile().as_text()
-    stacks = [line for line in text.splitlines() if " copy-start(" in line and "S(5)" in line]
-    print("FOUND", kind, len(stacks), text.count(" dynamic-slice-start("))
-"""
-
-
-def test_the_tpu_compiler_copies_single_layers_from_the_hosts_memory():
-    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # of a CPU
-    env |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    env["TPU_ACCELERATOR_TYPE"] = "v6e-8"
-    ran = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    found = [line.split()[1:] for line in ran.stdout.splitlines() if line.startswith("FOUND")]
-    assert found == [["int8", "0", "1"], ["float8", "0", "1"]]
