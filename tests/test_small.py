@@ -171,3 +171,21 @@ def test_shapes_tell_of_them(folder):
     kernel = model.blocks.ffn.net_2.kernel.get_value()
     assert dataclasses.is_dataclass(seen[0]) and kernel.dtype == jnp.int8
     assert model.blocks.ffn.net_2.scale.get_value().dtype == jnp.float32
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_shapes_of_the_hosts_memory_make_the_program_that_runs(folder, weights):
+    """Taken for the device's, they had another program compiled ahead than runs, or none."""
+    seen = []
+    rest = {"weights": weights, "weights_on": "host"}
+    model = kvl.load(folder, on_shapes=seen.append, **rest).checkpoint.transformer
+    shapes = seen[0].checkpoint.transformer
+    spaces = {
+        path: jax.typeof(leaf).memory_space
+        for path, leaf in kernels(shapes).items()
+        if path.startswith("blocks.") and path.endswith(".kernel")
+    }
+    assert set(spaces.values()) == {jax.memory.Space.Host}
+    given = originals.golden_inputs()
+    texts = [velocity_of.lower(one, *given).as_text() for one in (model, shapes)]
+    assert texts[0] == texts[1]

@@ -58,7 +58,13 @@ def on_host(place: Place, configs: "Configs") -> Place:
         name, _, own = path.partition(".")
         large = name in TRANSFORMERS and network(getattr(configs, name)).parameters.is_large(own)
         found = place(path, shape)
-        return found.with_memory_kind(small.HOST) if large else found
+        if not large:
+            return found
+        if isinstance(found, jax.sharding.SingleDeviceSharding):
+            # JAX forgets the memory of a single device's sharding in a shape without its array.
+            mesh = jax.sharding.Mesh(list(found.device_set), ("one",))
+            found = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return found.with_memory_kind(small.HOST)
 
     return placed
 
