@@ -246,14 +246,8 @@ def open_published(
     """
     folder, given = Path(folder), given or {}
     own = [part for part in components(folder) if part.part not in given]
-    if any(name.startswith("transformer") for name in given):
-        if "transformer" in given and any(
-            part.part not in ("transformer", "vae", "text_encoder") for part in own
-        ):
-            raise CheckpointError(
-                f"{folder} has experts: give --transformer_high or --transformer_low"
-            )
-        own = [part for part in own if part.part != "transformer"]
+    if any(name.startswith("transformer_") for name in given):
+        own = [part for part in own if part.part != "transformer"]  # of no role beside experts
     names = [part.name for part in own] + ([] if tokens else ["tokenizer"])
     _check_folders(folder, [*names, "scheduler"])
     parts = {**given, **{part.part: _open_part(folder / part.name, part) for part in own}}

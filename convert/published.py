@@ -110,10 +110,16 @@ class Published:
         """A checkpoint of its parts, a tokenizer, and `others` of its folder.
 
         Raises:
-          CheckpointError: two experts have different sizes.
+          CheckpointError: two experts have different sizes, or one transformer is of no role.
         """
         holders = [*parts.values(), tokens]
         experts = tuple(role for role in ROLES if f"transformer_{role}" in parts)
+        if experts and "transformer" in parts:
+            where, roles = parts["transformer"].weights.where, " and ".join(experts)
+            raise CheckpointError(
+                f"{where} stands beside experts for {roles} noise: "
+                "give it as --transformer_high or --transformer_low"
+            )
         names = dict(zip((f"transformer_{role}" for role in experts), TRANSFORMERS, strict=False))
         networks = {names.get(name, name): part for name, part in parts.items()}
         weights = {name: part.weights for name, part in networks.items()}

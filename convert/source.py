@@ -201,11 +201,6 @@ def _own_transformers(folder: Path, given: Mapping[str, Part]) -> dict[str, Path
     if not experts:
         any_given = any(name.startswith("transformer") for name in given)
         return {} if any_given else {"transformer": folder}
-    if "transformer" in given:
-        raise CheckpointError(
-            f"{folder} has {' and '.join(EXPERTS.values())}: give --transformer_high or "
-            "--transformer_low"
-        )
     return {part: place for part, place in experts.items() if part not in given}
 
 

@@ -7,7 +7,7 @@ result = kvl.edit(model, "in.mp4", "mask.mp4", prompt="a blue square")
 result.video   # uint8, frames height width 3
 """
 
-from kvlock_jax.checkpoints.files import Files
+from kvlock_jax.checkpoints.files import Files, Loras
 from kvlock_jax.errors import Error
 from kvlock_jax.pipeline.api import Result, edit, round_trip
 from kvlock_jax.pipeline.load import Model, default_config, load
@@ -16,6 +16,7 @@ from kvlock_jax.pipeline.settings import config
 __all__ = [
     "Error",
     "Files",
+    "Loras",
     "Model",
     "Result",
     "config",

@@ -6,7 +6,6 @@ libtpu's compiler adds `estimated_cycles` to what it schedules, and stack frames
 
 import collections
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator
@@ -162,7 +161,6 @@ class Module:
             return max(map(self.total, _branches(one)))
         return self.total(one.called("to_apply")) if one.op == "call" else one.cycles or 0
 
-    @functools.cache  # noqa: B019 (a module lives as long as the script)
     def total(self, computation: str) -> int:
         """`work` of a computation."""
         return sum(map(self.work, self.computations[computation]))
@@ -177,7 +175,6 @@ class Module:
             self.unknown.append(loop.name)
         return max(bounds, default=1)
 
-    @functools.cache  # noqa: B019 (a module lives as long as the script)
     def ops(self, computation: str) -> collections.Counter:
         """How often each operation occurs in a computation, fusions inside it included."""
         found = collections.Counter()

@@ -166,7 +166,10 @@ def run(model, edits, settings, table=None, omega=OMEGA, on_step=None):
     if on_step is None:
         return sample(model, *args, program=program)
     experts = model if isinstance(model, list) else [model]
-    using = lambda number: contextlib.nullcontext(experts[number])  # noqa: E731
+
+    def using(number):
+        return contextlib.nullcontext(experts[number])
+
     return stepwise(using, *args, program=program, on_step=on_step)
 
 

@@ -179,7 +179,7 @@ def test_files_of_experts_beside_a_folder(folder, tmp_path, monkeypatch):
     save_file(scaled(parts / "low_noise_model" / WEIGHTS, 2.0), tmp_path / "low.safetensors")
     found = kvl.load(parts, files=Files(transformer_low=tmp_path / "low.safetensors")).checkpoint
     np.testing.assert_array_equal(4 * kernel(found), kernel(found, "transformer_2"))
-    with pytest.raises(CheckpointError, match="give --transformer_high or --transformer_low"):
+    with pytest.raises(CheckpointError, match="give it as --transformer_high or --transformer_low"):
         kvl.load(parts, files=Files(tmp_path / "low.safetensors"))
     for role in ("high", "low"):
         shutil.rmtree(parts / f"{role}_noise_model")

@@ -221,3 +221,6 @@ def test_an_edit_takes_the_leanest_way_that_it_needs(limit, asked, where, said):
     placed = Placement(None, False, overlapped, weights_on=asked)
     found, line = memory.fitted(placed, need, int(limit))
     assert found.weights_on == where and said in line and bool(said) == bool(line)
+    if asked == "device":  # networks that the user keeps stay where they are
+        found, line = memory.fitted(placed, need, int(limit), keep_in_memory=True)
+        assert found == placed and bool(line) == (need.kept > limit)

@@ -1,5 +1,6 @@
 """The whole way without a lock, from files to frames: `kvl.edit` against Diffusers' pipelines."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import kvlock_jax as kvl
 from kvlock_jax.errors import ConfigError
+from kvlock_jax.parallel.mesh import make_mesh
 from kvlock_jax.settings.schema import run_config
 
 STEPS, SHIFT, GUIDANCE = 8, 3.0, 5.0
@@ -138,6 +140,17 @@ def test_same_frames_as_diffusers_of_the_5b(tmp_path, monkeypatch, capsys):
     box = (8, 8, 24, 24)
     result = kvl.edit(model, tiny.clip(4, 40, 50), box, PROMPT, config=config)
     assert result.video.shape == (4, 40, 50, 3) and result.trace.finite.all()
+
+
+def test_a_mesh_shares_known_tokens(tmp_path):
+    """Devices share the tokens, and the timestep of each."""
+    tiny.make_ti2v_pipeline(tmp_path).save_pretrained(tmp_path / "wan")
+    config, made = run_config("clean_anchor", steps=2), []
+    for mesh in (None, make_mesh(frames=2, devices=jax.devices()[:2])):
+        model = kvl.load(tmp_path / "wan", mesh=mesh)
+        box = (8, 8, 24, 24)
+        made.append(kvl.edit(model, tiny.clip(5, 64, 64), box, PROMPT, config=config).video)
+    assert np.abs(made[0].astype(int) - made[1]).max() <= 1
 
 
 def test_known_tokens_need_a_model_of_them(model):

@@ -61,7 +61,7 @@ def test_timesteps_of_tokens_equal_the_publisher(name, at_once, monkeypatch):
     assert relative(got, data[f"velocity_{name}"]) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items()])
+@pytest.mark.parametrize("name", CASES)
 def test_timesteps_of_tokens_equal_diffusers(name):
     """Rows of tokens at two timesteps, as its image loop has them, and one of many."""
     peer, ours = pair(CASES[name].config, jnp.float32)
@@ -132,13 +132,22 @@ def test_the_background_stays_clean(by_step):
 
 
 def test_a_foreground_pass_equals_one_over_all_tokens():
-    model, edits = loops.make_fake(), loops.make_edits()
+    """Of the 5B's transformer, whose computed tokens keep the timesteps that they have."""
+    (data, text), model = given(), expert("ti2v", "ti2v")
+    noise = last(data["run_image_unipc_x"][0])[None]
+    source = np.random.default_rng(0).normal(size=noise.shape).astype(np.float32)
+    foreground = np.zeros(noise.shape[:4], bool)
+    foreground[:, 1:, 1:3, 2:5] = True
+    grid = Grid.of(noise.shape[1:4])
+    cells = [grid.split(jnp.asarray(x)) for x in (source, noise, foreground)]
+    edits = Edits(*cells, text, text[1:], grid)
     firm = clean(adapt_fusion_ratio=False, fusion_ratio=1.0)
-    want, _ = loops.run(model, edits, dataclasses.replace(firm, skip_background=False))
-    table, program = solvers.euler(loops.STEPS, loops.SHIFT), Program.of(firm, 20)
-    assert program.passes == ("foreground",) and program.clean
-    start = jnp.array(edits.spread(edits.noise), copy=True)
-    args = (start, edits, table, lock.knobs(firm, loops.OMEGA))
-    got, _ = stepwise(lambda number: contextlib.nullcontext(model), *args, program=program)
-    own = np.asarray(edits.foreground)
-    np.testing.assert_allclose(np.asarray(got)[own], np.asarray(want)[own], atol=1e-5)
+    table, knobs, made = solvers.unipc(3, 5.0), lock.knobs(firm, 5.0), {}
+    for tokens in (None, 12):  # of which 8 are the foreground's
+        program = Program.of(firm, tokens)
+        args = (jnp.array(cells[1]), edits, table, knobs)
+        edited, _ = stepwise(lambda number: contextlib.nullcontext(model), *args, program=program)
+        made[program.passes] = np.asarray(grid.join(edited))
+    want, got = made["full",], made["foreground",]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_array_equal(got[~foreground], source[~foreground])

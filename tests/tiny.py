@@ -75,8 +75,10 @@ def make_ti2v_pipeline(folder: Path):
         statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
         return AutoencoderKLWan(**sizes, **statistics, **pixels, scale_factor_spatial=16)
 
+    def make():
+        return WanTransformer3DModel(**SIZES, num_layers=2)
+
     rest = {"vae": make_vae, "expand_timesteps": True}
-    make = lambda: WanTransformer3DModel(**SIZES, num_layers=2)  # noqa: E731
     return _assemble(folder, WanPipeline, make, **rest)
 
 

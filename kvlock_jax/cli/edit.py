@@ -91,7 +91,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     say("mask", f"{100 * inputs.mask.mean():.1f} % of the pixels are edited")
     say("preset", f"{settings.preset}: {lock.PRESETS[settings.preset]}")
 
-    placed = fit_memory(place(args, contents, many=False), contents, inputs, settings)
+    kept = {"keep_in_memory": args.keep_in_memory}
+    placed = fit_memory(place(args, contents, many=False), contents, inputs, settings, **kept)
     start = time.perf_counter()
     compiling: list[BackgroundCompiler] = []
 
@@ -104,7 +105,6 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
             )
         )
 
-    kept = {"keep_in_memory": args.keep_in_memory}
     model = load_model(args, contents, placed, compile_ahead, **kept)
     seconds = {"load": time.perf_counter() - start}
     with warnings_as_lines(), ticking(settings.sample.steps) as tick:

@@ -52,7 +52,12 @@ def place(args: argparse.Namespace, contents: Contents, *, many: bool) -> Placem
 
 
 def fit_memory(
-    placed: Placement, contents: Contents, inputs: EditInputs, settings: Settings
+    placed: Placement,
+    contents: Contents,
+    inputs: EditInputs,
+    settings: Settings,
+    *,
+    keep_in_memory: bool,
 ) -> Placement:
     """The placement with which an edit fits the devices, and a line about it, if they tell."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -74,7 +79,7 @@ def fit_memory(
     layout = Layout.of(devices, placed.spread, workload.tokens)
     small = placed.weights is not None
     need = memory.per_device(contents, workload, layout, settings.lock, in_8_bits=small)
-    placed, line = memory.fitted(placed, need, stats["bytes_limit"])
+    placed, line = memory.fitted(placed, need, stats["bytes_limit"], keep_in_memory=keep_in_memory)
     if line:
         say("memory", line)
     return placed

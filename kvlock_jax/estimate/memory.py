@@ -98,7 +98,9 @@ def per_device(
     )
 
 
-def fitted(placed: Placement, need: Memory, limit: int) -> tuple[Placement, str]:
+def fitted(
+    placed: Placement, need: Memory, limit: int, *, keep_in_memory: bool = False
+) -> tuple[Placement, str]:
     """The placement of one edit that a device's memory asks for, and a line if it is another.
 
     The blocks' kernels go to the host's memory where the largest stage would not fit otherwise.
@@ -107,11 +109,13 @@ def fitted(placed: Placement, need: Memory, limit: int) -> tuple[Placement, str]
       placed: placement that the user asks for.
       need: memory that the edit takes.
       limit: bytes of a device's memory.
+      keep_in_memory: whether all networks stay, which is then kept to.
     """
     gigabytes = f"{limit / 1e9:.1f} GB of a device"
     near, far = f"{need.leaving / 1e9:.1f} GB", f"{need.on_host / 1e9:.1f} GB"
-    if placed.weights_on == "host" or need.leaving <= limit:
-        peak = need.on_host if placed.weights_on == "host" else need.leaving
+    if placed.weights_on == "host" or keep_in_memory or need.leaving <= limit:
+        peak = need.kept if keep_in_memory else need.leaving
+        peak = need.on_host if placed.weights_on == "host" else peak
         over = f"about {peak / 1e9:.1f} GB are needed, over the {gigabytes}: it may not fit"
         return placed, over if peak > limit else ""
     if need.on_host <= limit:

@@ -52,7 +52,7 @@ def sampling(name: str) -> Mapping[str, Any]:
 def preset(name: str, guidance_scale: float, steps: int = 50) -> LockConfig:
     """The settings of the preset `name` for a run with the guidance scale omega_0.
 
-    METHOD.md sections 9 and 10. Only `kvlock_anchor` and `clean_anchor` depend on omega_0: their
+    METHOD.md sections 9 and 10. Only `kvlock_anchor` and what is made of it depend on omega_0: its
     floor 1 / omega_0 keeps omega at 1 or more, so that the prompt never fades. (The ceiling of 2
     comes first: an omega_0 under 1/2 stays under 1.)
 
@@ -103,11 +103,9 @@ def preset(name: str, guidance_scale: float, steps: int = 50) -> LockConfig:
             return dataclasses.replace(anchored, background=pinned)
         case "distilled":
             anchored = preset("kvlock_anchor", guidance_scale)
-            window, kappa = (
-                round(published.window * steps / 50),
-                round(published.kappa * steps / 50),
-            )
-            return dataclasses.replace(anchored, window=max(2, window), kappa=max(1, kappa))
+            window = max(2, round(published.window * steps / 50))
+            kappa = max(1, round(published.kappa * steps / 50))
+            return dataclasses.replace(anchored, window=window, kappa=kappa)
         case "hard_lock":
             return locked
         case "fast":

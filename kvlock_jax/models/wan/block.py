@@ -1,7 +1,6 @@
 """A block of Wan 2.1's transformer, and a stack of blocks as one module."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +91,21 @@ def of_tokens(
     if values.shape[1] == 2:
         return jnp.where(of_token[..., None] == 0, values[:, :1], values[:, 1:])
     return jnp.take_along_axis(values, of_token[..., None], axis=1)
+
+
+def shifted(
+    x: Tokens,
+    scale: Float[Array, "B *distinct D"],
+    shift: Float[Array, "B *distinct D"],
+    of_token: Int[Array, "B L"] | None,
+    *,
+    eps: float,
+    dtype: Any,
+) -> Tokens:
+    """The norm of tokens, scaled by `1 + scale` and shifted, by each token's timestep."""
+    if of_token is not None:
+        scale, shift = (of_tokens(each, of_token) for each in (scale, shift))
+    return modulated(x, 1 + scale, shift, eps=eps, dtype=dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -207,16 +221,9 @@ class Block(nnx.Module):
         """
         table = modulation.table + self.scale_shift_table[...].astype(jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table, -2, 0)
-        norm = functools.partial(modulated, eps=self.eps, dtype=self.attn1.dtype)
+        kind, of_token = {"eps": self.eps, "dtype": self.attn1.dtype}, modulation.of_token
 
-        def shifted(x: Tokens, scale: Array, shift: Array, of_token: Any) -> Tokens:
-            """The modulated norm of tokens."""
-            if of_token is not None:
-                scale, shift = (of_tokens(each, of_token) for each in (scale, shift))
-            return norm(x, 1 + scale, shift)
-
-        of_token = modulation.of_token
-        y = shifted(x, scale1, shift1, of_token)
+        y = shifted(x, scale1, shift1, of_token, **kind)
         q, k, v = self.attn1.queries_keys_values(y, positions.rope)
         if lock is not None:
             if lock.computed is not None:  # these tokens lie anywhere in the video
@@ -226,12 +233,15 @@ class Block(nnx.Module):
         y = self.attn1.attend(positions.attend, q, k, v, positions.keys)
         x = x + y * of_tokens(gate1, of_token)
 
-        y = norm(x, self.norm2.scale[None], self.norm2.bias[None]) if self.norm2 else x
+        y = x
+        if self.norm2:
+            y = modulated(x, self.norm2.scale[None], self.norm2.bias[None], **kind)
         x = x + self.attn2.attend(replicated_keys, self.attn2.queries(y), text.k, text.v)
 
         def fed_forward(x: Tokens, of_token: Int[Array, "B L"] | None = None) -> Tokens:
             """Applies the feed-forward layer to each token independently."""
-            return x + self.ffn(shifted(x, scale2, shift2, of_token)) * of_tokens(gate2, of_token)
+            y = self.ffn(shifted(x, scale2, shift2, of_token, **kind))
+            return x + y * of_tokens(gate2, of_token)
 
         beside = () if of_token is None else (of_token,)
         x = over_tokens(fed_forward, x, FEED_FORWARD_TOKENS, *beside)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from kvlock_jax.models.family import Family, Network, TextOnly
+from kvlock_jax.models.family import Conditioner, Family, Network, TextOnly
 from kvlock_jax.models.layout import ParameterRules
 from kvlock_jax.models.text import config as text_config
 from kvlock_jax.models.text.config import UMT5Config
@@ -25,6 +25,8 @@ _NETWORKS = {
 }
 
 _RESULTS = (Positions, Time, Conditioning, VACEConditioning, VACEContext)
+
+_TEXT_ONLY = TextOnly()
 
 _LARGE = 5120
 """Width of the 14B models."""
@@ -60,48 +62,32 @@ def _settings(kind: str) -> Callable[[Any], str]:
     return settings
 
 
-TEXT_TO_VIDEO = Family(
-    name="wan2.1-t2v",
-    networks=_NETWORKS,
-    describes=_describes(),
-    conditioner=TextOnly(),
-    settings=_settings("t2v"),
-    results=_RESULTS,
+def _wan(
+    name: str,
+    describes: Callable[[Any], bool],
+    settings: Callable[[Any], str],
+    conditioner: Conditioner = _TEXT_ONLY,
+    *,
+    takes_known_tokens: bool = False,
+) -> Family:
+    """A family of Wan: they differ in what they are shown and in how they are sampled."""
+    kinds = {"networks": _NETWORKS, "results": _RESULTS, "takes_known_tokens": takes_known_tokens}
+    return Family(name, describes=describes, settings=settings, conditioner=conditioner, **kinds)
+
+
+TEXT_TO_VIDEO = _wan("wan2.1-t2v", _describes(), _settings("t2v"))
+
+VACE = _wan("wan2.1-vace", _describes(vace=True), _settings("vace"), VACEConditioner())
+
+TEXT_TO_VIDEO_EXPERTS = _wan("wan2.2-t2v", _describes(experts=True), lambda _: "t2v_a14b")
+
+KNOWN_TOKENS = _wan(
+    "wan2.2-ti2v", _describes(residual=True), lambda _: "ti2v_5b_720p", takes_known_tokens=True
 )
 
-VACE = Family(
-    name="wan2.1-vace",
-    networks=_NETWORKS,
-    describes=_describes(vace=True),
-    conditioner=VACEConditioner(),
-    settings=_settings("vace"),
-    results=_RESULTS,
-)
-
-TEXT_TO_VIDEO_EXPERTS = Family(
-    name="wan2.2-t2v",
-    networks=_NETWORKS,
-    describes=_describes(experts=True),
-    conditioner=TextOnly(),
-    settings=lambda configs: "t2v_a14b",
-    results=_RESULTS,
-)
-
-KNOWN_TOKENS = Family(
-    name="wan2.2-ti2v",
-    networks=_NETWORKS,
-    describes=_describes(residual=True),
-    conditioner=TextOnly(),
-    settings=lambda configs: "ti2v_5b_720p",
-    results=_RESULTS,
-    takes_known_tokens=True,
-)
-
-VACE_FUN = Family(
-    name="wan2.2-vace-fun",
-    networks=_NETWORKS,
-    describes=_describes(vace=True, experts=True),
-    conditioner=VACEConditioner(canvas=on_canvas_of_fun, newest_first=False),
-    settings=lambda configs: "vace_fun_a14b",
-    results=_RESULTS,
+VACE_FUN = _wan(
+    "wan2.2-vace-fun",
+    _describes(vace=True, experts=True),
+    lambda _: "vace_fun_a14b",
+    VACEConditioner(canvas=on_canvas_of_fun, newest_first=False),
 )

@@ -23,13 +23,12 @@ from kvlock_jax.models.attention.rope import rope_table
 from kvlock_jax.models.attention.sharded import Attend, overlapped
 from kvlock_jax.models.layout import gathered_layer
 from kvlock_jax.models.linear import Linear
-from kvlock_jax.models.norms import modulated
 from kvlock_jax.models.wan.block import (
     Block,
     Modulation,
     Positions,
     Tokens,
-    of_tokens,
+    shifted,
     stacked,
     text_cache,
 )
@@ -256,9 +255,8 @@ class WanTransformer(nnx.Module):
 
         table = self.scale_shift_table[...].astype(jnp.float32) + time.embedding[..., None, :]
         shift, scale = jnp.moveaxis(table, -2, 0)
-        if (of_token := passes[-1].modulation.of_token) is not None:
-            shift, scale = (of_tokens(each, of_token) for each in (shift, scale))
-        x = modulated(x, 1 + scale, shift, eps=self.config.eps, dtype=self.dtype)
+        of_token = passes[-1].modulation.of_token
+        x = shifted(x, scale, shift, of_token, eps=self.config.eps, dtype=self.dtype)
         x = self.proj_out(x)
         x = x.reshape(*x.shape[:2], latents.shape[2], -1)
         return sharding.constrain(x, "B L cells C"), kept
