@@ -11,4 +11,4 @@ def get_config() -> ConfigDict:
     The preset gives it the background as known tokens, as its image-to-video loop gives the first
     frame. Trained on 121 frames at 24 a second.
     """
-    return published("clean", shift=5.0, guidance_scale=5.0, grid="plain")
+    return published("clean", shift=5.0, guidance_scale=5.0, grid="plain", window=121)

@@ -6,6 +6,7 @@ and padded to a length that the devices divide (DESIGN.md section 3).
 
 import dataclasses
 import math
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,3 +73,13 @@ class Grid:
         x = patches[:, : self.tokens].reshape(patches.shape[0], t, h, w, p, q, r, -1)
         x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(patches.shape[0], *self.space, -1)
+
+
+class Cut(Protocol):
+    """Cuts a batch's arrays into windows of its clips (`sampling.windows`)."""
+
+    def rows(self, x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
+        """An array with an axis of the batch's rows, for the rows of the windows."""
+
+    def tokens(self, x: Shaped[Array, "rows L *d"]) -> Shaped[Array, "cut_rows l *d"]:
+        """The tokens of each window, for the rows of the windows."""

@@ -2,12 +2,16 @@
 
     python scripts/train_demo_vae.py --run runs/vae --steps 2400
     python scripts/train_demo_vae.py --run runs/decoder --decoder_of runs/vae/params.npz
+    python scripts/train_demo_vae.py --run runs/long --long_of runs/decoder/params.npz --steps 800
 
 Saves its state under `--run` and goes on from there when started again; `params.npz` there holds
 the averaged weights. The second command trains the decoder alone, so latents stay what they were.
+The third trains on longer clips, of which every latent frame is held to what the encoder that it
+starts from makes of nine frames: without it colours shift from the fourth latent frame on.
 """
 
 import argparse
+import functools
 import math
 import pathlib
 
@@ -20,8 +24,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from kvlock_jax.demo.world import random_scene, render
-from kvlock_jax.models.vae.autoencoder import Downsample, ResidualBlock, Upsample, WanVAE
+from kvlock_jax.demo.world import FRAMES, random_scene, render
+from kvlock_jax.models.vae.autoencoder import WanVAE
+from kvlock_jax.models.vae.blocks import Downsample, ResidualBlock, Upsample
 from kvlock_jax.models.vae.convolutions import CausalConv3d
 
 BATCH, CROP = 4, 48
@@ -31,6 +36,8 @@ BLEND = 4  # pixels around a splice that may change with it
 LEAK_WEIGHT = (
     1.5  # weight of the change that a splice causes outside itself, beside the reconstruction
 )
+LONG = 17  # frames of the longer clips
+LATENT_WEIGHT = 1.0  # weight of the latents' squared error, by their variance
 
 
 def initialise(vae: WanVAE, seed: int) -> None:
@@ -77,12 +84,12 @@ def learning_rates(params: nnx.State, base: float = 0.5, most: float = 3e-3) -> 
     return jax.tree.map(rate, params)
 
 
-def batch(step: int) -> np.ndarray:
-    """Crops `4 9 48 48 3` uint8; a function of the step."""
+def batch(step: int, frames: int = FRAMES, size: int = BATCH) -> np.ndarray:
+    """Crops `size frames 48 48 3` uint8; a function of the step."""
     rng = np.random.default_rng(step)
     crops = []
-    for i in range(BATCH):
-        clip = render(random_scene(step * BATCH + i)).video
+    for i in range(size):
+        clip = render(random_scene(step * BATCH + i, frames=frames)).video
         y, x = rng.integers(0, clip.shape[1] - CROP + 1, 2)
         crops.append(clip[:, y : y + CROP, x : x + CROP])
     return np.stack(crops)
@@ -114,6 +121,14 @@ def spliced(z: jax.Array, frames: int, key: jax.Array) -> tuple[jax.Array, jax.A
     return jnp.where(box[..., None], guess, z), ~near[..., None]
 
 
+def short_latents(vae: WanVAE, x: jax.Array) -> jax.Array:
+    """Latents of a long clip, each frame encoded within nine frames at most."""
+    first = vae.moments(x[:, :9], 2)[0]
+    starts = range(4, x.shape[1] - 8, 4)
+    rest = [vae.moments(x[:, at : at + 9], 2)[0][:, 2:] for at in starts]
+    return jnp.concatenate([first, *rest], axis=1)
+
+
 def to_float(video: jax.Array) -> jax.Array:
     """uint8 to [-1, 1]."""
     return video.astype(jnp.float32) / 127.5 - 1.0
@@ -125,17 +140,23 @@ def main() -> None:
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/vae"))
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--decoder_of", type=pathlib.Path, help="params.npz to start from")
+    parser.add_argument("--long_of", type=pathlib.Path, help="params.npz to start from")
     flags = parser.parse_args()
-    whole = flags.decoder_of is None
+    start, is_long = flags.decoder_of or flags.long_of, flags.long_of is not None
+    whole, frames = start is None, LONG if is_long else FRAMES
+    chunk = (frames - 1) // 4  # one piece: XLA on CPU compiles gradients of a loop's body badly
 
     vae = WanVAE(demo_models.VAE, rngs=nnx.Rngs(0))
     initialise(vae, 0)
     graph, params = nnx.split(vae)
     rates = learning_rates(params)
     if not whole:
-        params = jax.tree.map(jnp.asarray, demo_models.load_params(flags.decoder_of, params))
+        params = jax.tree.map(jnp.asarray, demo_models.load_params(start, params))
+    if flags.decoder_of:
         for part in ("encoder", "quant_conv"):
             rates[part] = jax.tree.map(lambda _: 0.0, rates[part])
+    if is_long:
+        rates, teacher = jax.tree.map(lambda rate: rate / 4, rates), params
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, 50, flags.steps, 0.02)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -148,19 +169,23 @@ def main() -> None:
         model = nnx.merge(graph, params)
         keys = jax.random.split(key)
         x = to_float(video)
-        mean, logvar = model.moments(x, chunk=2)
+        mean, logvar = model.moments(x, chunk)
         logvar = jnp.clip(logvar, -20.0, 10.0)
         z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys[0], mean.shape)
-        y = model.decode(z, chunk=2)  # the latent statistics are 0 and 1 here
+        y = model.decode(z, chunk)  # the latent statistics are 0 and 1 here
         square = jnp.mean(jnp.square(y - x))
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
         loss = jnp.mean(jnp.abs(y - x)) + square + KL_WEIGHT * kl
         metrics = {"psnr": -10 * jnp.log10(square / 4), "kl": kl}
-        if not whole:
+        if flags.decoder_of:
             mixed, outside = spliced(z, x.shape[1], keys[1])
-            moved = jnp.abs(model.decode(mixed, chunk=2) - y)
+            moved = jnp.abs(model.decode(mixed, chunk) - y)
             metrics["leak"] = jnp.sum(outside * moved) / (3 * jnp.sum(outside))
             loss += LEAK_WEIGHT * metrics["leak"]
+        if is_long:
+            wanted = jax.lax.stop_gradient(short_latents(nnx.merge(graph, teacher), x))
+            off = jnp.mean(jnp.square(mean - wanted) / jnp.var(wanted, axis=(0, 1, 2, 3)))
+            metrics["latents"], loss = off, loss + LATENT_WEIGHT * off
         return loss, metrics | {"loss": loss}
 
     @jax.jit
@@ -173,12 +198,13 @@ def main() -> None:
         step = state["step"] + 1
         return {"params": params, "ema": ema, "opt_state": opt_state, "step": step}, metrics
 
-    held_out = jnp.stack([render(random_scene(s, held_out=True)).video for s in HELD_OUT])
+    scenes = [random_scene(s, held_out=True, frames=frames) for s in HELD_OUT]
+    held_out = jnp.stack([render(scene).video for scene in scenes])
 
     @jax.jit
     def held_out_psnr(params):
         model = nnx.merge(graph, params)
-        out = jnp.clip(model.decode(model.moments(to_float(held_out), 2)[0], 2), -1, 1)
+        out = jnp.clip(model.decode(model.moments(to_float(held_out), chunk)[0], chunk), -1, 1)
         return -10 * jnp.log10(jnp.mean(jnp.square(out - to_float(held_out))) / 4)
 
     state = {
@@ -192,7 +218,9 @@ def main() -> None:
         demo_models.save_params(flags.run / "params.npz", state["ema"])
         return {"held_out_psnr": held_out_psnr(state["ema"])}
 
-    fit(state, update, batch, flags.steps, flags.run, evaluate=evaluate)
+    make = functools.partial(batch, frames=frames, size=BATCH // 2 if is_long else BATCH)
+    every = {"log_every": 10, "evaluate_every": 100, "save_every": 50} if is_long else {}
+    fit(state, update, make, flags.steps, flags.run, evaluate=evaluate, **every)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from commands import edited, interrupt, settings_of
 
 from kvlock_jax.cli import edit, main
 from kvlock_jax.media import decode, encode
-from kvlock_jax.pipeline.inputs import TRAINED_FRAMES
 
 # --- an edit ----------------------------------------------------------------------------------
 
@@ -117,11 +116,13 @@ def test_dtype_is_that_of_the_model(kvlock, loads, monkeypatch, tiny_checkpoint)
     assert loads == [(str(tiny_checkpoint), jnp.bfloat16)]
 
 
-def test_many_frames_are_warned_of(kvlock, monkeypatch):
+def test_windows_of_a_long_clip_are_named(kvlock, monkeypatch):
     monkeypatch.setattr(edit, "run_edit", interrupt)
-    encode.write_video("in.mkv", tiny.clip(TRAINED_FRAMES + 1, 16, 16), 12)
-    _, _, errors = kvlock(src_mask=None, bbox="0,0,8,8")
-    assert re.match(r"warning: 82 frames: .* 81.*\n", errors)
+    encode.write_video("in.mkv", tiny.clip(82, 16, 16), 12)
+    _, printed, _ = kvlock(src_mask=None, bbox="0,0,8,8")
+    assert re.search(r"windows +2 of 81 frames, which share about 20\n", printed)
+    _, printed, _ = kvlock("--long=whole", src_mask=None, bbox="0,0,8,8")
+    assert "windows" not in printed
 
 
 # --- settings ---------------------------------------------------------------------------------
@@ -183,6 +184,7 @@ def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
         "--preset=cfg --shift=2.5 --solver=dpm++ --base_seed=3 --src_prompt=one --dilate=1 "
         "--negative_prompt=two --size=64*32 --frame_num=4 --invert_mask --no-composite "
         "--sample_guide_scale_low=2 --boundary=0.9 --sample_grid=plain "
+        "--long=windows --window=13 --window_overlap=8 --window_shift "
         "--context_scale=0.5 --show_masked --ceiling --pool_seeds=2 --fit=pad --fps=8 --no_audio"
     )
     got = chosen(kvlock, monkeypatch, *flags.split(), "--config.edit.composite")
@@ -211,6 +213,10 @@ def test_every_named_flag_reaches_its_setting(kvlock, monkeypatch):
         "grid": "plain",
         "solver": "dpm++",
         "seed": 3,
+        "long": "windows",
+        "window": 13,
+        "window_overlap": 8,
+        "window_shift": True,
     }
 
 

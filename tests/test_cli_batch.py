@@ -9,15 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 from clips import only
 from commands import FILES, edited, interrupt
 
 from kvlock_jax.batch import runner
 from kvlock_jax.cli import main
-from kvlock_jax.media import decode, encode
+from kvlock_jax.media import decode
 from kvlock_jax.pipeline.api import edit
-from kvlock_jax.pipeline.inputs import TRAINED_FRAMES
 from kvlock_jax.pipeline.load import default_config
 
 LINES = [
@@ -118,12 +116,3 @@ def test_an_interrupted_batch(many, folder, monkeypatch):
     status, _, errors = many()
     assert status == 130 and errors == "interrupted\n"
     assert only(folder / "out") == ["failed.jsonl"]
-
-
-def test_many_frames_are_warned_of_once(many, monkeypatch):
-    encode.write_video("in.mkv", tiny.clip(TRAINED_FRAMES + 1, 16, 16), 12)
-    monkeypatch.setattr(runner, "run_batch", lambda *_, **__: 1 / 0)
-    row = {"src_video": "in.mkv", "bbox": "0,0,8,8", "prompt": "a star"}
-    status, _, errors = many(rows=[row, row | {"id": "2"}])
-    assert status == 1 and errors.count("warning: 82 frames") == 1
-    assert errors.count("failed: ZeroDivisionError: division by zero") == 2

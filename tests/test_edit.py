@@ -1,29 +1,28 @@
 """Edits from end to end on a tiny Diffusers folder: forms of input, sizes, settings."""
 
 import dataclasses
+import json
 from fractions import Fraction
 
-import edits
 import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from edits import BOX, CLIP, FRAMES, MASK, STEPS, config_of, edit
+from edits import BOX, CLIP, MASK, STEPS, config_of, edit
 from etils import epath
 from flax import nnx
 
 import kvlock_jax as kvl
 from kvlock_jax.checkpoints import format
 from kvlock_jax.convert.converter import convert
-from kvlock_jax.errors import CheckpointError
+from kvlock_jax.errors import CheckpointError, ConfigError
 from kvlock_jax.evaluate import metrics
 from kvlock_jax.media import encode
 from kvlock_jax.media.fit import Resize, resize_mask
 from kvlock_jax.models.vae import autoencoder
-from kvlock_jax.pipeline import inputs as edit_inputs
-from kvlock_jax.pipeline import stages
+from kvlock_jax.pipeline import report, stages
 from kvlock_jax.sampling.loop import sample
 
 
@@ -267,9 +266,24 @@ def test_folders_in_a_bucket(monkeypatch):
         kvl.load("gs://bucket/none")
 
 
-def test_more_frames_than_the_model_was_trained_on(model, plain, monkeypatch):
-    monkeypatch.setattr(edit_inputs, "TRAINED_FRAMES", FRAMES - 1)
-    with pytest.warns(UserWarning, match="5 frames: the model was trained on 4") as warned:
-        result = edit(model)
-    assert warned[0].filename == edits.__file__
-    np.testing.assert_array_equal(result.video, plain.video)
+def test_a_clip_longer_than_a_window(model, plain, tmp_path):
+    """A window of as many frames is the whole clip; one that runs whole is warned of."""
+
+    def in_windows(long, clip=CLIP, mask=MASK, **lock_settings):
+        config = config_of()
+        config.sample.update({"long": long, "window": 5, "window_overlap": 4})
+        config.sample.window_shift = bool(lock_settings)
+        config.kvlock.update(lock_settings)
+        return edit(model, clip, mask, config=config)
+
+    np.testing.assert_array_equal(in_windows("windows").video, plain.video)
+    longer = [np.concatenate([x, x[::-1]]) for x in (CLIP, MASK)]
+    result = in_windows("auto", *longer)
+    assert (result.windows, plain.windows) == (3, 1) and result.video.shape == longer[0].shape
+    report.write_trace(tmp_path / "trace.json", result)
+    assert json.loads((tmp_path / "trace.json").read_text())["windows"] == 3
+    with pytest.warns(UserWarning, match="10 frames run whole: the model was trained on 5"):
+        whole = in_windows("whole", *longer)
+    assert whole.windows == 1 and (whole.video != result.video).any()
+    with pytest.raises(ConfigError, match="cache_every must be 1"):
+        in_windows("auto", *longer, cache="carried", cache_every=2)

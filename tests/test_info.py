@@ -224,3 +224,15 @@ def test_an_edit_takes_the_leanest_way_that_it_needs(limit, asked, where, said):
     if asked == "device":  # networks that the user keeps stay where they are
         found, line = memory.fitted(placed, need, int(limit), keep_in_memory=True)
         assert found == placed and bool(line) == (need.kept > limit)
+
+
+def test_a_long_clip_costs_its_windows():
+    """Only latents grow with the clip; a step takes each window's time."""
+    short, long = (
+        words(needs(SMALL, video=Fit(frames, 480, 832), chip="v6e")) for frames in (81, 213)
+    )
+    assert long["windows"] == "3 of 81 frames, one after another" and "windows" not in short
+    seconds = float(short["step"].split()[2])
+    assert float(long["step"].split()[2]) == pytest.approx(3 * seconds, rel=0.01)
+    assert long["cache"] == short["cache"] and long["  transformer"] == short["  transformer"]
+    assert long["  activations"] != short["  activations"]

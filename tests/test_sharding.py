@@ -315,7 +315,7 @@ def test_a_cache_is_laid_out_as_its_letters_say():
         (cache.v, "layers B L N"),
         (velocity, "B L cells C"),
         (conditioning.text.k, "layers B S N"),
-        (conditioning.control, "BLD"),
+        (conditioning.control, "B L cells C"),
         (conditioning.positions.rope[0], "LK"),
     ):
         wanted = jax.sharding.NamedSharding(mesh, sharding.spec(letters))

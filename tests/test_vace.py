@@ -264,7 +264,7 @@ def test_hints_are_added_in_float32_under_bfloat16():
     @nnx.jit
     def first_hint(model, latents, timestep, context):
         given = whole.conditioning(model, latents, context)
-        x = jnp.full(given.control.shape, 1000.0)
+        x = jnp.full((*given.control.shape[:2], model.config.dim), 1000.0)
         modulation = Modulation(model.times(timestep).modulation)
         one = Pass(x, given.text, modulation, given.positions, None, None)
         beside = model._beside(x, one, given, lambda tokens: tokens)

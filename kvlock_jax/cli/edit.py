@@ -19,6 +19,7 @@ from kvlock_jax.cli.loading import (
     join,
     load_model,
     place,
+    windows_line,
 )
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
@@ -90,6 +91,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     say("video", f"{frames} frames of {width}x{height} at {float(inputs.fps):g} per second")
     say("mask", f"{100 * inputs.mask.mean():.1f} % of the pixels are edited")
     say("preset", f"{settings.preset}: {lock.PRESETS[settings.preset]}")
+    if line := windows_line(settings, frames, contents.configs):
+        say("windows", line)
 
     kept = {"keep_in_memory": args.keep_in_memory}
     placed = fit_memory(place(args, contents, many=False), contents, inputs, settings, **kept)

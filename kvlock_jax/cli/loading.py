@@ -8,10 +8,11 @@ import jax
 
 from kvlock_jax.checkpoints.files import PARTS
 from kvlock_jax.checkpoints.format import Contents
+from kvlock_jax.checkpoints.registry import Configs
 from kvlock_jax.cli.flags import DTYPES, checkpoint, gather_files, gather_loras
 from kvlock_jax.cli.terminal import say
 from kvlock_jax.estimate import memory
-from kvlock_jax.estimate.costs import Layout, Workload
+from kvlock_jax.estimate.costs import Layout
 from kvlock_jax.media.fit import Fit
 from kvlock_jax.models.wan.config import WanConfig
 from kvlock_jax.parallel.processes import join_hosts
@@ -24,6 +25,7 @@ from kvlock_jax.pipeline.placement import (
 )
 from kvlock_jax.pipeline.settings import Settings, config, default_config_name
 from kvlock_jax.runtime.compile_cache import Compiler, keep_programs
+from kvlock_jax.sampling import windows
 
 
 def join(args: argparse.Namespace) -> None:
@@ -65,16 +67,7 @@ def fit_memory(
         return placed
     configs = contents.configs
     shape = Fit(*inputs.source.shape[:3], configs.unit).model_shape
-    stored = contents.models["transformer"]
-    workload = Workload(
-        configs.transformer,
-        *shape,
-        batch=settings.lock.pool_seeds,
-        references=len(inputs.references),
-        weight_bytes=stored.size / stored.parameters,
-        branches=settings.sample.branches,
-        strides=configs.vae.strides,
-    )
+    workload = memory.workload(contents, settings, shape, references=len(inputs.references))
     devices = placed.mesh.shape["frames"] if placed.mesh else 1
     layout = Layout.of(devices, placed.spread, workload.tokens)
     small = placed.weights is not None
@@ -83,6 +76,17 @@ def fit_memory(
     if line:
         say("memory", line)
     return placed
+
+
+def windows_line(settings: Settings, frames: int, configs: Configs) -> str:
+    """A line about the windows that a clip's steps run over; empty where they run it whole."""
+    sample, time = settings.sample, configs.vae.strides[0]
+    whole = -(-(frames - 1) // time) + 1
+    if (found := windows.asked(sample, whole, time)) is None:
+        return ""
+    count = windows.number(whole, *found)
+    shared = f", which share about {sample.window_overlap}" if count > 1 else ""
+    return f"{count} of {min(sample.window, frames)} frames{shared}"
 
 
 def compiler(args: argparse.Namespace, placed: Placement) -> Compiler:

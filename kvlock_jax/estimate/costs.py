@@ -41,6 +41,8 @@ class Workload:
       text_tokens: number of text tokens `S`.
       dtype_bytes: bytes of a number in matrix products and in the cache, 2 for bfloat16.
       weight_bytes: mean bytes of a stored parameter.
+      clip_frames: frames of a longer clip of which these are a window; 0 where there is none.
+      windows: number of windows that a step runs over, one after another.
     """
 
     config: WanConfig
@@ -54,6 +56,8 @@ class Workload:
     weight_bytes: float = 2.0
     branches: int = 2
     strides: tuple[int, int, int] = VAE_STRIDES
+    clip_frames: int = 0
+    windows: int = 1
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "batch", "text_tokens", "dtype_bytes"):
@@ -75,8 +79,14 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens `L` of one edit, without padding."""
+        """Tokens `L` of one edit or of a window of it, without padding."""
         return math.prod(self.latent_shape) // math.prod(self.config.patch_size)
+
+    @property
+    def clip_tokens(self) -> int:
+        """Tokens of one edit."""
+        clip = dataclasses.replace(self, frames=max(self.frames, self.clip_frames))
+        return clip.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,11 +275,12 @@ def activations(workload: Workload, layout: Layout, lock: LockConfig) -> Activat
     tokens, contexts = rows * local, len(config.vace_layers)
     text = (config.num_layers + contexts) * (rows + edits) * workload.text_tokens * wide
     gathered = 2 * number * layout.devices * wide if layout.devices > 1 else 0
-    cells = local * math.prod(config.patch_size) * config.in_channels
+    cells = layout.local(workload.clip_tokens) * math.prod(config.patch_size)
+    channels = 16 * config.in_channels + (2 * config.vace_in_channels if contexts else 0)
     stream = tokens + (edits * local if lock.enabled and lock.cache == "fused" else 0)
     hidden = min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim
     return Activations(
-        latents=16 * FLOAT32 * edits * cells,
+        latents=FLOAT32 * edits * cells * channels,
         text=2 * number * text,
         control=2 * FLOAT32 * edits * local * wide if contexts else 0,
         positions=FLOAT32 * local * config.attention_head_dim,

@@ -79,18 +79,12 @@ def needs(contents: Contents, settings: Settings, plan: Plan) -> Iterator[str]:
       settings: settings of the edit; preset and steps set how often the source branch runs.
       plan: size and devices.
     """
-    stored = contents.models["transformer"]
-    workload = Workload(
-        contents.configs.transformer,
-        *plan.video.model_shape,
-        batch=settings.lock.pool_seeds,
-        dtype_bytes=plan.dtype_bytes,
-        weight_bytes=stored.size / stored.parameters,
-        branches=settings.sample.branches,
-        strides=contents.configs.vae.strides,
-    )
-    frames, height, width = plan.video.model_shape
+    stored, shape = contents.models["transformer"], plan.video.model_shape
+    workload = memory.workload(contents, settings, shape, dtype_bytes=plan.dtype_bytes)
+    frames, height, width = workload.frames, *shape[1:]
     tokens = f"{workload.tokens:,} tokens of {frames} frames of {width}x{height}"
+    if workload.windows > 1:
+        yield _line("windows", f"{workload.windows} of {frames} frames, one after another")
     cache, lock = costs.cache_bytes(workload, Layout(), settings.lock), settings.lock
     of = "all blocks" if lock.cache == "carried" else "a block"
     yield _line("cache", f"{_bytes(cache)} in {plan.dtype}, of {of}: {tokens}")
@@ -148,10 +142,13 @@ def _bound(workload: Workload, layout: Layout, settings: Settings, plan: Plan) -
     sources = round(costs.source_share(*run) * settings.sample.steps)
     share = f"{settings.preset}: {sources} of {settings.sample.steps} steps with a source pass"
     share += ", every token computed"
-    yield _line("step", f"at least {bound.seconds:.3g} s, by {bound.binds} ({share})")
+    step, each = bound.seconds * workload.windows, ""
+    if workload.windows > 1:
+        each = f", {bound.seconds:.3g} s of each window"
+    yield _line("step", f"at least {step:.3g} s{each}, by {bound.binds} ({share})")
     for name, seconds in dataclasses.asdict(bound).items():
         yield _line(f"  {name}", f"{seconds:.3g} s")
-    yield _line("all steps", f"at least {bound.seconds * settings.sample.steps:.3g} s")
+    yield _line("all steps", f"at least {step * settings.sample.steps:.3g} s")
     devices = roofline.interconnect_binds_from(
         workload, *run, chip, shard_weights=layout.shard_weights
     )

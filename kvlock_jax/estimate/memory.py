@@ -13,6 +13,8 @@ from kvlock_jax.checkpoints.format import Contents
 from kvlock_jax.estimate import costs
 from kvlock_jax.estimate.costs import Layout, Workload
 from kvlock_jax.pipeline.placement import Placement
+from kvlock_jax.pipeline.settings import Settings
+from kvlock_jax.sampling import windows
 from kvlock_jax.settings.schema import LockConfig
 
 
@@ -57,6 +59,44 @@ class Memory:
     @property
     def _loop(self) -> int:
         return self.cache + self.activations
+
+
+def workload(
+    contents: Contents,
+    settings: Settings,
+    shape: tuple[int, int, int],
+    *,
+    references: int = 0,
+    dtype_bytes: int = 2,
+) -> Workload:
+    """The workload of one edit by a checkpoint; of a window of it, where its steps run over them.
+
+    Args:
+      contents: contents of the checkpoint.
+      settings: settings of the edit.
+      shape: frames, height and width of the padded video.
+      references: number of reference pictures.
+      dtype_bytes: bytes of a number in matrix products and in the cache.
+    """
+    stored, configs = contents.models["transformer"], contents.configs
+    (frames, *sides), time, clip, count = shape, configs.vae.strides[0], 0, 1
+    whole = (frames - 1) // time + 1
+    if (found := windows.asked(settings.sample, whole, time)) is not None:
+        count, clip = windows.number(whole, *found), frames
+        frames = min(frames, (found[0] - 1) * time + 1)
+    return Workload(
+        configs.transformer,
+        frames,
+        *sides,
+        batch=settings.lock.pool_seeds,
+        references=references,
+        dtype_bytes=dtype_bytes,
+        weight_bytes=stored.size / stored.parameters,
+        branches=settings.sample.branches,
+        strides=configs.vae.strides,
+        clip_frames=clip,
+        windows=count,
+    )
 
 
 def per_device(

@@ -38,6 +38,7 @@ from kvlock_jax.lock.masks import dilate, to_latent_mask, to_token_mask
 from kvlock_jax.lock.presets import PRESETS, preset, sampling
 from kvlock_jax.lock.schedules import (
     Knobs,
+    background_is_idle,
     detection_region,
     fusion_ratio,
     guidance_scale,
@@ -63,6 +64,7 @@ __all__ = [
     "SourcePass",
     "X0Window",
     "apg",
+    "background_is_idle",
     "detection_region",
     "dilate",
     "fuse",

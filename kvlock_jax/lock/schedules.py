@@ -124,7 +124,7 @@ def passes(lock: LockConfig) -> tuple[str, ...]:
     """
     if not lock.enabled:
         return ("plain",)
-    adapts, idle = lock.adapt_fusion_ratio, _background_is_idle(lock)
+    adapts, idle = lock.adapt_fusion_ratio, background_is_idle(lock)
     ratios = {(lock.warmup_fusion_ratio, 0.0)}  # (alpha, beta) of steps that have fixed ones
     if not adapts:
         ratios.add((lock.fusion_ratio, 0.0))
@@ -139,7 +139,7 @@ def passes(lock: LockConfig) -> tuple[str, ...]:
     return tuple(kind for kind, is_needed in needed.items() if is_needed)
 
 
-def _background_is_idle(lock: LockConfig) -> bool:
+def background_is_idle(lock: LockConfig) -> bool:
     """Whether only the source reaches the result from the background, at alpha 1."""
     pinned, local = lock.background != "model", lock.detection == "local"
     return pinned and local and lock.guidance == "cfg"

@@ -55,6 +55,8 @@ def shards(letter: str) -> int:
 def constrain(tree: _T, letters: str) -> _T:
     """Lays arrays of the same dimensions on the ambient mesh as the rules say.
 
+    Fewer rows than `data` has devices lie whole on each.
+
     Raises:
       ConfigError: a dimension does not divide. JAX would drop the constraint without a word.
     """
@@ -63,14 +65,17 @@ def constrain(tree: _T, letters: str) -> _T:
 
     def lay(x: jax.Array) -> jax.Array:
         """Constrains one array."""
+        rules = RULES
         for size, name in zip(x.shape, dimensions(letters), strict=True):
-            if size % shards(name):
+            if name == "B" and size < shards(name):
+                rules = {letter: axis for letter, axis in RULES.items() if letter != name}
+            elif size % shards(name):
                 fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 raise ConfigError(
                     f"{name} of {letters!r} is {size}, not a multiple of the {shards(name)} "
                     f"devices on mesh axis {RULES[name]!r}; these would do: {fitting}"
                 )
-        return jax.lax.with_sharding_constraint(x, spec(letters))
+        return jax.lax.with_sharding_constraint(x, spec(letters, rules))
 
     return jax.tree.map(lay, tree)
 

@@ -51,6 +51,7 @@ class Result:
       metrics: errors of background and ring (METHOD.md section 13).
       seconds: time of each stage, with compilation apart.
       settings: settings of the edit.
+      windows: number of windows that each step runs over (`sampling.joined`); 1 is the whole clip.
       footage: timestamps, sound and pixel aspect of the source, for the file of the result.
     """
 
@@ -62,6 +63,7 @@ class Result:
     metrics: EditMetrics
     seconds: dict[str, float]
     settings: Settings
+    windows: int = 1
     footage: Footage = dataclasses.field(default_factory=Footage)
 
 
@@ -181,6 +183,10 @@ def _run_batch(
         texts = one.prompt, own.edit.negative_prompt, own.edit.source_prompt
         for line in prompt_warnings(model.tokenizer, *texts):
             warnings.warn(line, stacklevel=2)
+    frames, window = len(inputs[0].source), settings[0].sample.window
+    if settings[0].sample.long == "whole" and frames > window:
+        trained = f"the model was trained on {window}, longer ones flicker"
+        warnings.warn(f"{frames} frames run whole: {trained}", stacklevel=2)
     clock, rows = Clock(), batch_rows(inputs, settings, noise, model.mesh)
     compiler = background.compiler if background is not None else Compiler()
 
@@ -214,7 +220,8 @@ def _run_batch(
                     model, edits.source, edits, of_sources, compiler.call
                 )
     trace = jax.tree.map(np.asarray, trace)
-    return [
+    count = loop.program.windows.count if loop.program.windows else 1
+    results = [
         _result(
             model,
             inputs[n],
@@ -225,6 +232,10 @@ def _run_batch(
             clock.seconds,
         )
         for n, row in enumerate(rows.results)
+    ]
+    return [
+        dataclasses.replace(one, windows=count) if isinstance(one, Result) else one
+        for one in results
     ]
 
 

@@ -24,8 +24,6 @@ from kvlock_jax.shapes import Frames, Image, Mask
 
 _WITHIN = ("kvlock_jax", "jaxtyping", "beartype")  # jaxtyping wraps functions where it is asked to
 
-TRAINED_FRAMES = 81  # Wan 2.1 was trained on clips of 81 frames
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EditInputs:
@@ -152,8 +150,6 @@ def read_inputs(
     masks.check_mask(region)
     if resize:
         region = _resized_mask(region, resize)
-    if count > TRAINED_FRAMES:
-        _warn(f"{count} frames: the model was trained on {TRAINED_FRAMES}, longer ones flicker")
     if isinstance(references, (str, os.PathLike, np.ndarray)):
         references = [references]
     footage = clip.footage

@@ -18,7 +18,8 @@ from kvlock_jax.parallel.mesh import make_mesh, parse_mesh
 from kvlock_jax.runtime import trees
 from kvlock_jax.runtime.compile_cache import CachingCompiler, Compiler, cache_folder
 from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.loop import SampleState, StepInputs, Texts, Trace
+from kvlock_jax.sampling.loop import SampleState, Trace
+from kvlock_jax.sampling.passes import StepInputs, Texts
 from kvlock_jax.sampling.solvers import SolverState, SolverTable
 
 ATTENTION = {"auto": overlapped, "gathered": gathered, "ring": ring}

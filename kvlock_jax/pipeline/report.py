@@ -53,6 +53,7 @@ def write_trace(
         "seed": result.settings.sample.seed,
         "settings": dataclasses.asdict(result.settings),
         "video": {"frames": frames, "height": height, "width": width, "fps": float(result.fps)},
+        "windows": result.windows,
         "mask_coverage": float(result.mask.mean()),
         "steps": {name: getattr(result.trace, name).tolist() for name in STEPS},
         "metrics": result.metrics.as_dict(),

@@ -8,6 +8,7 @@ loaded, by the same code that runs them.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvlock_jax import lock
-from kvlock_jax.checkpoints.registry import family
+from kvlock_jax.checkpoints.registry import Configs, family
+from kvlock_jax.errors import ConfigError
 from kvlock_jax.grid import Grid, Patches
 from kvlock_jax.lock import Knobs
 from kvlock_jax.models.text.prompts import encode_prompts
@@ -29,12 +31,13 @@ from kvlock_jax.pipeline.seeds import Rows, further_noise
 from kvlock_jax.pipeline.settings import Settings
 from kvlock_jax.runtime.clock import Clock
 from kvlock_jax.runtime.compile_cache import Call, Compiler, call
-from kvlock_jax.sampling import loop, solvers
+from kvlock_jax.sampling import loop, solvers, windows
 from kvlock_jax.sampling.edits import Edits, bucket
 from kvlock_jax.sampling.loop import Trace
 from kvlock_jax.sampling.program import Program
 from kvlock_jax.sampling.solvers import SolverTable
 from kvlock_jax.sampling.stepwise import shared_knobs, step_inputs, stepwise
+from kvlock_jax.sampling.windows import Windows
 from kvlock_jax.shapes import Frames, Latents
 
 
@@ -64,8 +67,8 @@ def encode_inputs(
     context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
     settings: Settings,
     run: Call,
-) -> tuple[Edits, int]:
-    """Encodes videos and masks; also returns the largest number of tokens that an edit keeps.
+) -> tuple[Edits, Int[np.ndarray, "B T"]]:
+    """Encodes videos and masks; also counts each edit's foreground tokens in each latent frame.
 
     Edits of one source share one array of frames, which is encoded once.
     """
@@ -84,10 +87,9 @@ def encode_inputs(
         networks = dataclasses.replace(model.checkpoint, vae=vae)
         encoded = encode_edits(networks, *args, uses_source=uses_source, run=run)
         edits = jax.block_until_ready(encoded)
-    _, rows, columns = edits.grid.axes
     configs = model.checkpoint.configs
     strides = {"strides": configs.vae.strides, "patch": configs.transformer.patch_size}
-    return edits, int(_most_tokens(mask, **strides)) + len(pictures) * rows * columns
+    return edits, np.asarray(_foreground_tokens(mask, **strides))
 
 
 def encode_rows(
@@ -95,7 +97,7 @@ def encode_rows(
     rows: Rows,
     context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
     run: Call,
-) -> tuple[Edits, int]:
+) -> tuple[Edits, Int[np.ndarray, "B T"]]:
     """`encode_inputs` of a batch's rows, with the pools in which they share a statistic."""
     args = (rows.inputs, rows.noise, context, rows.settings[0])
     edits, tokens = encode_inputs(model, *args, run)
@@ -103,12 +105,41 @@ def encode_rows(
 
 
 @functools.partial(jax.jit, static_argnames=("strides", "patch"))
-def _most_tokens(
+def _foreground_tokens(
     mask: Bool[Array, "B frames height width"],
     strides: tuple[int, int, int],
     patch: tuple[int, int, int],
-) -> Int[Array, ""]:
-    return lock.to_token_mask(lock.to_latent_mask(mask, strides), patch).sum(axis=1).max()
+) -> Int[Array, "B T"]:
+    latent = lock.to_latent_mask(mask, strides)
+    tokens = lock.to_token_mask(latent, patch)
+    return tokens.reshape(len(mask), latent.shape[1] // patch[0], -1).sum(axis=2)
+
+
+def clip_windows(settings: Settings, edits: Edits, configs: Configs) -> Windows | None:
+    """The windows that a batch's clips run over on the ambient mesh; `None` where they run whole.
+
+    Args:
+      settings: settings of the run.
+      edits: batch of edits.
+      configs: of the model's networks.
+
+    Raises:
+      ConfigError: the batch's rows do not divide over the devices of `data`, or a carried cache
+        would serve windows that have moved. (Fewer rows than devices do where clips run over
+        windows, which the devices share.)
+    """
+    sample, time = settings.sample, configs.vae.strides[0]
+    found = windows.asked(sample, edits.grid.space[0] - edits.references, time)
+    rows, ways = len(edits.foreground), sharding.shards("B")
+    if rows % ways and (found is None or rows > ways):
+        raise ConfigError(f"{rows} rows do not divide over the {ways} devices of axis 'data'")
+    if found is None:
+        return None
+    if sample.window_shift and settings.lock.cache_every > 1:
+        raise ConfigError("window_shift moves windows from step to step: cache_every must be 1")
+    at_once = ways // math.gcd(ways, len(edits.source)) if rows < ways else 1
+    rest = {"moves": sample.window_shift, "at_once": at_once}
+    return Windows.of(edits.grid, edits.references, *found, **rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +160,13 @@ class Loop:
 
     @classmethod
     def of(
-        cls, model: Model, settings: Settings, edits: Edits, tokens: int, by_step: bool, run: Call
+        cls,
+        model: Model,
+        settings: Settings,
+        edits: Edits,
+        tokens: Int[np.ndarray, "B T"],
+        by_step: bool,
+        run: Call,
     ) -> "Loop":
         """The loop for some settings and edits.
 
@@ -137,7 +174,7 @@ class Loop:
           model: model, or its shapes; two experts run one call per step.
           settings: settings of the run.
           edits: batch of edits.
-          tokens: largest number of tokens that an edit keeps.
+          tokens: foreground tokens of each edit in each latent frame, references left out.
           by_step: whether to run one call per step.
           run: function that calls compiled programs.
         """
@@ -148,12 +185,16 @@ class Loop:
         roles = configs.experts or ("high",)
         scales = np.array([sample.guidance_scales[role] for role in roles])[table.expert]
         knobs = lock.knobs(settings.lock, scales if len(roles) > 1 else scales[0])
-        computed = bucket(tokens, edits.grid) if settings.lock.skip_background else None
+        most, grid = tokens.sum(axis=1).max(), edits.grid
+        if (cut := clip_windows(settings, edits, configs)) is not None:
+            most, grid = cut.most_tokens(tokens), cut.grid
+        most = int(most) + edits.references * math.prod(grid.axes[1:])
+        computed = bucket(most, grid) if settings.lock.skip_background else None
         if settings.lock.start_shift:
             start = run(_shifted_start, edits, knobs.start_shift)
         else:
             start = run(_start, edits)
-        program = Program.of(settings.lock, computed, branches=sample.branches)
+        program = Program.of(settings.lock, computed, branches=sample.branches, windows=cut)
         return cls(model, (start, edits, table, knobs), program, by_step)
 
     def compile(self, run: Call) -> jax.ShapeDtypeStruct:
@@ -209,7 +250,7 @@ def video_latents(
 ) -> list[Float[Array, "ways T H W c"]]:
     """The latents of the videos, in parts of one video per device of `data`."""
     latents = grid.join(patches)[:, references:]
-    return jnp.split(latents, len(latents) // sharding.shards("B"))
+    return jnp.split(latents, max(1, len(latents) // sharding.shards("B")))
 
 
 def decode_rows(

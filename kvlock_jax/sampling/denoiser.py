@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from jaxtyping import Array, Float, Int
 
-from kvlock_jax.grid import Grid, Patches
+from kvlock_jax.grid import Cut, Grid, Patches
 from kvlock_jax.lock import Lock
 
 
@@ -15,7 +15,14 @@ class Denoiser(Protocol):
     """
 
     def condition(self, context: Any, grid: Grid) -> Any:
-        """The conditioning of a pass over latents of a grid, from its text (and more)."""
+        """The conditioning of a pass over latents of a grid, from its text (and more).
+
+        Where clips run as windows, the grid is a window's, and what the context has for each token
+        is of the whole clip.
+        """
+
+    def cut(self, conditioning: Any, cut: Cut) -> Any:
+        """The conditioning of windows, which count as rows. Called where clips run as windows."""
 
     def conditional(self, conditioning: Any) -> Any:
         """The conditioning of the edits' conditional branches, the first of every two rows.

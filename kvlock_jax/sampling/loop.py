@@ -10,7 +10,7 @@ latents).
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from kvlock_jax import lock
 from kvlock_jax.grid import Patches
-from kvlock_jax.lock import Knobs, Lock, SourcePass, X0Window
+from kvlock_jax.lock import Knobs, X0Window
 from kvlock_jax.parallel import sharding
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.denoiser import Denoiser
 from kvlock_jax.sampling.edits import Edits
+from kvlock_jax.sampling.joined import Joined
+from kvlock_jax.sampling.passes import Passes, StepInputs, Texts
 from kvlock_jax.sampling.program import Program
 from kvlock_jax.sampling.solvers import SolverState, SolverTable
 from kvlock_jax.shapes import PerEdit
@@ -46,7 +48,9 @@ class SampleState:
         letters = {0: "", 1: "B", 4: "B L cells C", 5: "window B L cells C"}
         rest = dataclasses.replace(self, cache=None)
         laid = jax.tree.map(lambda x: sharding.constrain(x, letters[x.ndim]), rest)
-        return dataclasses.replace(laid, cache=sharding.constrain(self.cache, "layers B L N"))
+        axes = ("windows", "layers", "B", "L", "N")
+        cache = jax.tree.map(lambda x: sharding.constrain(x, " ".join(axes[-x.ndim :])), self.cache)
+        return dataclasses.replace(laid, cache=cache)
 
 
 @jax.tree_util.register_dataclass
@@ -106,44 +110,6 @@ def sample(
     return state.latents, sharding.everywhere(trace)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """The model's conditioning of both branches, computed once for all steps.
-
-    Attributes:
-      edits: conditioning of the edits' branches that the program's passes compute.
-      sources: conditioning of the source branch; `None` where no step runs it.
-    """
-
-    edits: Any
-    sources: Any
-
-
-class StepInputs(NamedTuple):
-    """The values of a step that are known before the loop; all steps have a leading axis.
-
-    Attributes:
-      number: index of the step, from 0.
-      solver: row of the solver's table.
-      time: the model's embedding of the timestep, and of 0 where the background is clean.
-      guidance_scale: omega_0.
-      scheduled: whether the step is one of the last kappa.
-      injected: whether the step is one of ProEdit's first, injected ones.
-      needed: whether the step needs the source's keys and values.
-      refresh: whether the step recomputes a carried cache.
-    """
-
-    number: Int[Array, "*steps"]
-    solver: SolverTable
-    time: Any
-    guidance_scale: Float[Array, "*steps"]
-    scheduled: Bool[Array, "*steps"]
-    injected: Bool[Array, "*steps"]
-    needed: Bool[Array, "*steps"]
-    refresh: Bool[Array, "*steps"]
-
-
 @functools.partial(jax.jit, static_argnames="program")
 def prepare(
     model: Denoiser, edits: Edits, table: SolverTable, knobs: Knobs, *, program: Program
@@ -152,7 +118,8 @@ def prepare(
 
     Of several experts each has conditioning and embedded timesteps of its own.
     """
-    sources = model.condition(edits.source_prompts, edits.grid) if program.locked else None
+    grid = program.windows.grid if program.windows else edits.grid
+    sources = model.condition(edits.source_prompts, grid) if program.locked else None
     number = jnp.arange(table.sigma.shape[0])
     scheduled = lock.in_window(len(number), knobs.kappa)
     injected = lock.injected(len(number), knobs.injected_steps)
@@ -163,8 +130,9 @@ def prepare(
     if program.clean:
         known = model.times(jnp.zeros_like(number, jnp.float32))
         times = jax.tree.map(lambda *both: jnp.stack(both, axis=1), times, known)
-    steps = StepInputs(number, table, times, scales, scheduled, injected, needed, refresh)
-    texts = model.condition(edits.prompts, edits.grid)
+    starts = jnp.asarray(program.windows.starts(len(number))) if program.windows else None
+    steps = StepInputs(number, table, times, scales, scheduled, injected, needed, refresh, starts)
+    texts = model.condition(edits.prompts, grid)
     texts = Texts(texts if program.branches == 2 else model.conditional(texts), sources)
     return texts, sharding.everywhere(steps)
 
@@ -177,12 +145,13 @@ def start(model: Denoiser, latents: Patches, edits: Edits, *, program: Program) 
         known = (edits.shown & ~edits.own[..., None])[..., None]
         latents = jnp.where(known, edits.spread(edits.source), latents)
     asked = {"contexts": True} if program.contexts else {}
+    over = _Step(model, edits, None, Texts(None, None), program).over
     state = SampleState(
         latents=latents,
         solver=solvers.init(latents),
         window=X0Window.zeros(program.window, latents.shape),
         sigma2=jnp.zeros((latents.shape[0],), jnp.float32),
-        cache=model.empty_cache(edits.source, **asked) if program.carried else None,
+        cache=over.empty_cache(**asked) if program.carried else None,
         momentum=jnp.zeros_like(latents) if program.guidance == "apg" else None,
     )
     return state.laid_out()
@@ -218,6 +187,17 @@ class _Step:
     texts: Texts
     program: Program
 
+    @property
+    def passes(self) -> Passes:
+        """The passes over whole clips."""
+        return Passes(self.model, self.edits, self.texts, self.program)
+
+    @property
+    def over(self) -> Passes | Joined:
+        """The passes that the step runs: over whole clips, or over their windows."""
+        windows = self.program.windows
+        return self.passes if windows is None else Joined(windows, self.passes)
+
     def __call__(self, state: SampleState, inputs: StepInputs) -> tuple[SampleState, Trace]:
         """Runs one step: METHOD.md sections 3 to 8, in their order."""
         knobs = dataclasses.replace(self.knobs, guidance_scale=inputs.guidance_scale)
@@ -232,7 +212,8 @@ class _Step:
             # A loop of one turn or none updates the cache in place; `cond` would hold two of them.
             turns, run = inputs.refresh.astype(jnp.int32), self._source_pass
             cache = jax.lax.fori_loop(0, turns, lambda *turn: run(inputs, *turn), cache)
-        v_cond, v_uncond, omega = self._branches(state.latents, inputs, cache, (alpha, beta), omega)
+        v_cond, v_uncond = self.over.branches(state.latents, inputs, cache, (alpha, beta), omega)
+        omega = self.passes.effective(omega)
         region = lock.projection_region(foreground, knobs)
         scale = lock.uncond_scale(lock.projection_scale(v_cond, v_uncond, region), knobs)
         velocity, momentum = self._guide(v_cond, v_uncond, omega, scale, state.momentum)
@@ -254,130 +235,18 @@ class _Step:
         following = SampleState(latents, solved, window, sigma2, cache, momentum).laid_out()
         return following, Trace(solver.sigma, state.sigma2, alpha, omega, scale, scheduled, finite)
 
-    def _noised_source(self, sigma: Float[Array, ""]) -> Float[Array, "sources L cells C"]:
-        """The source at a noise level, with the noise that the edit started from."""
-        edits, wide = self.edits, jnp.float32
-        mix = (1 - sigma) * edits.source.astype(wide) + sigma * edits.noise.astype(wide)
-        return sharding.constrain(mix, "B L cells C")
-
     def _background(self, sigma: Float[Array, ""]) -> Patches:
         """The source at a noise level, for every edit; clean in tokens that are all background."""
         edits = self.edits
-        noised = edits.spread(self._noised_source(sigma))
+        noised = edits.spread(self.passes.noised_source(sigma))
         if not self.program.clean:
             return noised
         return jnp.where(edits.own[..., None, None], noised, edits.spread(edits.source))
 
-    def _times(self, inputs: StepInputs, z: Patches) -> Any:
-        """The times of the edits' rows."""
-        times = _rows(inputs.time, z)
-        if not self.program.clean:
-            return times
-        known = jnp.repeat(~self.edits.own, len(z) // len(self.edits.own), axis=0)
-        return self.model.per_token(times, known.astype(jnp.int32))
-
-    def _source_times(self, inputs: StepInputs, z: Patches) -> Any:
-        """The times of the sources' rows, all of whose tokens are noised."""
-        one = jax.tree.map(lambda x: x[0], inputs.time) if self.program.clean else inputs.time
-        return _rows(one, z)
-
     def _source_pass(self, inputs: StepInputs, turn: Int[Array, ""], into: Any) -> Any:
         # Without the turn XLA would move what needs no cache before the loop, where it always runs.
         inputs, _ = jax.lax.optimization_barrier((inputs, turn))
-        z = self._noised_source(inputs.solver.sigma)
-        return self.model.keys_values(
-            z, self._source_times(inputs, z), self.texts.sources, into=into
-        )[1]
-
-    def _branches(
-        self,
-        latents: Patches,
-        inputs: StepInputs,
-        cache: Any,
-        ratios: tuple[PerEdit, Float[Array, ""]],
-        omega: PerEdit,
-    ) -> tuple[Patches, Patches, PerEdit]:
-        """The conditional and the unconditional velocity, from one pass over both, and omega.
-
-        `ratios` are alpha in the background and beta in the foreground. Where the step leaves out
-        the unconditional branch, the conditional velocity takes its place, and omega is 1.
-        """
-        kind = self._kind(ratios, inputs.needed)
-        over = functools.partial(self._velocity, latents, inputs, cache, ratios, kind)
-        both = functools.partial(over, branches=2)
-
-        def conditional() -> Float[Array, "rows L cells C"]:
-            """A pass over the conditional branch, which stands for both."""
-            return jnp.repeat(over(branches=1), 2, axis=0)
-
-        velocity = both
-        if self.program.branches == 1:
-            velocity, omega = conditional, jnp.ones_like(omega)
-        elif self.program.skips:
-            alone = lock.unguided(omega)
-            velocity = functools.partial(jax.lax.cond, alone, conditional, both)
-            omega = jnp.where(alone, 1.0, omega)
-        branches = velocity().reshape(-1, 2, *latents.shape[1:])
-        return branches[:, 0], branches[:, 1], omega
-
-    def _velocity(
-        self,
-        latents: Patches,
-        inputs: StepInputs,
-        cache: Any,
-        ratios: tuple[PerEdit, Float[Array, ""]],
-        kind: Int[Array, ""],
-        branches: int,
-    ) -> Float[Array, "rows L cells C"]:
-        """The velocity of each edit's first `branches`, from one pass over them."""
-        edits, tokens, (alpha, beta) = self.edits, self.edits.own, ratios
-        z = jnp.stack([latents] * branches, axis=1).reshape(-1, *latents.shape[1:])
-        texts = self.texts.edits
-        if branches < self.program.branches:
-            texts = self.model.conditional(texts)
-        args = (z, self._times(inputs, z), texts)
-        if self.program.locked and cache is None:
-            source = self._noised_source(inputs.solver.sigma)
-            times = self._source_times(inputs, source)
-            cache = SourcePass(source, times, self.texts.sources)
-        held = functools.partial(Lock, cache, tokens, alpha, contexts=self.program.contexts)
-
-        def plain() -> Float[Array, "rows L cells C"]:
-            """Runs the model without the source."""
-            return self.model(*args, None)
-
-        def full() -> Float[Array, "rows L cells C"]:
-            """Runs the model over all tokens, locked."""
-            return self.model(*args, held(foreground_ratio=beta))
-
-        def foreground() -> Float[Array, "rows L cells C"]:
-            """Runs the model over the foreground; the background's velocity ends at the source."""
-            whole = edits.noise.astype(jnp.float32) - edits.source.astype(jnp.float32)
-            return lock.splice(self.model(*args, held(self.program.tokens)), whole, tokens)
-
-        passes = {"plain": plain, "full": full, "foreground": foreground}
-        velocity = jax.lax.switch(kind, [passes[name] for name in self.program.passes])
-        velocity = sharding.constrain(velocity, "B L cells C")
-        if edits.grid.tokens < edits.grid.length:
-            # Padding stays 0, in the latents and in every sum over them.
-            real = jnp.arange(z.shape[1]) < edits.grid.tokens
-            velocity = jnp.where(real[:, None, None], velocity, 0.0)
-        return velocity
-
-    def _kind(
-        self, ratios: tuple[PerEdit, Float[Array, ""]], needed: Bool[Array, ""]
-    ) -> Int[Array, ""]:
-        """The index, among the program's passes, of the cheapest one that a step can do with."""
-        kinds, (alpha, beta) = self.program.passes, ratios
-        kind = jnp.int32(len(kinds) - 1)
-        if "full" in kinds:
-            kind = jnp.int32(kinds.index("full"))
-            if "foreground" in kinds:
-                firm = (alpha == 1).all() & (beta == 0)
-                kind = jnp.where(firm, kinds.index("foreground"), kind)
-        if "plain" in kinds:
-            kind = jnp.where(needed, kind, kinds.index("plain"))
-        return kind
+        return self.over.keys_values(inputs, into)
 
     def _guide(
         self, v_cond: Patches, v_uncond: Patches, omega: PerEdit, scale: PerEdit, momentum: Any
@@ -386,8 +255,3 @@ class _Step:
             bounds = (self.knobs.apg_eta, self.knobs.apg_norm, self.knobs.apg_momentum)
             return lock.apg(v_cond, v_uncond, omega, momentum, *bounds)
         return lock.guide(v_cond, v_uncond, omega, scale), momentum
-
-
-def _rows(time: Any, latents: Patches) -> Any:
-    """The one time, broadcast to all rows of the latents."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(latents), *x.shape)), time)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from kvlock_jax import lock
+from kvlock_jax.sampling.windows import Windows
 from kvlock_jax.settings.schema import LockConfig
 
 
@@ -20,6 +21,9 @@ class Program:
       skips: whether a step may leave out the unconditional branch.
       branches: guidance branches of every pass, the conditional one alone or both.
       clean: whether background tokens are the clean source, at timestep 0.
+      idle: whether only the source reaches the result from the background at alpha 1, so that
+        windows without foreground can be left out.
+      windows: windows of clips that are longer than the model; `None` runs clips whole.
     """
 
     passes: tuple[str, ...]
@@ -31,9 +35,18 @@ class Program:
     skips: bool = False
     branches: int = 2
     clean: bool = False
+    idle: bool = False
+    windows: Windows | None = None
 
     @classmethod
-    def of(cls, settings: LockConfig, tokens: int | None = None, *, branches: int = 2) -> "Program":
+    def of(
+        cls,
+        settings: LockConfig,
+        tokens: int | None = None,
+        *,
+        branches: int = 2,
+        windows: Windows | None = None,
+    ) -> "Program":
         """The program that the settings need; without `tokens` every pass computes all tokens.
 
         With one of the `branches` there is no guidance, so none of its settings counts.
@@ -46,7 +59,8 @@ class Program:
         contexts = settings.lock_contexts and kinds != ("plain",)
         skips = settings.skip_guidance and branches == 2
         guidance = settings.guidance if branches == 2 else "cfg"
-        rest = (carried, tokens, contexts, skips, branches, settings.background == "clean")
+        clean, idle = settings.background == "clean", lock.background_is_idle(settings)
+        rest = (carried, tokens, contexts, skips, branches, clean, idle, windows)
         return cls(kinds, guidance, settings.window, *rest)
 
     @property

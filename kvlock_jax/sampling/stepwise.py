@@ -25,7 +25,8 @@ from kvlock_jax.runtime.compile_cache import Call, call
 from kvlock_jax.sampling import loop
 from kvlock_jax.sampling.denoiser import Denoiser
 from kvlock_jax.sampling.edits import Edits
-from kvlock_jax.sampling.loop import StepInputs, Trace
+from kvlock_jax.sampling.loop import Trace
+from kvlock_jax.sampling.passes import StepInputs
 from kvlock_jax.sampling.program import Program
 from kvlock_jax.sampling.solvers import SolverTable
 

@@ -30,6 +30,13 @@ class SampleConfig:
       grid: noise levels of the steps before the shift: `"diffusers"`, those of Diffusers' scheduler
         of the solver, or `"plain"`, equal parts of [0, 1] as in the publisher's own code.
       seed: seed of the noise that an edit starts from.
+      long: clips of more frames than `window`: `"auto"` and `"windows"` run over windows of them
+        (`sampling.joined`), `"whole"` runs them whole. With `"windows"` shorter clips are one
+        window.
+      window: frames of a window, 4n + 1: those of the clips that the model was trained on.
+      window_overlap: frames that neighbouring windows share, a multiple of 4 under `window`. It
+        may come out a fifth shorter where that saves a window.
+      window_shift: whether windows move from step to step, so that no frame is always an edge.
     """
 
     steps: int = 50
@@ -40,6 +47,10 @@ class SampleConfig:
     solver: str = "unipc"
     grid: str = "diffusers"
     seed: int = 0
+    long: str = "auto"
+    window: int = 81
+    window_overlap: int = 20
+    window_shift: bool = False
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, self, "steps", "at least 1")
@@ -55,6 +66,12 @@ class SampleConfig:
         )
         require(self.grid in ("diffusers", "plain"), self, "grid", "'diffusers' or 'plain'")
         require(0 <= self.seed < 2**32, self, "seed", "between 0 and 4294967295")
+        expected = "'auto', 'windows' or 'whole'"
+        require(self.long in ("auto", "windows", "whole"), self, "long", expected)
+        require(self.window >= 5 and self.window % 4 == 1, self, "window", "4n + 1, 5 or more")
+        shared = self.window_overlap
+        is_part = 4 <= shared < self.window and shared % 4 == 0
+        require(is_part, self, "window_overlap", f"a multiple of 4 under {self.window}")
 
     @property
     def branches(self) -> int:

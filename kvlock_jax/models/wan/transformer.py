@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvlock_jax.grid import Grid, Patches
+from kvlock_jax.grid import Cut, Grid, Patches
 from kvlock_jax.lock import KVCache, Lock, SourcePass, take
 from kvlock_jax.models.attention.rope import rope_table
 from kvlock_jax.models.attention.sharded import Attend, overlapped
@@ -170,6 +170,11 @@ class WanTransformer(nnx.Module):
     def conditional(self, conditioning: Conditioning) -> Conditioning:
         """The conditioning of the first of every two rows."""
         text = jax.tree.map(lambda x: x[:, ::2], conditioning.text)
+        return dataclasses.replace(conditioning, text=text)
+
+    def cut(self, conditioning: Conditioning, cut: Cut) -> Conditioning:
+        """The conditioning of windows: the same text for each."""
+        text = jax.tree.map(lambda x: cut.rows(x, axis=1), conditioning.text)
         return dataclasses.replace(conditioning, text=text)
 
     def times(self, timestep: Float[Array, "rows"]) -> Time:

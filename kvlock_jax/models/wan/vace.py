@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kvlock_jax.grid import Grid, Patches
+from kvlock_jax.grid import Cut, Grid, Patches
 from kvlock_jax.lock import KVCache, Lock
 from kvlock_jax.models.attention.sharded import Attend, overlapped
 from kvlock_jax.models.layout import gathered_layer
@@ -60,7 +60,7 @@ class VACEConditioning(Conditioning):
     """`Conditioning` of the main blocks and of the context blocks."""
 
     vace_text: KVCache  # context blocks' cross-attention's, vace_layers B S D
-    control: Tokens  # after the input projection, float32
+    control: Patches  # a quarter of what their tokens would take
     scale: PerEdit
 
 
@@ -154,13 +154,11 @@ class WanVACETransformer(WanTransformer):
           grid: grid of the latents.
         """
         main = super().condition(context.text, grid)
-        control = context.control.reshape(*context.control.shape[:2], -1)
-        control = self.vace_proj_in(self.vace_patch_embedding(control))
         return VACEConditioning(
             text=main.text,
             positions=main.positions,
             vace_text=text_cache(self.vace_blocks, self.condition_embedder.text(context.text)),
-            control=sharding.constrain(control, "BLD"),
+            control=sharding.constrain(jnp.asarray(context.control), "B L cells C"),
             scale=context.scale,
         )
 
@@ -168,6 +166,15 @@ class WanVACETransformer(WanTransformer):
         """The conditioning of the first of every two rows; control serves each edit's rows."""
         text = jax.tree.map(lambda x: x[:, ::2], conditioning.vace_text)
         return dataclasses.replace(super().conditional(conditioning), vace_text=text)
+
+    def cut(self, conditioning: VACEConditioning, cut: Cut) -> VACEConditioning:
+        """The conditioning of windows: the same text for each, and its part of the control."""
+        return dataclasses.replace(
+            super().cut(conditioning, cut),
+            vace_text=jax.tree.map(lambda x: cut.rows(x, axis=1), conditioning.vace_text),
+            control=sharding.constrain(cut.tokens(conditioning.control), "B L cells C"),
+            scale=cut.rows(conditioning.scale),
+        )
 
     def empty_cache(self, latents: Patches, *, contexts: bool = False) -> KVCache | VACECache:
         """A cache of zeros for `keys_values` of such latents, with context blocks' if asked for."""
@@ -187,7 +194,9 @@ class WanVACETransformer(WanTransformer):
     ) -> Beside:
         rows = len(x) // len(conditioning.scale)
         scale = jnp.repeat(conditioning.scale.astype(jnp.float32), rows)[:, None, None]
-        control = x.reshape(-1, rows, *x.shape[1:]) + conditioning.control[:, None]
+        control = conditioning.control.reshape(*conditioning.control.shape[:2], -1)
+        control = self.vace_proj_in(self.vace_patch_embedding(control))
+        control = x.reshape(-1, rows, *x.shape[1:]) + control[:, None]
         control = sharding.constrain(control.reshape(x.shape), "BLD")
         texts = conditioning.vace_text
         if one.lock is None or not one.lock.contexts:
