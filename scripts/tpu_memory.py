@@ -1,4 +1,4 @@
-"""What 14B takes of one TPU chip, and Wan 2.2 of eight, by the TPU's compiler; in docs/tpu.md.
+"""What 14B takes of one TPU chip, Wan 2.2 of eight, and a long clip, by the TPU's compiler.
 
     python scripts/tpu_memory.py [--only int8] [--runs runs/memory_tpu]
 
@@ -6,7 +6,7 @@ The sampling loop of text-to-video 14B at 81 frames of 480x832 (`kvlock_anchor`,
 is compiled for one chip with the transformer's weights in bfloat16, with its blocks' kernels in 8
 bits, and with those in the host's memory. Wan 2.2's models are compiled for eight chips. One
 process at a time: libtpu takes a lock. Figures stay in `--runs`; a second run does the missing
-ones.
+ones. A section of docs/tpu.md is written when all of its figures are there.
 """
 
 import argparse
@@ -69,6 +69,42 @@ and `both` with both.
 |---|---|---|---|---|---|
 {table}
 """
+
+
+LONG = {
+    "81 frames, whole": (81, None),
+    "81 frames, one window": (81, (21, 5)),
+    "213 frames in windows": (213, (21, 5)),
+    "501 frames in windows": (501, (21, 5)),
+    "213 frames, whole": (213, None),
+}
+"""Frames of the video, and latent frames of a window and of an overlap."""
+SECTION_LONG = "## Clips longer than the model"
+ABOUT_LONG = """{title}
+
+Written by `python scripts/tpu_memory.py`. MB on each chip of a {slice} in the sampling loop of
+VACE 1.3B (`kvlock`) at 480x832, compiled by libtpu {version}. `state` is what a step leaves to the
+next: latents, solver's history and clean estimates, which grow with the clip. `rest` is what the
+temporaries hold beside it; the bar for 501 frames is 1.1 of 81 frames'.
+
+| video | arguments | temporaries | state | rest | of 81 frames, whole |
+|---|---|---|---|---|---|
+{table}
+"""
+
+
+def long_clip(name: str) -> dict:
+    """The compiler's figures of a clip that runs whole or over windows."""
+    import jax
+    import tpu_programs
+
+    frames, window = LONG[name]
+    row = tpu_programs.Row("VACE 1.3B", 480, 832, frames, SLICE)
+    mesh, spread = tpu_programs.mesh_of(row), tpu_programs.spreads(row)
+    with jax.set_mesh(mesh):
+        found = tpu_programs.measure(tpu_programs.loop(mesh, row, spread, window=window))
+        state = tpu_programs.state_bytes(mesh, row)
+    return {key: found[key] for key in ("arguments", "temporaries")} | {"state": state}
 
 
 def on_eight(name: str) -> dict:
@@ -240,7 +276,8 @@ def main() -> None:
     text = ABOUT.format(
         **about, encoder=encoder / 1e9, limits=" and ".join(sorted(limits)), **facts
     )
-    args.page.write_text(section(args.page.read_text(), SECTION, text))
+    if len(rows) == len(CHIPS) * len(WAYS):  # or the page would lose the others
+        args.page.write_text(section(args.page.read_text(), SECTION, text))
     rows = []
     for name in EIGHT:
         file = args.runs / named(name)
@@ -251,7 +288,25 @@ def main() -> None:
             rows.append(cells_of_eight(name, json.loads(file.read_text())))
             print(rows[-1])
     facts = {"title": SECTION_22, "slice": SLICE, "version": version, "table": "\n".join(rows)}
-    page = section(args.page.read_text(), SECTION_22, ABOUT_22.format(**facts))
+    if len(rows) == len(EIGHT):
+        page = section(args.page.read_text(), SECTION_22, ABOUT_22.format(**facts))
+        args.page.write_text(page)
+    rows, first = [], None
+    for name in LONG:
+        file = args.runs / named(name)
+        if not file.exists() and args.only in name:
+            print(f"{name} ...", flush=True)
+            file.write_text(json.dumps(long_clip(name)))
+        if file.exists():
+            found = json.loads(file.read_text())
+            rest = found["temporaries"] - found["state"]
+            first = first or rest
+            keys = ("arguments", "temporaries", "state")
+            numbers = [f"{n / 1e6:.0f}" for n in (*(found[key] for key in keys), rest)]
+            rows.append(f"| {name} | {' | '.join(numbers)} | {rest / first:.2f} |")
+            print(rows[-1])
+    facts = {"title": SECTION_LONG, "slice": SLICE, "version": version, "table": "\n".join(rows)}
+    page = section(args.page.read_text(), SECTION_LONG, ABOUT_LONG.format(**facts))
     args.page.write_text(page)
 
 

@@ -34,6 +34,7 @@ from kvlock_jax.parallel.mesh import make_mesh
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits, bucket
 from kvlock_jax.sampling.loop import Program, sample
+from kvlock_jax.sampling.windows import Windows
 from kvlock_jax.settings.schema import LockConfig
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -152,11 +153,12 @@ def loop(
     kind: str = "",
     share: float = 0.0,
     model: nnx.Module | None = None,
+    window: tuple[int, int] | None = None,
 ):
     """The lowered sampling loop, of bfloat16 weights or of an abstract `model`.
 
     Every step of `kind`, if it is given, is that kind of pass; `"foreground"` computes a `share` of
-    the tokens.
+    the tokens. A `window` has latent frames of its own and of an overlap.
     """
     config, latent = MODELS[row.model], row.workload.latent_shape
     model = model or abstract(mesh, config, jnp.bfloat16, spread)
@@ -183,11 +185,25 @@ def loop(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=everywhere),
         (solvers.unipc(STEPS, 5.0), knobs),
     )
-    program = Program.of(settings)
+    program = Program.of(settings, windows=window and Windows.of(grid, 0, *window))
     if kind:
         tokens = bucket(round(share * grid.tokens), grid) if kind == "foreground" else None
         program = dataclasses.replace(program, passes=(kind,), tokens=tokens)
     return sample.lower(model, z, edits, table, knobs, program=program)
+
+
+def state_bytes(mesh: Mesh, row: Row) -> int:
+    """Bytes on a chip of what grows with the clip from step to step, in float32.
+
+    Latents, the solver's history, and the clean estimates of the statistic.
+    """
+    latent, channels = row.workload.latent_shape, MODELS[row.model].in_channels
+    length = padding.padded(Grid.of(latent).tokens, sharding.shards("L"))
+    shape = (row.batch, length, 4, channels)
+    cells = math.prod(array(mesh, shape, "B L cells C").sharding.shard_shape(shape))
+    solver = jax.eval_shape(solvers.init, jax.ShapeDtypeStruct(shape, jnp.float32))
+    history = sum(leaf.size for leaf in jax.tree.leaves(solver)) // math.prod(shape)
+    return 4 * cells * (1 + history + settings_of(row).window)
 
 
 def text_encoder(mesh: Mesh, row: Row):

@@ -151,7 +151,8 @@ def main() -> None:
     graph, params = nnx.split(vae)
     rates = learning_rates(params)
     if not whole:
-        params = jax.tree.map(jnp.asarray, demo_models.load_params(start, params))
+        wide = functools.partial(jnp.asarray, dtype=jnp.float32)  # exported weights are float16
+        params = jax.tree.map(wide, demo_models.load_params(start, params))
     if flags.decoder_of:
         for part in ("encoder", "quant_conv"):
             rates[part] = jax.tree.map(lambda _: 0.0, rates[part])
