@@ -289,9 +289,7 @@ def _encode(
     return vae.encode_piece((video, shown), chunk, pixels, cache)
 
 
-def _decode(
-    vae: WanVAE, latents: Latents, cache: Cache
-) -> tuple[Levels, Bool[Array, "B"], Cache]:
+def _decode(vae: WanVAE, latents: Latents, cache: Cache) -> tuple[Levels, Bool[Array, "B"], Cache]:
     def levels(pixels: Video) -> tuple[Levels, Bool[Array, "B frames one width one"]]:
         """A chunk's levels, and which columns are finite."""
         rounded = jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
@@ -309,8 +307,10 @@ def _laid(cache: Cache) -> Cache:
         """Constrains frames, or those of stacked tiles."""
         stacked = x.ndim - 5
         spec = sharding.space(x.shape[stacked:])
-        return x if spec is None else jax.lax.with_sharding_constraint(
-            x, PartitionSpec(*[None] * stacked, *spec)
+        return (
+            x
+            if spec is None
+            else jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * stacked, *spec))
         )
 
     return jax.tree.map(lay, cache)
