@@ -24,8 +24,8 @@ HINT = "take fewer frames with --frame_num, or a smaller --size"
 LARGE = 1 << 28
 """Bytes from which an array lies in a file: over 81 frames of 1280x720, 224 MB."""
 
-PIECE = 1 << 27
-"""Most bytes of a piece: 81 frames of 832x480 are one."""
+PIECE = 1 << 25
+"""Most bytes of a piece: a mask of 81 frames of 832x480 is one."""
 
 Clip = Shaped[np.ndarray, "frames ..."]
 

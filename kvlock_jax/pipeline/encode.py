@@ -22,7 +22,6 @@ from kvlock_jax.pipeline.load import Model
 from kvlock_jax.runtime.compile_cache import Call, call
 from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.settings.schema import EditConfig
-from kvlock_jax.shapes import LatentMask
 
 
 def encode_clips(
@@ -130,7 +129,7 @@ def encode_edits(
 def _edits(
     latents: Encoded,
     references: Sequence[Encoded],
-    foreground: LatentMask,
+    foreground: Bool[Array, "B _T H W"],
     noise: Float[Array, "sources T H W C"],
     context: Float[Array, "R S D"],
     encoded: Any,

@@ -27,6 +27,7 @@ LATENT_FRAMES = 20
 """Latent frames of a piece, and one more of the first: the 81 frames that Wan was trained on."""
 
 Clip = Shaped[np.ndarray, "frames height width *colours"]
+Part = Shaped[np.ndarray, "_frames height width *colours"]
 
 
 def encode(
@@ -130,7 +131,7 @@ def _spans(frames: int, size: int) -> Iterator[tuple[int, int]]:
         yield first, first + size
 
 
-def _taken(clip: Clip | Array, first: int, last: int) -> Clip | Array:
+def _taken(clip: Clip | Array, first: int, last: int) -> Part | Array:
     """Frames of a clip, whose last one stands for those after its end."""
     if (first, last) == (0, len(clip)):
         return clip
