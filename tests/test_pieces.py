@@ -81,7 +81,7 @@ def test_pieces_through_the_vae_are_the_whole(config, tiles, mesh, monkeypatch):
         through(compiler.compile)  # what it compiles is what runs
         latents, parts = through(compiler.call)
         assert [p[0].shape[1] for p in parts] == [17, 16] and finite.all()
-        assert len(compiler._made) == 6
+        assert len(compiler._made) == 7
         np.testing.assert_allclose(latents, whole, rtol=1e-5, atol=1e-6)
         (video, *_) = pieces.gathered(iter(parts), FRAMES)
         assert np.abs(video.astype(int) - np.asarray(levels)[0]).max() <= 1

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from kvlock_jax import lock
 from kvlock_jax.media import room
@@ -49,9 +49,9 @@ def encode(
 
     def taken(first: int, last: int) -> tuple[Array | np.ndarray, Bool[np.ndarray, "B _f _h _w"]]:
         """Some frames of all clips, and where they are shown."""
-        covered = np.stack([_taken(mask, first, last) for mask in masks])
-        levels = np.stack([_taken(clip, first, last) for clip in clips])
         room.release(*(x for x in (*clips, *masks) if isinstance(x, np.ndarray)))
+        levels = _stacked([_taken(clip, first, last) for clip in clips])
+        covered = _stacked([_taken(mask, first, last) for mask in masks])
         return levels, covered if inside else ~covered
 
     time, frames = vae.config.strides[0], len(clips[0])
@@ -77,7 +77,8 @@ def decode(
         yield run(autoencoder.decode, vae, latents)
         return
     cache = None
-    for part in run(_split, latents, size=size):
+    for first, last in _spans(latents.shape[1], size):
+        part = run(_part, latents, np.int32(first), size=last - first)
         levels, finite, cache = run(autoencoder.decode_piece, vae, part, cache)
         yield levels, finite
 
@@ -140,6 +141,11 @@ def _taken(clip: Clip | Array, first: int, last: int) -> Part | Array:
     return np.concatenate([piece, *[piece[-1:]] * missing]) if missing else piece
 
 
+def _stacked(parts: Sequence[Part | Array]) -> Array | np.ndarray:
+    """A batch, of a single clip without a copy."""
+    return parts[0][None] if len(parts) == 1 else np.stack(parts)
+
+
 @functools.partial(jax.jit, static_argnames="strides")
 def _cells(
     mask: Bool[Array, "frames height width"], strides: tuple[int, int, int]
@@ -153,8 +159,7 @@ def _joined(parts: Sequence[Float[Array, "B _T H W C"]], count: int) -> Latents:
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _split(latents: Latents, size: int) -> list[Float[Array, "B _T H W C"]]:
-    """The pieces of latents, the last of which is filled up."""
-    missing = -(latents.shape[1] - 1) % size
-    latents = jnp.concatenate([latents, *[latents[:, -1:]] * missing], axis=1)
-    return [latents[:, first:last] for first, last in _spans(latents.shape[1], size)]
+def _part(latents: Latents, first: Int[Array, ""], size: int) -> Float[Array, "B _T H W C"]:
+    """A piece of latents; the last frame stands for those after the end."""
+    frames = jnp.minimum(first + jnp.arange(size), latents.shape[1] - 1)
+    return jnp.take(latents, frames, axis=1)
