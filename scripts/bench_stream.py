@@ -89,6 +89,7 @@ def make(folder: Path, frames: int, height: int, width: int) -> None:
 def measure_in_this_process(folder: Path) -> float:
     """Runs the stages; prints a row of each and returns the peak of all."""
     import jax
+    import jax.numpy as jnp
     from flax import nnx
 
     from kvlock_jax.evaluate.metrics import measure
@@ -111,7 +112,10 @@ def measure_in_this_process(folder: Path) -> float:
         patch_size=2,
     )
     watch = Watch()
-    vae = nnx.jit(lambda: WanVAE(config, rngs=nnx.Rngs(0)))()
+    rng = np.random.default_rng(0)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
+    weights = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes)
+    vae = nnx.merge(graph, weights)
     watch.stage("start")
     clip, mask = (folder / kind for kind in _MADE)
     inputs = read_inputs(clip, mask, "a red star", EditConfig())

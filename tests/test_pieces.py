@@ -29,8 +29,8 @@ FRAMES = 25
 SMALL = VAEConfig(
     4,
     4,
-    dim_mult=(1, 1, 1),
-    temperal_downsample=(True, True),
+    dim_mult=(1, 1),
+    temperal_downsample=(True,),
     num_res_blocks=1,
     latents_mean=(0.1,) * 4,
     latents_std=(1.5,) * 4,
@@ -60,7 +60,7 @@ def clip_and_mask(height=16, width=32):
 
 @pytest.mark.parametrize(
     ("config", "tiles", "mesh"),
-    [(SMALL, 1, None), (SMALL, 2, None), (RESIDUAL, 1, None), (SMALL, 1, (2, 2, 1))],
+    [(SMALL, 2, None), (RESIDUAL, 1, None), (SMALL, 1, (2, 2, 1))],
 )
 def test_pieces_through_the_vae_are_the_whole(config, tiles, mesh, monkeypatch):
     vae = fresh.module(lambda: autoencoder.WanVAE(config, rngs=nnx.Rngs(0)))
@@ -77,7 +77,7 @@ def test_pieces_through_the_vae_are_the_whole(config, tiles, mesh, monkeypatch):
             return latents, list(pieces.decode(vae, latents, run))
 
         whole, ((levels, finite),) = through(call)
-        monkeypatch.setattr(pieces, "LATENT_FRAMES", 4)
+        monkeypatch.setattr(pieces, "LATENT_FRAMES", 8)
         through(compiler.compile)  # what it compiles is what runs
         latents, parts = through(compiler.call)
         assert [p[0].shape[1] for p in parts] == [17, 16] and finite.all()
