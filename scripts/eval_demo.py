@@ -69,7 +69,9 @@ def generate(model, config, scenes, seeds, clips, masks):
         context = encode_prompts(networks.text_encoder, model.tokenizer, texts)
         draw = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (3, 12, 12, 16)))
         noise = draw(jnp.asarray(seeds[part], jnp.uint32))
-        edits = encode_edits(networks, clips[part], masks[part], context, settings.edit, noise)
+        edits = encode_edits(
+            networks, clips[part], list(masks[part]), context, settings.edit, noise
+        )
         start = jnp.array(edits.noise, copy=True)
         latents, trace = sample(networks.transformer, start, edits, table, knobs, program=program)
         videos.append(np.asarray(autoencoder.decode(networks.vae, edits.grid.join(latents))[0]))

@@ -127,7 +127,7 @@ def passes(wide, low, inputs, settings):
     yield "text context, relative L2", f"{relative(contexts[1], contexts[0]):.1e}"
 
     noise = draw_noise(wide, inputs, jax.random.key(0))
-    video, mask = inputs.source[None], inputs.mask[None]
+    video, mask = inputs.source[None], [inputs.mask]
     encoded = encode_edits(wide.checkpoint, video, mask, contexts[0], settings.edit, noise)
 
     @jax.jit
@@ -180,7 +180,7 @@ def simulations(model, inputs, settings):
     network, vae = model.checkpoint.transformer, model.checkpoint.vae
     timesteps = jnp.float32([1000.0 * sigma for sigma in LEVELS])
     context = encode_prompts(model.checkpoint.text_encoder, model.tokenizer, texts)
-    video, mask = inputs.source[None], inputs.mask[None]
+    video, mask = inputs.source[None], [inputs.mask]
     edits = encode_edits(model.checkpoint, video, mask, context, settings.edit, noise)
     z = 0.5 * edits.source + 0.5 * edits.noise
     both, half = jnp.concatenate([z, z]), jnp.full((2,), 500.0)

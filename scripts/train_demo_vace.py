@@ -149,7 +149,7 @@ def main() -> None:
 
     def control_of(inactive, mask):
         reactive = jnp.broadcast_to(blank, inactive.shape)
-        return jnp.concatenate([inactive, reactive, fold_mask(mask)], -1)
+        return jnp.concatenate([inactive, reactive, fold_mask(mask).astype(jnp.float32)], -1)
 
     def loss_fn(params, base, batch, key):
         x, inactive, prompt, weighed, mask = batch

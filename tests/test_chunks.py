@@ -69,14 +69,18 @@ def test_tiles_overlap_by_the_reach(tiles):
         return jnp.repeat(sums, 3, axis=3)
 
     x = jnp.arange(2.0 * 22).reshape(1, 1, 2, 22, 1)
-    got = in_tiles(neighbours, x, tiles=tiles, unit=2, reach=2)
+    got, _ = in_tiles(lambda x, _: (neighbours(x), ()), x, None, tiles=tiles, unit=2, reach=2)
     np.testing.assert_array_equal(got, neighbours(x))
 
 
 def test_one_tile_is_the_whole():
     x = jnp.ones((1, 1, 2, 8, 1))
     seen = []
-    got = in_tiles(lambda x: seen.append(x.shape) or x + 1, x, tiles=1, unit=1, reach=2)
+
+    def run(x, cache):
+        return seen.append(x.shape) or x + 1, cache
+
+    got, _ = in_tiles(run, x, None, tiles=1, unit=1, reach=2)
     assert seen == [x.shape] and (got == 2).all()
 
 

@@ -74,7 +74,7 @@ def theirs(pipeline, clip, mask, pictures) -> np.ndarray:
 
 def channels(encode, video, mask, pictures):
     under = [encode(video, shown) for shown in (~mask, mask)]
-    return control(*under, mask, [encode(picture[:, None]) for picture in pictures])
+    return control(*under, fold_mask(mask), [encode(picture[:, None]) for picture in pictures])
 
 
 @pytest.mark.parametrize("references", [0, 1, 3])

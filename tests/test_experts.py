@@ -197,19 +197,19 @@ def test_conditioning_equals_videox_fun(references):
 
     levels = np.zeros(video.shape, np.uint8)  # stands for the video, whose levels are not whole
 
-    def encode(clips, shown):
+    def encode(clips, masks, inside):
         rows = [
-            np.where(seen[..., None], 2 * (video if clip is levels else clip) - 1, 0.0)
-            for clip, seen in zip(clips, shown, strict=True)
+            np.where((seen == inside)[..., None], 2 * (video if clip is levels else clip) - 1, 0.0)
+            for clip, seen in zip(clips, masks, strict=True)
         ]
         return Encoded([vae.encode(jnp.asarray(np.stack(rows), jnp.float32))], np.arange(len(rows)))
 
-    exact = [encode([p[None]], [np.ones((1, *p.shape[:2]), bool)]).rows() for p in pictures]
-    encoded = conditioner.encode(encode, [levels], mask[None], scale=0.8, show_masked=False)
-    latents = encode([video], [np.ones_like(mask)]).rows()
+    exact = [encode([p[None]], [np.ones((1, *p.shape[:2]), bool)], True).rows() for p in pictures]
+    encoded = conditioner.encode(encode, [levels], [mask], scale=0.8, show_masked=False)
+    latents = encode([video], [np.ones_like(mask)], True).rows()
     grid = Grid.of((latents.shape[1] + references, *latents.shape[2:4]))
     text = jnp.zeros((2, 4, 8))
-    args = (text, text[1:], latents, exact, jnp.asarray(mask)[None], encoded)
+    args = (text, text[1:], latents, exact, encoded)
     args = jax.tree.map(jnp.asarray, args)  # as inside of the compiled program
     context, _ = conditioner.contexts(*args, grid)
     want = given["context_references" if references else "context_plain"]

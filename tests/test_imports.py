@@ -46,10 +46,10 @@ ORDER = {
     "runtime": "clock identity trees compile_cache",
     "models": "layout small family precision linear attention norms text vae wan",
     "checkpoints": "files store registry metadata format",
-    "media": "storage folders footage orientation colour timing containers pictures heif memory "
-    "deinterlace sound decode encode fit timeline masks",
-    "pipeline": "settings overrides inputs load hosts encode seeds stages background placement "
-    "api report outputs",
+    "media": "storage folders footage orientation colour timing containers pictures heif room "
+    "memory deinterlace sound decode encode fit timeline masks",
+    "pipeline": "settings overrides inputs load hosts pieces encode seeds stages background "
+    "placement api report outputs",
     "batch": "lines manifest grouping fingerprint resume lease reader publisher runner",
     "cli": "terminal flags loading edit batch convert info main",
 }

@@ -9,7 +9,7 @@ from clips import encode as encode_by
 from clips import noise, write_stamps
 
 from kvlock_jax.errors import InputError
-from kvlock_jax.media import decode, encode, memory
+from kvlock_jax.media import decode, encode, room
 
 
 def small(image):
@@ -31,7 +31,7 @@ def test_frames_are_resized_as_they_are_decoded(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_what_the_memory_does_not_hold_is_refused_at_the_first_frame(tmp_path, monkeypatch, name):
     encode.write_video(tmp_path / name, noise(30), 24)
-    monkeypatch.setattr(memory, "available", lambda: 20 * 32 * 48 * 3)
+    monkeypatch.setattr(room, "available", lambda: 20 * 32 * 48 * 3)
     message = rf"{name}: 30 frames take .* of memory, .* free: .*--frame_num"
     with pytest.raises(InputError, match=message):
         decode.read_video(tmp_path / name)
@@ -57,7 +57,7 @@ def test_memory_that_runs_out_is_named(tmp_path, error):
 
 def test_a_rate_that_is_a_clocks_refuses_nothing(tmp_path, monkeypatch):
     path = write_stamps(tmp_path / "a.mkv", 400 * np.arange(6), 1000)
-    monkeypatch.setattr(memory, "available", lambda: 20 * 32 * 48 * 3)
+    monkeypatch.setattr(room, "available", lambda: 20 * 32 * 48 * 3)
     assert len(decode.read_video(path).frames) == 6
 
 
@@ -68,5 +68,5 @@ def test_more_frames_than_the_container_says_are_read(tmp_path):
 
 
 def test_the_free_memory_is_a_number_or_unknown():
-    free = memory.available()
+    free = room.available()
     assert free is None or free > 0

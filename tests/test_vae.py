@@ -228,7 +228,7 @@ def test_frames_are_coded_in_chunks_of_the_chosen_size(chunk, monkeypatch):
     sizes = []
     over = autoencoder.over_chunks
     monkeypatch.setattr(
-        autoencoder, "over_chunks", lambda *args: sizes.append(args[-1]) or over(*args)
+        autoencoder, "over_chunks", lambda *args: sizes.append(args[2]) or over(*args)
     )
     encode, decode = (f.__wrapped__ for f in (autoencoder.encode, autoencoder.decode))
     # as functions of their own, so that they are traced here and now

@@ -23,7 +23,7 @@ from kvlock_jax.cli.loading import (
 )
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
-from kvlock_jax.media import encode, storage
+from kvlock_jax.media import encode, room, storage
 from kvlock_jax.media.folders import IMAGE_SUFFIXES
 from kvlock_jax.media.masks import parse_box
 from kvlock_jax.parallel import agreement
@@ -89,7 +89,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
         inputs = read_inputs(local(args.src_video), mask, args.prompt, settings.edit, pictures)
     frames, height, width = inputs.mask.shape
     say("video", f"{frames} frames of {width}x{height} at {float(inputs.fps):g} per second")
-    say("mask", f"{100 * inputs.mask.mean():.1f} % of the pixels are edited")
+    say("mask", f"{100 * room.share(inputs.mask):.1f} % of the pixels are edited")
     say("preset", f"{settings.preset}: {lock.PRESETS[settings.preset]}")
     if line := windows_line(settings, frames, contents.configs):
         say("windows", line)

@@ -13,7 +13,7 @@ The metric of an empty region is NaN.
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -23,13 +23,17 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.lock.masks import dilate
+from kvlock_jax.media import room
 
 Frames = UInt8[Array | np.ndarray, "frames height width 3"]
 Mask = Bool[Array | np.ndarray, "frames height width"]
 
 Picture = UInt8[np.ndarray, "height width 3"]
-Pair = tuple[Picture, Picture, Bool[np.ndarray, "height width"]]
+Region = Bool[np.ndarray, "height width"]
+Sum = tuple[float, int]
+"""A sum and how many numbers are in it."""
 
+_NEAR = 8  # default border and width, in pixels
 _RADIUS, _SIGMA = 5, 1.5  # SSIM's window of 11 pixels, from its paper
 
 
@@ -73,13 +77,14 @@ def measure(
     Raises:
       InputError: the videos and the mask differ in frames, height or width.
     """
-    ceiling = None if round_trip is None else background_psnr(source, round_trip, mask)
+    near = _near(mask, _NEAR)
+    ceiling = None if round_trip is None else _psnr(source, round_trip, near)
     return EditMetrics(
         psnr=psnr(source, edited),
-        background_psnr=background_psnr(source, edited, mask),
-        background_ssim=background_ssim(source, edited, mask),
-        ring_error=ring_error(source, edited, mask),
-        ring_flicker=ring_flicker(source, edited, mask),
+        background_psnr=_psnr(source, edited, near),
+        background_ssim=_ssim(source, edited, near),
+        ring_error=_ring_error(source, edited, mask, near),
+        ring_flicker=_ring_flicker(source, edited, mask, near),
         background_ceiling=ceiling,
     )
 
@@ -90,19 +95,19 @@ def psnr(a: Frames, b: Frames) -> float:
     `10 log10(255^2 / MSE)` in dB, with the mean squared error over frames, pixels and channels;
     infinite if nothing differs. Raises as `measure` does.
     """
-    return _psnr(a, b, np.ones(np.shape(a)[:3], bool))
+    return _psnr(a, b, np.broadcast_to(np.False_, np.shape(a)[:3]))
 
 
-def background_psnr(source: Frames, edited: Frames, mask: Mask, border: int = 8) -> float:
+def background_psnr(source: Frames, edited: Frames, mask: Mask, border: int = _NEAR) -> float:
     """Peak signal-to-noise ratio over the background `d > border` alone.
 
     METHOD.md section 13: `10 log10(255^2 / MSE)` in dB, with the mean squared error over the
     background's own pixels; infinite if nothing differs. Raises as `measure` does.
     """
-    return _psnr(source, edited, _background(mask, border))
+    return _psnr(source, edited, _near(mask, border))
 
 
-def background_ssim(source: Frames, edited: Frames, mask: Mask, border: int = 8) -> float:
+def background_ssim(source: Frames, edited: Frames, mask: Mask, border: int = _NEAR) -> float:
     """Mean of the structural similarity's map over the background `d > border`.
 
     METHOD.md section 13, with the map of Wang et al. (2004): a Gaussian window of 11 pixels and
@@ -110,97 +115,102 @@ def background_ssim(source: Frames, edited: Frames, mask: Mask, border: int = 8)
     edges. With a border of 5 or more no window touches the mask. Equal videos score 1. Raises as
     `measure` does.
     """
-    region = _background(mask, border)
-
-    def of_frame(a: Picture, b: Picture, inside: np.ndarray) -> float:
-        """The sum of a frame's map over its background."""
-        if not inside.any():
-            return 0.0
-        return float(np.asarray(_ssim_map(a, b), np.float64)[inside].sum())
-
-    return _ratio(_sum(of_frame, _pairs(source, edited, region)), 3 * int(region.sum()))
+    return _ssim(source, edited, _near(mask, border))
 
 
-def ring_error(source: Frames, edited: Frames, mask: Mask, width: int = 8) -> float:
+def ring_error(source: Frames, edited: Frames, mask: Mask, width: int = _NEAR) -> float:
     """Mean absolute error in the ring `0 < d <= width` around the mask, in levels of 255.
 
     METHOD.md section 13: the mean of `|e_t(p)|`, `e = edited - source`, over the ring's pixels and
     channels in all frames. Raises as `measure` does.
     """
-    ring = _ring(mask, width)
-
-    def of_frame(a: Picture, b: Picture, inside: np.ndarray) -> int:
-        """The sum of a frame's errors."""
-        return _total(np.abs(_error(a, b)), inside)
-
-    return _ratio(_sum(of_frame, _pairs(source, edited, ring)), 3 * int(ring.sum()))
+    return _ring_error(source, edited, mask, _near(mask, width))
 
 
-def ring_flicker(source: Frames, edited: Frames, mask: Mask, width: int = 8) -> float:
+def ring_flicker(source: Frames, edited: Frames, mask: Mask, width: int = _NEAR) -> float:
     """Mean change of the ring's error from frame to frame, in levels of 255.
 
     METHOD.md section 13: the mean of `|e_t(p) - e_{t-1}(p)|`, `e = edited - source` signed, over
     the channels and pixels that are in the ring of frame t and of frame t - 1. A constant error
     does not flicker. NaN for one frame. Raises as `measure` does.
     """
-    ring = _ring(mask, width)
-    both = ring[1:] & ring[:-1]
-    frames = _pairs(source, edited, ring)
-
-    def of_two(before: Pair, after: Pair, inside: np.ndarray) -> int:
-        """The sum of changes from one frame to the next."""
-        return _total(np.abs(_error(*after[:2]) - _error(*before[:2])), inside)
-
-    changes = zip(frames[:-1], frames[1:], both, strict=True)
-    return _ratio(_sum(of_two, changes), 3 * int(both.sum()))
+    return _ring_flicker(source, edited, mask, _near(mask, width))
 
 
-def _background(mask: Mask, border: int) -> np.ndarray:
-    return ~np.asarray(dilate(mask, border))
+def _near(mask: Mask, distance: int) -> Mask:
+    """The mask with all pixels up to a distance from it."""
+    return room.once(lambda m: np.asarray(dilate(m, distance)), np.asarray(mask), "the mask")
 
 
-def _ring(mask: Mask, width: int) -> np.ndarray:
-    return np.asarray(dilate(mask, width)) & ~np.asarray(mask)
+def _psnr(a: Frames, b: Frames, near: Mask) -> float:
+    def of_frame(a: Picture, b: Picture, near: Region) -> Sum:
+        """A frame's squared errors."""
+        return _total(np.square(_error(a, b), dtype=np.int32), ~near)
 
-
-def _psnr(a: Frames, b: Frames, region: np.ndarray) -> float:
-    def of_frame(a: Picture, b: Picture, inside: np.ndarray) -> int:
-        """The sum of a frame's squared errors."""
-        return _total(np.square(_error(a, b), dtype=np.int32), inside)
-
-    mse = _ratio(_sum(of_frame, _pairs(a, b, region)), 3 * int(region.sum()))
+    mse = _mean(of_frame, *_checked(a, b, near))
     return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
-def _total(values: np.ndarray, inside: np.ndarray) -> int:
-    """The exact sum of a frame's whole numbers over the channels of some pixels."""
-    return int(values.sum(axis=-1, dtype=np.int32)[inside].sum(dtype=np.int64))
+def _ssim(source: Frames, edited: Frames, near: Mask) -> float:
+    def of_frame(a: Picture, b: Picture, near: Region) -> Sum:
+        """A frame's map."""
+        if near.all():
+            return 0.0, 0
+        values = np.asarray(_ssim_map(a, b), np.float64)[~near]
+        return float(values.sum()), values.size
+
+    return _mean(of_frame, *_checked(source, edited, near))
 
 
-def _ratio(total: float, count: int) -> float:
-    return total / count if count else math.nan
+def _ring_error(source: Frames, edited: Frames, mask: Mask, near: Mask) -> float:
+    def of_frame(a: Picture, b: Picture, mask: Region, near: Region) -> Sum:
+        """A frame's errors."""
+        return _total(np.abs(_error(a, b)), near & ~mask)
+
+    return _mean(of_frame, *_checked(source, edited, mask, near))
 
 
-def _sum(function: Callable[..., float], frames: Iterable[tuple]) -> float:
-    """The sum of a function of each frame, in as many threads as there are cores."""
+def _ring_flicker(source: Frames, edited: Frames, mask: Mask, near: Mask) -> float:
+    def of_two(*pair: np.ndarray) -> Sum:
+        """Changes from one frame to the next."""
+        before, after = pair[::2], pair[1::2]
+        ring = (before[3] & ~before[2]) & (after[3] & ~after[2])
+        return _total(np.abs(_error(*after[:2]) - _error(*before[:2])), ring)
+
+    clips = _checked(source, edited, mask, near)
+    return _mean(of_two, *(part for clip in clips for part in (clip[:-1], clip[1:])))
+
+
+def _total(values: np.ndarray, inside: Region) -> Sum:
+    """The exact sum of a frame's whole numbers over the channels of some pixels; their count."""
+    total = values.sum(axis=-1, dtype=np.int32)[inside].sum(dtype=np.int64)
+    return int(total), values.shape[-1] * int(np.count_nonzero(inside))
+
+
+def _mean(function: Callable[..., Sum], *clips: np.ndarray) -> float:
+    """The mean over all frames of clips, in as many threads as there are cores."""
+    total, count = 0.0, 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return sum(pool.map(lambda frame: function(*frame), frames))
+        for piece in room.pieces(*clips):
+            for part, size in pool.map(function, *(clip[piece] for clip in clips)):
+                total, count = total + part, count + size
+    return total / count if count else math.nan
 
 
 def _error(a: Picture, b: Picture) -> np.ndarray:
     return np.subtract(b, a, dtype=np.int16)
 
 
-def _pairs(source: Frames, edited: Frames, region: np.ndarray) -> list[Pair]:
-    """Each frame of both videos, and its region."""
-    a, b = np.asarray(source), np.asarray(edited)
-    if not (a.ndim == 4 and a.shape == b.shape == (*region.shape, 3)):
-        shapes = f"{a.shape}, {b.shape} and {region.shape}"
+def _checked(source: Frames, edited: Frames, *regions: Mask) -> list[np.ndarray]:
+    """Two videos and their regions as NumPy arrays of one size."""
+    a, b, *masks = (np.asarray(x) for x in (source, edited, *regions))
+    if not (a.ndim == 4 and all(x == a.shape for x in (b.shape, *((*m.shape, 3) for m in masks)))):
+        shapes = f"{a.shape}, {b.shape} and {masks[0].shape}"
         raise InputError(f"source, edit and mask must be of one size, found {shapes}")
     for name, video in (("source", a), ("edit", b)):
         if video.dtype != np.uint8:  # floats in 0..1 would score 48 dB too high
             raise InputError(f"the {name} must be uint8, found {video.dtype}")
-    return list(zip(a, b, region, strict=True))
+    return [a, b, *masks]
 
 
 @jax.jit

@@ -15,7 +15,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from kvlock_jax.errors import InputError
-from kvlock_jax.media import colour, containers, heif, memory, orientation, pictures, timing
+from kvlock_jax.media import colour, containers, heif, orientation, pictures, room, timing
 from kvlock_jax.media.deinterlace import progressive
 from kvlock_jax.media.folders import list_frames
 from kvlock_jax.media.footage import Footage, Sound
@@ -108,7 +108,7 @@ def _read_file(source: epath.Path, limit: int | None, resize: Resize | None) -> 
             return _read_footage(source, file, limit, images)
     except (av.FFmpegError, OSError, MemoryError) as error:
         if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
-            problem = f"out of memory after {images.count} frames: {memory.HINT}"
+            problem = f"out of memory after {images.count} frames: {room.HINT}"
             raise InputError(f"{source}: {problem}") from error
         count = images.count
         problem = f"damaged after frame {count}" if count else "not a readable video or image"

@@ -13,7 +13,7 @@ import av
 import numpy as np
 
 from kvlock_jax.errors import InputError
-from kvlock_jax.media import storage
+from kvlock_jax.media import room, storage
 from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.sound import copying
 from kvlock_jax.media.storage import FilePath
@@ -185,7 +185,7 @@ def _encode(
         stamps, tick = _stamps(len(images), rate, footage)
         context.time_base = tick
         with copying(target.path, output, footage.audio) as copy_sound_until:
-            for image, stamp in zip(images, stamps, strict=True):
+            for image, stamp in zip(room.frames_of(images), stamps, strict=True):
                 frame = _frame(image).reformat(format=codec.pixels, **matrix)
                 frame.pts, frame.time_base = stamp, tick
                 packets = stream.encode(frame)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvlock_jax.errors import InputError
+from kvlock_jax.media import room
 from kvlock_jax.shapes import (
     Frames,
     Image,
@@ -47,16 +49,29 @@ class Fit:
         return -(-(self.frames - 1) // time) * time + 1, height, width
 
     def apply(self, video: Frames) -> NewFrames:
-        """The padded video."""
-        return np.pad(video, (*self._padding(video), (0, 0)), mode="edge")
+        """The padded video; the same array where there is nothing to pad."""
+        (_, more), *space = self._padding(video)
+
+        def padded(frames: Frames) -> NewFrames:
+            """Frames with further rows and columns."""
+            return np.pad(frames, ((0, 0), *space, (0, 0)), mode="edge")
+
+        return _longer(padded, video, more, self.model_shape)
 
     def apply_mask(self, mask: Mask) -> NewMask:
         """The padded mask: repeated frames repeat theirs, added rows and columns are background.
 
         A repeated frame shares the last one's latent frame: its mask adds no foreground there.
         """
-        time, *space = self._padding(mask)
-        return np.pad(np.pad(mask, (time, (0, 0), (0, 0)), mode="edge"), ((0, 0), *space))
+        (_, more), *space = self._padding(mask)
+
+        def padded(frames: Mask) -> NewMask:
+            """Masks with further rows and columns."""
+            return np.pad(frames, ((0, 0), *space))
+
+        if room.is_still(mask):
+            return np.broadcast_to(padded(mask[:1]), self.model_shape)
+        return _longer(padded, mask, more, self.model_shape)
 
     def undo(self, video: Frames) -> NewFrames:
         """The model's video without the padding."""
@@ -69,6 +84,23 @@ class Fit:
         if array.shape[:3] != sizes:
             raise InputError(f"the video or mask must be {sizes}, found {array.shape}")
         return [(0, to - at) for to, at in zip(self.model_shape, sizes, strict=True)]
+
+
+def _longer(
+    padded: Callable[[np.ndarray], np.ndarray],
+    clip: np.ndarray,
+    more: int,
+    model_shape: tuple[int, int, int],
+) -> np.ndarray:
+    """A clip with its frames padded, the last one repeated; itself if that changes nothing."""
+    if clip.shape[:3] == model_shape:
+        return clip
+    longer = room.room((*model_shape, *clip.shape[3:]), clip.dtype, "the padded video")
+    for piece in room.pieces(clip):
+        longer[piece] = padded(clip[piece])
+        room.release(longer)
+    longer[len(clip) :] = longer[len(clip) - 1]
+    return longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +164,15 @@ class Resize:
         """A mask at the target's size; no pixel of the window that is 1 is lost (`resize_mask`)."""
         if self.source == self.target:
             return mask
-        placed = np.zeros((len(mask), *self.target), bool)
         size = [part.stop - part.start for part in self.place]
-        placed[:, *self.place] = resize_mask(mask[:, *self.window], *size)
-        return placed
+
+        def resized(frames: Mask) -> NewMask:
+            """Some frames of it."""
+            placed = np.zeros((len(frames), *self.target), bool)
+            placed[:, *self.place] = resize_mask(frames[:, *self.window], *size)
+            return placed
+
+        return room.once(resized, mask, "the mask")
 
     def warning(self) -> str | None:
         """A line that says how the shape was kept, where the target has another one."""

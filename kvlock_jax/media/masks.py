@@ -9,6 +9,7 @@ from etils import epath
 from jaxtyping import Bool
 
 from kvlock_jax.errors import InputError
+from kvlock_jax.media import room
 from kvlock_jax.media.decode import Video, read_video
 from kvlock_jax.media.memory import size_text
 from kvlock_jax.media.storage import FilePath
@@ -118,7 +119,11 @@ def _in_time(
         raise InputError(f"{name}: {error}") from error
     rates = f"{timeline.fps:.4g} frames per second, the video at {clip.fps:.4g}"
     warnings.warn(f"{name}: at {rates}: matched by time", stacklevel=4)
-    return region[numbers]
+    shown = room.room((len(numbers), *region.shape[1:]), bool, name)
+    for piece in room.pieces(shown):
+        shown[piece] = region[numbers[piece]]
+        room.release(region)
+    return shown
 
 
 def _read_npy(path: FilePath) -> np.ndarray:
@@ -137,7 +142,7 @@ def _array_mask(name: str, values: np.ndarray, height: int, width: int) -> Mask:
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 255):  # NaN too
         raise InputError(f"{name}: must lie in 0..1 or in 0..255, found {low} to {high}")
-    values = values.astype(np.uint8) if values.dtype == bool else values
+    values = values.view(np.uint8) if values.dtype == bool else values
     if values.ndim == 3 and values.shape[:2] == (height, width) and values.shape[2] <= 4:
         values = values[None]  # a picture with channels
     if values.ndim < 4:
@@ -149,20 +154,34 @@ def _array_mask(name: str, values: np.ndarray, height: int, width: int) -> Mask:
 
 def _mask_of(name: str, colours: np.ndarray, alpha: np.ndarray | None, white: int) -> Mask:
     """The mask of pixels `frames height width channels`, and of their alpha where it is not one."""
-    if alpha is None or alpha.min() == alpha.max():
-        return (colours > white / 2).any(axis=-1)
-    opaque = alpha > white / 2
-    paint = colours[alpha == white]
-    one_colour = len(paint) and (np.ptp(paint, axis=0) <= _ONE_COLOUR * white).all()
-    if one_colour and paint.max() > white / 2:
-        region, meaning = opaque, "paint of one colour on a transparent layer, the paint"
+    if alpha is None or _is_constant(alpha):
+        return room.mapped(lambda seen: (seen > white / 2).any(axis=-1), colours, name=name)
+    if _is_bright_paint(colours, alpha, white):
+        region = room.mapped(lambda seen: seen > white / 2, alpha, name=name)
+        meaning = "paint of one colour on a transparent layer, the paint"
     else:
-        region, meaning = ~opaque, "taken from its alpha channel, what is transparent"
-    share = f"{100 * region.mean():.1f} % of the pixels"
+        region = room.mapped(lambda seen: ~(seen > white / 2), alpha, name=name)
+        meaning = "taken from its alpha channel, what is transparent"
+    share = f"{100 * room.share(region):.1f} % of the pixels"
     warnings.warn(
         f"{name}: {meaning} is edited ({share}); --invert_mask edits the rest", stacklevel=4
     )
     return region
+
+
+def _is_constant(alpha: np.ndarray) -> bool:
+    first = alpha.flat[0]
+    return all((alpha[piece] == first).all() for piece in room.pieces(alpha))
+
+
+def _is_bright_paint(colours: np.ndarray, alpha: np.ndarray, white: int) -> bool:
+    """Whether opaque pixels are of one colour, over half of white in a channel."""
+    low, high = np.inf, -np.inf
+    for piece in room.pieces(colours, alpha):
+        paint = colours[piece][alpha[piece] == white]
+        if len(paint):
+            low, high = np.minimum(low, paint.min(axis=0)), np.maximum(high, paint.max(axis=0))
+    return bool((high - low <= _ONE_COLOUR * white).all() and np.max(high) > white / 2)
 
 
 def parse_box(box: str | Sequence[int] | np.ndarray) -> Box:
@@ -197,6 +216,7 @@ def bbox_mask(box: str | Sequence[int] | np.ndarray, frames: int, height: int, w
 
 def check_mask(mask: Mask) -> float:
     """The share of pixels that the mask edits, over 0 and up to 1; an InputError if none."""
-    if not mask.any():
+    share = room.share(mask)
+    if not share:
         raise InputError("the mask is empty, nothing to edit: no pixel is over half of white")
-    return float(mask.mean())
+    return share

@@ -40,13 +40,17 @@ class Encoded:
 jax.tree_util.register_dataclass(Encoded, ["parts", "index"], [])
 
 Clips = Sequence[UInt8[np.ndarray, "frames height width 3"]]
-Shown = Sequence[Bool[np.ndarray, "frames height width"]]
+Masks = Sequence[Bool[np.ndarray, "frames height width"]]
 
 Pictures = Sequence[UInt8[np.ndarray, "_ _ 3"]]
 """Reference pictures, each of its own size."""
 
-EncodeClips = Callable[[Clips, Shown], Encoded]
-"""Encodes clips by the VAE; pixels outside a clip's mask are blank."""
+
+class EncodeClips(Protocol):
+    """Encodes clips by the VAE, whatever their length."""
+
+    def __call__(self, clips: Clips, masks: Masks, *, inside: bool) -> Encoded:
+        """Encodes the pixels inside each clip's mask, or those outside; the others are blank."""
 
 
 class Conditioner(Protocol):
@@ -69,7 +73,7 @@ class Conditioner(Protocol):
         self,
         encode: EncodeClips,
         sources: Clips,
-        mask: Bool[np.ndarray, "B frames height width"],
+        masks: Masks,
         *,
         scale: float,
         show_masked: bool,
@@ -79,7 +83,8 @@ class Conditioner(Protocol):
         Args:
           encode: the VAE.
           sources: clips of the sources; each has equally many edits, one after another.
-          mask: true where an edit generates.
+          masks: mask of each edit, true where it generates. A long clip's may be mapped to a file
+            or be views of one frame, so they are best not copied.
           scale: weight of the context, `edit.context_scale`.
           show_masked: whether pixels under the mask are shown, `edit.show_masked`.
         """
@@ -90,7 +95,6 @@ class Conditioner(Protocol):
         source_texts: Float[Array, "sources S D"],
         latents: Float[Array, "sources T H W C"],
         references: Sequence[Float[Array, "sources 1 H W C"]],
-        mask: Bool[Array, "B frames height width"],
         encoded: Any,
         grid: Grid,
     ) -> tuple[Any, Any]:
@@ -103,7 +107,6 @@ class Conditioner(Protocol):
           source_texts: embedded prompt of each source.
           latents: encoded sources.
           references: encoded canvases, a latent frame each.
-          mask: true where an edit generates.
           encoded: the result of `encode`.
           grid: tokens of a row, references included.
         """
@@ -120,7 +123,7 @@ class TextOnly:
         """None: it can be shown no pictures."""
         return []
 
-    def encode(self, encode: EncodeClips, sources: Clips, mask: Any, **settings: Any) -> None:
+    def encode(self, encode: EncodeClips, sources: Clips, masks: Masks, **settings: Any) -> None:
         """Encodes nothing."""
 
     def contexts(

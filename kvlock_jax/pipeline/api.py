@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 from kvlock_jax.checkpoints.registry import family, not_finite
 from kvlock_jax.errors import ConfigError, InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
+from kvlock_jax.media import room
 from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.masks import Box
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.models.text.prompts import prompt_warnings
-from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.parallel import agreement
-from kvlock_jax.pipeline import stages
+from kvlock_jax.pipeline import pieces, stages
 from kvlock_jax.pipeline.background import BackgroundCompiler
 from kvlock_jax.pipeline.encode import draw_noise, noise_shape
 from kvlock_jax.pipeline.hosts import check_hosts_agree
@@ -33,7 +33,7 @@ from kvlock_jax.pipeline.seeds import batch_rows
 from kvlock_jax.pipeline.settings import Settings, resolve_settings
 from kvlock_jax.pipeline.stages import Loop
 from kvlock_jax.runtime.clock import Clock
-from kvlock_jax.runtime.compile_cache import Compiler
+from kvlock_jax.runtime.compile_cache import Compiler, call
 from kvlock_jax.sampling.loop import Trace
 from kvlock_jax.shapes import Frames, Mask
 
@@ -261,7 +261,7 @@ def _result(
     except SamplingError as error:
         return error
     if settings.edit.composite:
-        video = np.where(mask[..., None], video, source)
+        video = room.mapped(_composited, mask, video, source, name="the composited video")
     measured = measure(source, video, mask, None if round_trip is None else fit.undo(round_trip))
     return Result(
         video=video,
@@ -274,6 +274,10 @@ def _result(
         settings=settings,
         footage=inputs.footage,
     )
+
+
+def _composited(mask: Mask, video: Frames, source: Frames) -> Frames:
+    return np.where(mask[..., None], video, source)
 
 
 def _finite(video: Frames | None, trace: Trace, model: Model) -> Frames:
@@ -302,6 +306,8 @@ def round_trip(model: Model, video: Frames) -> Frames:
     fit = model.fit(video)
     with model.on_mesh():
         with model.using("vae") as vae:
-            latents = autoencoder.encode(vae, fit.apply(video)[None])
+            clip = fit.apply(video)
+            everything = np.broadcast_to(np.True_, clip.shape[:3])
+            latents = pieces.encode(vae, [clip], [everything], inside=True, run=call)
         (decoded,) = stages.decode_latents(model, [latents])
     return fit.undo(_finite_pixels(decoded))

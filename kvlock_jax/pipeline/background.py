@@ -9,8 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from kvlock_jax.models.vae import autoencoder
-from kvlock_jax.pipeline import stages
+from kvlock_jax.pipeline import pieces, stages
 from kvlock_jax.pipeline.inputs import EditInputs
 from kvlock_jax.pipeline.load import Model
 from kvlock_jax.pipeline.seeds import batch_rows
@@ -76,4 +75,5 @@ class BackgroundCompiler:
         edited = self._compiled["loop"].result()
         run, grid = self.compiler.compile, {"grid": edits.grid, "references": edits.references}
         for latents in run(stages.video_latents, edited, **grid)[:1]:
-            run(autoencoder.decode, self._model.checkpoint.vae, latents)
+            for _ in pieces.decode(self._model.checkpoint.vae, latents, run):
+                pass

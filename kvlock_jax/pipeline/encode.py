@@ -1,7 +1,7 @@
 """Encodes videos, masks and prompts into the sampling loop's inputs."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
-from kvlock_jax import lock
 from kvlock_jax.checkpoints.registry import Checkpoint, family
 from kvlock_jax.errors import InputError
 from kvlock_jax.grid import Grid
+from kvlock_jax.media import room
 from kvlock_jax.models.family import Conditioner, Encoded
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.parallel import padding, sharding
+from kvlock_jax.pipeline import pieces
 from kvlock_jax.pipeline.inputs import EditInputs
 from kvlock_jax.pipeline.load import Model
 from kvlock_jax.runtime.compile_cache import Call, call
@@ -26,17 +27,26 @@ from kvlock_jax.settings.schema import EditConfig
 def encode_clips(
     network: autoencoder.WanVAE,
     clips: Sequence[Shaped[Array | np.ndarray, "frames height width 3"]],
-    shown: Iterable[Bool[np.ndarray, "frames height width"]],
+    masks: Sequence[Bool[np.ndarray, "frames height width"]],
     run: Call = call,
+    *,
+    inside: bool = True,
 ) -> Encoded:
-    """Encodes clips, each distinct one once, with the pixels that are not shown blank.
+    """Encodes clips, each distinct one once, with all but what is inside of their masks blank.
 
-    One call encodes a clip on each device of `data`, so that one program serves any number of
-    clips, in the memory of one.
+    One call encodes a clip on each device of `data`, or a piece of each (`pieces`), so that a few
+    programs serve any number of clips of any length, in the memory of a piece.
+
+    Args:
+      network: VAE.
+      clips: clips of one size.
+      masks: mask of each.
+      run: function that calls compiled programs.
+      inside: whether the pixels inside the masks are shown, or those outside.
     """
     distinct: list[tuple] = []
     index = []
-    for row in zip(clips, shown, strict=True):
+    for row in zip(clips, masks, strict=True):
         same = (n for n, other in enumerate(distinct) if all(map(_equal, row, other)))
         index.append(next(same, len(distinct)))
         if index[-1] == len(distinct):
@@ -44,19 +54,22 @@ def encode_clips(
     ways = sharding.shards("B")
     distinct += distinct[-1:] * (-len(distinct) % ways)
     groups = (distinct[n : n + ways] for n in range(0, len(distinct), ways))
-    stacked = ([*map(np.stack, zip(*group, strict=True))] for group in groups)
-    parts = [run(autoencoder.encode, network, *group) for group in stacked]
+    parts = [pieces.encode(network, *zip(*group, strict=True), inside, run) for group in groups]
     return Encoded(parts, np.array(index))
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    return one is other or np.array_equal(one, other)
+    if one is other or one.shape != other.shape:
+        return one is other
+    if room.is_still(one) and room.is_still(other):
+        one, other = one[:1], other[:1]
+    return all(np.array_equal(one[piece], other[piece]) for piece in room.pieces(one, other))
 
 
 def encode_edits(
     networks: Checkpoint,
     video: Sequence[UInt8[np.ndarray, "frames height width 3"]],
-    mask: Bool[np.ndarray, "B frames height width"],
+    masks: Sequence[Bool[np.ndarray, "frames height width"]],
     context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
     settings: EditConfig,
     noise: Float[Array | np.ndarray, "sources T H W C"],
@@ -70,7 +83,7 @@ def encode_edits(
     Args:
       networks: text-to-video model, or VACE, which sees the videos too (METHOD.md section 11).
       video: frames of each source, of a size that the networks take (`media.fit.Fit`).
-      mask: pixel masks of the edits; true is edited.
+      masks: pixel masks of the edits; true is edited.
       context: text contexts: each edit's prompt and negative prompt, then the source prompts.
       settings: source of `context_scale` and `show_masked`.
       noise: noise of unit variance, with the latent frames of references first.
@@ -83,16 +96,14 @@ def encode_edits(
       InputError: the noise has another shape than the latents.
     """
     encode = functools.partial(encode_clips, networks.vae, run=run)
-    sources, whole = list(video), np.ones_like(mask[0])
+    sources, whole = list(video), np.broadcast_to(np.True_, masks[0].shape)
     conditioner = family(networks.configs).conditioner
     if uses_source or conditioner.sees_source:
         latents = encode(sources, [whole] * len(sources))
     else:
         latents = Encoded([np.zeros_like(noise[:1])], np.zeros(len(sources), int))
     references = [
-        encode(
-            [p[None] for p in of_sources], [np.ones((1, *p.shape[:2]), bool) for p in of_sources]
-        )
+        encode([p[None] for p in of_sources], [whole[:1]] * len(of_sources))
         for of_sources in pictures
     ]
     space = (latents.shape[1] + len(references), *latents.shape[2:4])
@@ -104,27 +115,27 @@ def encode_edits(
     encoded = conditioner.encode(
         encode,
         sources,
-        mask,
+        masks,
         scale=settings.context_scale,
         show_masked=settings.show_masked,
     )
     strides = networks.configs.vae.strides
-    static = {"conditioner": conditioner, "grid": grid, "strides": strides}
-    return run(_edits, latents, references, mask, noise, context, encoded, **static)
+    foreground = np.stack([pieces.latent_mask(mask, strides) for mask in masks])
+    static = {"conditioner": conditioner, "grid": grid}
+    return run(_edits, latents, references, foreground, noise, context, encoded, **static)
 
 
-@functools.partial(jax.jit, static_argnames=("conditioner", "grid", "strides"))
+@functools.partial(jax.jit, static_argnames=("conditioner", "grid"))
 def _edits(
     latents: Encoded,
     references: Sequence[Encoded],
-    mask: Bool[Array, "B frames height width"],
+    foreground: Bool[Array, "B _T H W"],
     noise: Float[Array, "sources T H W C"],
     context: Float[Array, "R S D"],
     encoded: Any,
     *,
     conditioner: Conditioner,
     grid: Grid,
-    strides: tuple[int, int, int],
 ) -> Edits:
     """Assembles the loop's inputs; `encoded` is the result of the conditioner's `encode`.
 
@@ -133,10 +144,9 @@ def _edits(
     latents, references = latents.rows(), [picture.rows() for picture in references]
     sources = len(latents)
     source = jnp.concatenate([*references, latents], axis=1)
-    foreground = lock.to_latent_mask(mask, strides)
     foreground = jnp.pad(foreground, [(0, 0), (len(references), 0), (0, 0), (0, 0)])
     texts, source_texts = conditioner.contexts(
-        context[:-sources], context[-sources:], latents, references, mask, encoded, grid
+        context[:-sources], context[-sources:], latents, references, encoded, grid
     )
     cells = (grid.split(x) for x in (source, noise.astype(jnp.float32), foreground))
     return Edits(*cells, texts, source_texts, grid, len(references))

@@ -12,15 +12,16 @@ from jaxtyping import Bool
 
 from kvlock_jax import lock
 from kvlock_jax.errors import InputError
-from kvlock_jax.media import decode, masks
+from kvlock_jax.media import decode, masks, room
 from kvlock_jax.media.decode import STILL_FPS, Video
 from kvlock_jax.media.fit import Resize
 from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.masks import Box
+from kvlock_jax.media.memory import Gathered
 from kvlock_jax.media.storage import FilePath
 from kvlock_jax.media.timeline import Timeline, declared_frames
 from kvlock_jax.settings.schema import EditConfig
-from kvlock_jax.shapes import Frames, Image, Mask
+from kvlock_jax.shapes import Frames, Image, Mask, NewFrames
 
 _WITHIN = ("kvlock_jax", "jaxtyping", "beartype")  # jaxtyping wraps functions where it is asked to
 
@@ -88,7 +89,7 @@ def read_clip(video: FilePath | np.ndarray, settings: EditConfig) -> Clip:
             raise InputError(f"a video must be uint8 frames height width 3, found {found}")
         size = frames.shape[1:3]
         if resize := _resize(size, settings):
-            frames = np.stack([resize.frame(frame) for frame in frames])
+            frames = _resized(frames, resize)
         loaded, is_timed = Video(frames, STILL_FPS), False
     fps = Fraction(settings.fps).limit_denominator(1001) if settings.fps else None
     if fps and is_timed:
@@ -144,9 +145,10 @@ def read_inputs(
         cut = bool(settings.frame_num)
         region = masks.read_mask(mask, count, *clip.size, cut, clip.timeline)
     if settings.invert_mask:
-        region = ~region
+        region = room.mapped(np.logical_not, region, name="the mask")
     if settings.dilate:
-        region = np.asarray(lock.dilate(region, settings.dilate))
+        radius = settings.dilate
+        region = room.mapped(lambda m: np.asarray(lock.dilate(m, radius)), region, name="the mask")
     masks.check_mask(region)
     if resize:
         region = _resized_mask(region, resize)
@@ -157,7 +159,7 @@ def read_inputs(
         footage = dataclasses.replace(footage, audio=None)
     return EditInputs(
         source=clip.frames,
-        mask=np.array(np.broadcast_to(region, clip.frames.shape[:3])),
+        mask=_of_all(region, count),
         fps=clip.fps,
         prompt=prompt,
         references=tuple(_picture(reference) for reference in references),
@@ -170,13 +172,29 @@ def _resized_mask(region: Mask, resize: Resize) -> Bool[np.ndarray, "frames rows
     if line := resize.warning():
         _warn(line)
     resized = resize.mask(region)
-    if not resized.any():
+    if not room.share(resized):
         raise InputError("the mask lies in the part that is cropped: give --fit pad")
-    lost = 1 - region[:, *resize.window].sum() / region.sum()
+    window = region[:, *resize.window]
+    lost = 1 - room.share(window) * window.size / (room.share(region) * region.size)
     if lost:
         text = f"{100 * lost:.1f} % of the mask is cropped with the picture; --fit pad keeps it"
         _warn(text)
     return resized
+
+
+def _resized(frames: Frames, resize: Resize) -> NewFrames:
+    """An array's frames at the size to work at."""
+    gathered = Gathered("the video", resize.frame)
+    gathered.expected = len(frames)
+    for frame in frames:
+        gathered.add(frame)
+    return gathered.frames
+
+
+def _of_all(region: Mask, count: int) -> Bool[np.ndarray, "all_frames height width"]:
+    """The mask of every frame; of a long clip, a view of the only one."""
+    still = np.broadcast_to(region, (count, *region.shape[1:]))
+    return region if len(region) == count else still if still.nbytes >= room.LARGE else still.copy()
 
 
 def _picture(reference: FilePath | np.ndarray) -> Image:

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.lock.masks import dilate
-from kvlock_jax.media import encode, storage
+from kvlock_jax.media import encode, room, storage
 from kvlock_jax.pipeline.api import Result
 from kvlock_jax.pipeline.settings import Settings
 from kvlock_jax.sampling.loop import Trace
@@ -54,7 +54,7 @@ def write_trace(
         "settings": dataclasses.asdict(result.settings),
         "video": {"frames": frames, "height": height, "width": width, "fps": float(result.fps)},
         "windows": result.windows,
-        "mask_coverage": float(result.mask.mean()),
+        "mask_coverage": room.share(result.mask),
         "steps": {name: getattr(result.trace, name).tolist() for name in STEPS},
         "metrics": result.metrics.as_dict(),
         "seconds": result.seconds,
@@ -190,8 +190,13 @@ def compare(
     if not source.shape[:3] == mask.shape == edited.shape[:3]:
         shapes = f"{source.shape}, {mask.shape} and {edited.shape}"
         raise InputError(f"source, mask and edit must be of one size, found {shapes}")
-    outlined = np.array(source)
-    outlined[np.asarray(dilate(mask, 1)) & ~mask] = 0
-    outlined[np.asarray(dilate(~mask, 1)) & mask] = 255
-    gap = np.full((*source.shape[:2], 2, 3), 255, np.uint8)
-    return np.concatenate([source, gap, outlined, gap, edited], axis=2)
+
+    def together(source: Frames, mask: Mask, edited: Frames) -> UInt8[np.ndarray, "_f _h _w 3"]:
+        """Some of the frames."""
+        outlined = np.array(source)
+        outlined[np.asarray(dilate(mask, 1)) & ~mask] = 0
+        outlined[np.asarray(dilate(~mask, 1)) & mask] = 255
+        gap = np.full((*source.shape[:2], 2, 3), 255, np.uint8)
+        return np.concatenate([source, gap, outlined, gap, edited], axis=2)
+
+    return room.mapped(together, source, mask, edited, name="the comparison")

@@ -7,14 +7,13 @@ loaded, by the same code that runs them.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kvlock_jax import lock
 from kvlock_jax.checkpoints.registry import Configs, family
@@ -22,8 +21,8 @@ from kvlock_jax.errors import ConfigError
 from kvlock_jax.grid import Grid, Patches
 from kvlock_jax.lock import Knobs
 from kvlock_jax.models.text.prompts import encode_prompts
-from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.parallel import sharding
+from kvlock_jax.pipeline import pieces
 from kvlock_jax.pipeline.encode import encode_edits
 from kvlock_jax.pipeline.inputs import EditInputs
 from kvlock_jax.pipeline.load import Model
@@ -38,7 +37,7 @@ from kvlock_jax.sampling.program import Program
 from kvlock_jax.sampling.solvers import SolverTable
 from kvlock_jax.sampling.stepwise import shared_knobs, step_inputs, stepwise
 from kvlock_jax.sampling.windows import Windows
-from kvlock_jax.shapes import Frames, Latents
+from kvlock_jax.shapes import Frames, LatentMask, Latents
 
 
 def encode_texts(
@@ -76,20 +75,21 @@ def encode_inputs(
     fits = [model.fit(edit.source) for edit in inputs]
     fitted = {id(i.source): fit.apply(i.source) for i, fit in zip(inputs, fits, strict=True)}
     pixels = [fitted[id(first.source)] for first in firsts]
-    mask = np.stack([fit.apply_mask(i.mask) for i, fit in zip(inputs, fits, strict=True)])
+    masks = {id(i.mask): fit.apply_mask(i.mask) for i, fit in zip(inputs, fits, strict=True)}
+    masks = [masks[id(edit.mask)] for edit in inputs]
     space = pixels[0].shape[1:3]
     conditioner = family(model.checkpoint.configs).conditioner
     canvases = [conditioner.canvases(first.references, *space) for first in firsts]
     pictures = list(zip(*canvases, strict=True))
-    args = (pixels, mask, context, settings.edit, noise, pictures)
+    args = (pixels, masks, context, settings.edit, noise, pictures)
     uses_source = settings.lock.uses_source or settings.edit.ceiling
     with model.using("vae") as vae:
         networks = dataclasses.replace(model.checkpoint, vae=vae)
         encoded = encode_edits(networks, *args, uses_source=uses_source, run=run)
         edits = jax.block_until_ready(encoded)
     configs = model.checkpoint.configs
-    strides = {"strides": configs.vae.strides, "patch": configs.transformer.patch_size}
-    return edits, np.asarray(_foreground_tokens(mask, **strides))
+    cells = np.stack([pieces.latent_mask(mask, configs.vae.strides) for mask in masks])
+    return edits, np.asarray(_foreground_tokens(cells, configs.transformer.patch_size))
 
 
 def encode_rows(
@@ -104,15 +104,10 @@ def encode_rows(
     return dataclasses.replace(edits, pools=rows.pools), tokens
 
 
-@functools.partial(jax.jit, static_argnames=("strides", "patch"))
-def _foreground_tokens(
-    mask: Bool[Array, "B frames height width"],
-    strides: tuple[int, int, int],
-    patch: tuple[int, int, int],
-) -> Int[Array, "B T"]:
-    latent = lock.to_latent_mask(mask, strides)
-    tokens = lock.to_token_mask(latent, patch)
-    return tokens.reshape(len(mask), latent.shape[1] // patch[0], -1).sum(axis=2)
+@functools.partial(jax.jit, static_argnames="patch")
+def _foreground_tokens(cells: LatentMask, patch: tuple[int, int, int]) -> Int[Array, "B T"]:
+    tokens = lock.to_token_mask(cells, patch)
+    return tokens.reshape(len(cells), cells.shape[1] // patch[0], -1).sum(axis=2)
 
 
 def clip_windows(settings: Settings, edits: Edits, configs: Configs) -> Windows | None:
@@ -267,8 +262,9 @@ def decode_rows(
 
 def decode_latents(model: Model, parts: Sequence[Latents], run: Call = call) -> list[Frames | None]:
     """Decodes parts of latents; `None` stands for a video with pixels that are not finite."""
+    time, videos = model.checkpoint.configs.vae.strides[0], []
     with model.using("vae") as vae:
-        decoded = [run(autoencoder.decode, vae, latents) for latents in parts]
-        jax.block_until_ready(decoded)
-    rows = (zip(*map(np.asarray, part), strict=True) for part in decoded)
-    return [video if finite else None for video, finite in itertools.chain(*rows)]
+        for latents in parts:
+            frames = (latents.shape[1] - 1) * time + 1
+            videos += pieces.gathered(pieces.decode(vae, latents, run), frames)
+    return videos

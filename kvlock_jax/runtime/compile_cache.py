@@ -46,19 +46,27 @@ def call(program: Callable[..., Any], /, *args: Any, **static: Any) -> Any:
 class Compiler:
     """Programs as JAX traces, compiles and caches them by itself."""
 
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+
     def call(self, program: Any, /, *args: Any, **static: Any) -> Any:
         """Calls a jitted function; static arguments are named."""
         return call(program, *args, **static)
 
     def compile(self, program: Any, /, *args: Any, **static: Any) -> Any:
         """Compiles it for arguments, or their shapes; returns its results' shapes and shardings."""
-        lowered = program.lower(*args, **static)
-        places = lowered.compile().output_shardings
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            lowered.out_info,
-            places,
-        )
+        leaves, tree = jax.tree.flatten(args)
+        given = tuple((jax.typeof(x), getattr(x, "sharding", None)) for x in leaves)
+        key = program, tree, given, tuple(static.items())
+        if key not in self._made:  # pieces of a clip are many calls of one program
+            lowered = program.lower(*args, **static)
+            places = lowered.compile().output_shardings
+            self._made[key] = jax.tree.map(
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                lowered.out_info,
+                places,
+            )
+        return self._made[key]
 
 
 class CachingCompiler(Compiler):
@@ -81,6 +89,7 @@ class CachingCompiler(Compiler):
     """
 
     def __init__(self, folder: epath.PathLike):
+        super().__init__()
         self._folder, self._compiled = epath.Path(folder), {}
         self._trusted: bool | None = None
 

@@ -11,18 +11,21 @@ two differ in their levels (`blocks`, `residual`) and in the pixels of a cell of
 Products of float32 operands keep all bits on every backend (`models.precision`).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt8
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.models.vae import blocks, residual
 from kvlock_jax.models.vae.blocks import MidBlock, RMSNorm, chain, linear
-from kvlock_jax.models.vae.chunks import in_tiles, over_chunks
+from kvlock_jax.models.vae.chunks import Coder, Frames, in_tiles, over_chunks
 from kvlock_jax.models.vae.config import VAEConfig
 from kvlock_jax.models.vae.convolutions import Cache, CausalConv3d, Feature
 from kvlock_jax.models.vae.pixels import fold, unfold
@@ -132,71 +135,185 @@ class WanVAE(nnx.Module):
         Raises:
           InputError: the video's size does not fit the VAE's strides, or the chunk its length.
         """
-        frames, *sides = video.shape[1:4]
+        return self._moments(video, chunk, lambda pixels: pixels, None)[0]
+
+    def encode(self, video: Video, chunk: int = 1) -> Feature:
+        """Normalised mean latents of a video in [-1, 1]: `(mu - mean) / std`, float32."""
+        return self.encode_piece(video, chunk, lambda pixels: pixels, None)[0]
+
+    def encode_piece(
+        self, levels: Frames, chunk: int, pixels: Callable[[Frames], Video], cache: Cache
+    ) -> tuple[Feature, Cache]:
+        """`encode` of a clip's next frames, with the cache of those before; returns the cache too.
+
+        Args:
+          levels: frames of any form, in which the whole piece is held.
+          chunk: latent frames to encode at once.
+          pixels: function from a chunk's frames to pixels in [-1, 1].
+          cache: cache that the piece before returned; `None` where a clip begins.
+
+        Raises:
+          InputError: as `moments`; after the first piece, frames are to be 4n.
+        """
+        (mean, _), cache = self._moments(levels, chunk, pixels, cache)
+        statistics = jnp.array(self.config.latents_mean), jnp.array(self.config.latents_std)
+        return (mean - statistics[0]) / statistics[1], cache
+
+    def decode(self, latents: Feature, chunk: int = 1) -> Video:
+        """Pixels of normalised latents, float32, about [-1, 1] and not clamped."""
+        return self.decode_piece(latents, chunk, lambda pixels: pixels, None)[0]
+
+    def decode_piece(
+        self, latents: Feature, chunk: int, levels: Callable[[Video], Frames], cache: Cache
+    ) -> tuple[Frames, Cache]:
+        """`decode` of a clip's next latent frames, as `encode_piece`; `levels` maps the pixels."""
+        z = latents * jnp.array(self.config.latents_std) + jnp.array(self.config.latents_mean)
+        z = linear(self.post_quant_conv, z.astype(self.dtype))
+
+        def finished(body: Coder) -> Coder:
+            """A coder whose pixels are mapped chunk by chunk."""
+
+            def run(x: Feature, before: Cache) -> tuple[Frames, Cache]:
+                """Decodes one chunk."""
+                x, after = body(x, before)
+                return levels(unfold(x, self.config.patch_size).astype(jnp.float32)), after
+
+            return run
+
+        if self.tiles == 1:
+            return over_chunks(finished(self.decoder), z, chunk, cache)
+        narrow, wide = (None, None) if cache is None else cache
+        x, narrow = over_chunks(self.decoder.narrow, z, chunk, narrow)
+        sizes = {"tiles": self.tiles, "unit": 1, "reach": self.decoder.reach}
+        coder = finished(self.decoder.wide)
+        x, wide = in_tiles(lambda tile, c: over_chunks(coder, tile, chunk, c), x, wide, **sizes)
+        return x, (narrow, wide)
+
+    def _moments(
+        self, levels: Frames, chunk: int, pixels: Callable[[Frames], Video], cache: Cache
+    ) -> tuple[tuple[Feature, Feature], Cache]:
+        """`moments` of a clip's next frames."""
+        frames, *sides = jax.tree.leaves(levels)[0].shape[1:4]
         time, side, _ = self.config.strides
-        if (frames - 1) % time or any(n % side for n in sides):
+        if (frames - (cache is None)) % time or any(n % side for n in sides):
             raise InputError(
                 f"a video to encode must have {time}n + 1 frames and sides that are multiples of "
                 f"{side}, found {frames} frames of {sides[0]}x{sides[1]}"
             )
-        x, wide = fold(video.astype(self.dtype), self.config.patch_size), self.encoder.wide
+
+        def prepared(body: Coder) -> Coder:
+            """A coder of levels."""
+            patch = self.config.patch_size
+            return lambda x, c: body(fold(pixels(x).astype(self.dtype), patch), c)
+
         if self.tiles == 1:
-            mean_logvar = over_chunks(self.encoder, x, time * chunk)
+            x, cache = over_chunks(prepared(self.encoder), levels, time * chunk, cache)
         else:
-            sizes = {"tiles": self.tiles, "unit": self.encoder.unit, "reach": self.encoder.reach}
-            x = in_tiles(lambda tile: over_chunks(wide, tile, time * chunk), x, **sizes)
-            mean_logvar = over_chunks(self.encoder.narrow, x, chunk)
-        mean_logvar = linear(self.quant_conv, mean_logvar).astype(jnp.float32)
+            wide, narrow = (None, None) if cache is None else cache
+            unit = self.encoder.unit * self.config.patch_size
+            sizes = {"tiles": self.tiles, "unit": unit, "reach": self.encoder.reach}
+            coder = prepared(self.encoder.wide)
+            x, wide = in_tiles(
+                lambda tile, c: over_chunks(coder, tile, time * chunk, c), levels, wide, **sizes
+            )
+            x, narrow = over_chunks(self.encoder.narrow, x, chunk, narrow)
+            cache = wide, narrow
+        mean_logvar = linear(self.quant_conv, x).astype(jnp.float32)
         mean, logvar = jnp.split(mean_logvar, 2, axis=-1)
-        return mean, logvar
+        return (mean, logvar), cache
 
-    def encode(self, video: Video, chunk: int = 1) -> Feature:
-        """Normalised mean latents of a video in [-1, 1]: `(mu - mean) / std`, float32."""
-        mean, _ = self.moments(video, chunk)
-        return (mean - jnp.array(self.config.latents_mean)) / jnp.array(self.config.latents_std)
 
-    def decode(self, latents: Feature, chunk: int = 1) -> Video:
-        """Pixels of normalised latents, float32, about [-1, 1] and not clamped."""
-        z = latents * jnp.array(self.config.latents_std) + jnp.array(self.config.latents_mean)
-        z = linear(self.post_quant_conv, z.astype(self.dtype))
-        if self.tiles == 1:
-            x = over_chunks(self.decoder, z, chunk)
-        else:
-            sizes = {"tiles": self.tiles, "unit": 1, "reach": self.decoder.reach}
-            x, wide = over_chunks(self.decoder.narrow, z, chunk), self.decoder.wide
-            x = in_tiles(lambda tile: over_chunks(wide, tile, chunk), x, **sizes)
-        return unfold(x, self.config.patch_size).astype(jnp.float32)
+Levels = UInt8[Array, "B frames height width 3"]
 
 
 @jax.jit
 def encode(
     vae: WanVAE,
-    video: UInt8[Array, "B frames height width 3"] | Video,
+    video: Levels | Video,
     shown: Bool[Array, "B frames height width"] | None = None,
 ) -> Latents:
     """Normalised latents of a video of uint8 levels, or of floats in [-1, 1].
 
     Pixels that are not `shown` become 0, which is grey.
     """
-    if jnp.issubdtype(video.dtype, jnp.integer):
-        video = video.astype(jnp.float32) / 127.5 - 1.0
-    if shown is not None:
-        video = jnp.where(shown[..., None], video, 0.0)
-    (time, *space), (frames, *sides) = vae.config.strides, video.shape[1:4]
-    cells = math.prod(side // stride for side, stride in zip(sides, space, strict=True))
-    return vae.encode(video, _chunk((frames - 1) // time, cells))
+    return _encode(vae, video, shown, None)[0]
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def encode_piece(
+    vae: WanVAE,
+    video: Levels,
+    shown: Bool[Array, "B frames height width"],
+    cache: Cache,
+) -> tuple[Latents, Cache]:
+    """`encode` of a clip's next frames: 4n + 1 without a cache, else 4n; returns the next cache."""
+    latents, cache = _encode(vae, video, shown, cache)
+    return latents, _laid(cache)
 
 
 @jax.jit
-def decode(
-    vae: WanVAE, latents: Latents
-) -> tuple[UInt8[Array, "B frames height width 3"], Bool[Array, "B"]]:
+def decode(vae: WanVAE, latents: Latents) -> tuple[Levels, Bool[Array, "B"]]:
     """Videos of uint8 levels, and whether their pixels were finite before rounding."""
-    rest, cells = latents.shape[1] - 1, math.prod(latents.shape[2:4])
-    pixels = vae.decode(latents, _chunk(rest, cells))
-    levels = jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
-    finite = jnp.isfinite(pixels).all(axis=(1, 2, 3, 4))
-    return sharding.everywhere((levels.astype(jnp.uint8), finite))
+    levels, finite, _ = _decode(vae, latents, None)
+    return sharding.everywhere((levels, finite))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def decode_piece(
+    vae: WanVAE, latents: Latents, cache: Cache
+) -> tuple[Levels, Bool[Array, "B"], Cache]:
+    """`decode` of a clip's next latent frames, after those that left the cache; returns the next.
+
+    Without a cache (`None`) a clip begins.
+    """
+    levels, finite, cache = _decode(vae, latents, cache)
+    return *sharding.everywhere((levels, finite)), _laid(cache)
+
+
+def _encode(
+    vae: WanVAE,
+    video: Levels | Video,
+    shown: Bool[Array, "B frames height width"] | None,
+    cache: Cache,
+) -> tuple[Latents, Cache]:
+    def pixels(frames: tuple[Array, Array | None]) -> Video:
+        """A chunk in [-1, 1]; a whole clip of floats would take four times its levels."""
+        levels, seen = frames
+        if jnp.issubdtype(levels.dtype, jnp.integer):
+            levels = levels.astype(jnp.float32) / 127.5 - 1.0
+        return levels if seen is None else jnp.where(seen[..., None], levels, 0.0)
+
+    (time, *space), (frames, *sides) = vae.config.strides, video.shape[1:4]
+    cells = math.prod(side // stride for side, stride in zip(sides, space, strict=True))
+    chunk = _chunk((frames - (cache is None)) // time, cells)
+    return vae.encode_piece((video, shown), chunk, pixels, cache)
+
+
+def _decode(vae: WanVAE, latents: Latents, cache: Cache) -> tuple[Levels, Bool[Array, "B"], Cache]:
+    def levels(pixels: Video) -> tuple[Levels, Bool[Array, "B frames one width one"]]:
+        """A chunk's levels, and which columns are finite."""
+        rounded = jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5)
+        return rounded.astype(jnp.uint8), jnp.isfinite(pixels).all(axis=(2, 4), keepdims=True)
+
+    rest, cells = latents.shape[1] - (cache is None), math.prod(latents.shape[2:4])
+    (video, finite), cache = vae.decode_piece(latents, _chunk(rest, cells), levels, cache)
+    return video, finite.all(axis=(1, 2, 3, 4)), cache
+
+
+def _laid(cache: Cache) -> Cache:
+    """A cache laid on the mesh alike after every piece, so that one program serves all the next."""
+
+    def lay(x: Array) -> Array:
+        """Constrains frames, or those of stacked tiles."""
+        stacked = x.ndim - 5
+        spec = sharding.space(x.shape[stacked:])
+        return (
+            x
+            if spec is None
+            else jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * stacked, *spec))
+        )
+
+    return jax.tree.map(lay, cache)
 
 
 def _chunk(frames: int, cells: int) -> int:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image as pillow
 
 from kvlock_jax.grid import Grid
-from kvlock_jax.models.family import Clips, EncodeClips, Encoded, Pictures
+from kvlock_jax.models.family import Clips, EncodeClips, Encoded, Masks, Pictures
 from kvlock_jax.models.wan.vace import VACEContext
 from kvlock_jax.shapes import VAE_STRIDES, Image, Latents
 
@@ -81,17 +81,20 @@ class VACEConditioner:
         self,
         encode: EncodeClips,
         sources: Clips,
-        mask: Bool[np.ndarray, "B frames height width"],
+        masks: Masks,
         *,
         scale: float,
         show_masked: bool,
-    ) -> tuple[Encoded, Encoded, Encoded, np.float32]:
+    ) -> tuple[Encoded, Encoded, Encoded, np.float32, Bool[np.ndarray, "B T H W 64"]]:
         """Encodes each clip outside its mask, under its mask (blank unless shown), and blank."""
-        edits = len(mask) // len(sources)
+        edits = len(masks) // len(sources)
         clips = [clip for clip in sources for _ in range(edits)]
-        blank = encode(sources[:1], [np.zeros_like(mask[0])])
-        reactive = encode(clips, mask) if show_masked else blank
-        return encode(clips, ~mask), reactive, blank, np.float32(scale)
+        nothing = np.broadcast_to(np.False_, masks[0].shape)
+        blank = encode(sources[:1], [nothing], inside=True)
+        reactive = encode(clips, masks, inside=True) if show_masked else blank
+        inactive = encode(clips, masks, inside=False)
+        folded = np.concatenate([fold_mask(mask[None]) for mask in masks])
+        return inactive, reactive, blank, np.float32(scale), folded
 
     def contexts(
         self,
@@ -99,23 +102,22 @@ class VACEConditioner:
         source_texts: Float[Array, "sources S D"],
         latents: Float[Array, "sources T H W C"],
         references: Sequence[Float[Array, "sources 1 H W C"]],
-        mask: Bool[Array, "B frames height width"],
-        encoded: tuple[Encoded, Encoded, Encoded, Float[Array, ""]],
+        encoded: tuple[Encoded, Encoded, Encoded, Float[Array, ""], Bool[Array, "B T H W 64"]],
         grid: Grid,
     ) -> tuple[VACEContext, VACEContext]:
         """The text and the control channels of every row; a source's mask is empty."""
         inactive, reactive, blank = (clips.rows() for clips in encoded[:3])
-        scale, sources = encoded[3], len(latents)
-        edits = len(mask) // sources
+        (scale, folded), sources = encoded[3:], len(latents)
+        edits = len(folded) // sources
         reactive = jnp.broadcast_to(reactive, inactive.shape)
         channels = control(
-            inactive, reactive, mask, [jnp.repeat(r, edits, axis=0) for r in references]
+            inactive, reactive, folded, [jnp.repeat(r, edits, axis=0) for r in references]
         )
         # with nothing masked, the inactive clip is the source itself
-        empty = jnp.zeros_like(mask[:sources])
+        empty = jnp.zeros_like(folded[:sources])
         whole = control(latents, jnp.broadcast_to(blank, latents.shape), empty, references)
         return (
-            VACEContext(texts, grid.split(channels), jnp.full(len(mask), scale)),
+            VACEContext(texts, grid.split(channels), jnp.full(len(folded), scale)),
             VACEContext(source_texts, grid.split(whole), jnp.full(sources, scale)),
         )
 
@@ -123,7 +125,7 @@ class VACEConditioner:
 def control(
     inactive: Latents,
     reactive: Latents,
-    mask: Bool[Array | np.ndarray, "B frames height width"],
+    folded: Bool[Array | np.ndarray, "B T H W 64"],
     references: Sequence[Float[Array, "B 1 H W C"]] = (),
 ) -> Float[Array, "B all_frames H W channels"]:
     """The conditioning channels of a video whose masked part is to be generated.
@@ -137,21 +139,21 @@ def control(
     Args:
       inactive: latents of the video outside the mask.
       reactive: latents of the video under the mask.
-      mask: true where the video is generated; `frames = 4 n + 1`, height and width multiples of 8.
+      folded: `fold_mask` of what is generated; `frames = 4 n + 1`, height and width multiples of 8.
       references: latents of reference pictures, each a latent frame before the video.
 
     Returns:
       `T = len(references) + n + 1` frames of channels.
     """
-    video = jnp.concatenate([inactive, reactive, fold_mask(mask)], axis=-1)
+    video = jnp.concatenate([inactive, reactive, folded.astype(jnp.float32)], axis=-1)
     missing = [(0, 0)] * 4 + [(0, video.shape[-1] - inactive.shape[-1])]
     return jnp.concatenate([*(jnp.pad(r, missing) for r in references), video], axis=1)
 
 
 def fold_mask(
     mask: Bool[Array | np.ndarray, "B frames height width"],
-) -> Float[Array | np.ndarray, "B T H W 64"]:
-    """Folds a pixel mask into channels of latent cells; 1.0 is generated.
+) -> Bool[Array | np.ndarray, "B T H W 64"]:
+    """Folds a pixel mask into channels of latent cells; true is generated.
 
     Channel `8 i + j` holds row i and column j of each cell's 8x8 pixels; of the `F` frames, latent
     frame t takes frame `floor((t + 1/2) F / T)`, `T = (F + 3) // 4` ("nearest-exact"). Latent frame
@@ -163,5 +165,4 @@ def fold_mask(
     count = (frames + time - 1) // time
     chosen = ((2 * np.arange(count) + 1) * frames) // (2 * count)
     cells = mask[:, chosen].reshape(batch, count, height // rows, rows, width // columns, columns)
-    folded = cells.transpose(0, 1, 2, 4, 3, 5).reshape(*cells.shape[:3], width // columns, -1)
-    return folded.astype(jnp.float32)
+    return cells.transpose(0, 1, 2, 4, 3, 5).reshape(*cells.shape[:3], width // columns, -1)
