@@ -13,6 +13,7 @@ from kvlock_jax.grid import Grid
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.sampling.loop import Program, sample
+from kvlock_jax.sampling.windows import Windows
 from kvlock_jax.settings.schema import LockConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "new-model.md").read_text()
@@ -33,7 +34,7 @@ def joint():
     return names["JointDiT"](jnp.asarray(blocks, jnp.float32), WIDTH)
 
 
-def edit(model, preset, prompt=0, tokens=None, **changes):
+def edit(model, preset, prompt=0, tokens=None, windows=None, **changes):
     """The edited latents of a preset, `T H W C`, and the source's."""
     rng = np.random.default_rng(1)
     source, noise = (jnp.asarray(rng.normal(size=(1, 2, 4, 4, 2)), jnp.float32) for _ in range(2))
@@ -41,7 +42,7 @@ def edit(model, preset, prompt=0, tokens=None, **changes):
     cells = [GRID.split(x) for x in (source, noise, jnp.asarray(FOREGROUND))]
     edits = Edits(*cells, texts[:2] + prompt, texts[2:], GRID)
     settings = LockConfig(**{**vars(lock.preset(preset, 3.0)), "kappa": 2, **changes})
-    program = Program.of(settings, tokens)
+    program = Program.of(settings, tokens, windows=windows)
     table = solvers.table("euler", STEPS, 3.0)
     knobs = lock.knobs(settings, 3.0)
     latents, _ = sample(model, jnp.array(edits.noise), edits, table, knobs, program=program)
@@ -78,3 +79,12 @@ def test_every_way_through_the_loop_agrees(joint, changes):
     """The carried cache, and the pass over the foreground alone, against the fused full pass."""
     plain, _ = edit(joint, "hard_lock", skip_background=False)
     np.testing.assert_allclose(edit(joint, "hard_lock", **changes)[0], plain, atol=1e-4)
+
+
+def test_it_runs_over_windows(joint):
+    """One that covers the clip is the clip; of two, each attends to its own frame alone."""
+    whole, _ = edit(joint, "kvlock")
+    one, _ = edit(joint, "kvlock", windows=Windows.of(GRID, 0, 2, 1))
+    np.testing.assert_allclose(one, whole, rtol=1e-5, atol=1e-5)
+    two, _ = edit(joint, "kvlock", windows=Windows.of(GRID, 0, 1, 0))
+    assert two.shape == whole.shape and np.abs(two - whole).max() > 1e-3
