@@ -31,6 +31,7 @@ _RADII = (18.0, 24.0)  # half the object's extent, px: smaller ones do not survi
 _SPEED = 2.0  # px per frame at most
 _MIDDLE = (32.0, 64.0)  # where the object's centre may be half-way through the clip, px
 _PAN = 8.0  # px at most over the whole clip, along each axis
+_EDGE = 1.0  # px beyond the object's extent, for the antialiased edge
 _BLUR = 3.0  # sigma, px
 _GREY = 112.0
 # With these two every softened photo lies within 45 and 185 of 255, its channels within 55 of each
@@ -58,11 +59,18 @@ class Scene:
     """Movement of the crop over the whole clip."""
     mirrored: bool
     """Whether the photo is flipped left to right before it is cropped."""
+    frames: int = FRAMES
+    """Length of the clip."""
 
     @property
     def centres(self) -> Float[np.ndarray, "frames 2"]:
-        """The object's centre (x, y) in every frame."""
-        return np.asarray(self.start) + np.arange(FRAMES)[:, None] * np.asarray(self.velocity)
+        """The object's centre (x, y) in every frame; it bounces off the frame's border."""
+        line = np.asarray(self.start) + np.arange(self.frames)[:, None] * np.asarray(self.velocity)
+        low = self.radius + _EDGE
+        room = SIZE - 1 - 2 * low
+        folded = low + room - np.abs((line - low) % (2 * room) - room)
+        # Lines that do not bounce keep all their bits.
+        return np.where(np.abs(folded - line) < 1e-9, line, folded)
 
     @property
     def caption(self) -> str:
@@ -85,19 +93,19 @@ def caption(shape: str, colour: str) -> str:
     return f"a {colour} {shape}"
 
 
-def random_scene(seed: int, *, held_out: bool = False) -> Scene:
+def random_scene(seed: int, *, held_out: bool = False, frames: int = FRAMES) -> Scene:
     """The scene of a seed; `held_out` takes its photo from `HELD_OUT_PHOTOS`.
 
     The caller keeps seeds for training and for evaluation apart. The object lies wholly inside
-    every frame.
+    every frame. A longer scene begins as the shorter one of its seed does, except that it pans
+    more slowly.
     """
     rng = np.random.default_rng(seed)
     radius = rng.uniform(*_RADII)
     speed, angle = rng.uniform(0, _SPEED), rng.uniform(0, 2 * np.pi)
     velocity = speed * np.array([np.cos(angle), np.sin(angle)])
     half_way = (FRAMES - 1) / 2 * velocity
-    # One pixel beyond the extent, for the antialiased edge.
-    margin = radius + 1 + np.abs(half_way)
+    margin = radius + _EDGE + np.abs(half_way)
     middle = rng.uniform(np.maximum(margin, _MIDDLE[0]), np.minimum(SIZE - 1 - margin, _MIDDLE[1]))
     photo = str(rng.choice(HELD_OUT_PHOTOS if held_out else TRAIN_PHOTOS))
     height, width = _soft_photo(photo).shape[:2]
@@ -114,6 +122,7 @@ def random_scene(seed: int, *, held_out: bool = False) -> Scene:
         origin=_pair(origin),
         pan=_pair(pan),
         mirrored=bool(rng.integers(2)),
+        frames=frames,
     )
 
 
@@ -172,7 +181,8 @@ def _background(scene: Scene) -> Float[np.ndarray, "frames height width 3"]:
     if scene.mirrored:
         photo = photo[:, ::-1]
     origin, pan = np.asarray(scene.origin), np.asarray(scene.pan)
-    return np.stack([_crop(photo, *(origin + pan * (t / (FRAMES - 1)))) for t in range(FRAMES)])
+    times = [t / max(scene.frames - 1, 1) for t in range(scene.frames)]
+    return np.stack([_crop(photo, *(origin + pan * time)) for time in times])
 
 
 def _crop(photo: np.ndarray, x: float, y: float) -> np.ndarray:
