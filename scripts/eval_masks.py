@@ -97,10 +97,8 @@ def real(path: str, about: dict, keyframes: list[int]) -> list[float]:
 
 
 def show(name: str, values: list[float]) -> None:
-    values = np.array(values)
-    print(
-        f"{name:52} {values.mean():.3f}   worst {values.min():.3f}   of {len(values)}", flush=True
-    )
+    mean, worst = np.mean(values), min(values)
+    print(f"{name:66} {mean:.3f}   worst {worst:.3f}   of {len(values)}", flush=True)
 
 
 def main() -> None:

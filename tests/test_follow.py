@@ -77,16 +77,15 @@ def test_what_is_covered_is_lost_not_left_on_what_covers_it():
 
 def test_keyframes_hold_and_both_passes_meet_between_them():
     clip = clips.rendered(2, 33)
-    wrong = np.zeros_like(clip.mask[0])
-    wrong[4:20, 4:20] = True  # of the background, which pans
     keyframes = {16: clip.mask[16], 0: clip.mask[0]}
     followed = masks.follow(clip.video, keyframes)
     for number, mask in keyframes.items():
         np.testing.assert_array_equal(followed.mask[number], mask)
     assert clips.mean_iou(followed.mask, clip.mask) > 0.85
     # A clip that is cut between two keyframes: each pass goes as far as it sees the object.
-    video = np.concatenate([clip.video[:5], clips.rendered(5, 9).video[:4]])
-    truth = np.concatenate([clip.mask[:5], clips.rendered(5, 9).mask[:4]])
+    other = clips.rendered(5, 9)
+    video = np.concatenate([clip.video[:5], other.video[:4]])
+    truth = np.concatenate([clip.mask[:5], other.mask[:4]])
     followed = masks.follow(video, {0: truth[0], 8: truth[8]})
     assert clips.mean_iou(followed.mask, truth) > 0.8
 
@@ -126,6 +125,6 @@ def test_real_clips(name):
         ({0: np.ones((96, 90), bool)}, "the mask of frame 0 is of height and width"),
     ],
 )
-def test_bad_keyframes(keyframes, problem):
+def test_bad_keyframes(unchecked, keyframes, problem):
     with pytest.raises(InputError, match=problem):
         masks.follow(np.zeros((9, 96, 96, 3), np.uint8), keyframes)
