@@ -7,6 +7,7 @@ result = kvl.edit(model, "in.mp4", "mask.mp4", prompt="a blue square")
 result.video   # uint8, frames height width 3
 """
 
+from kvlock_jax import masks
 from kvlock_jax.checkpoints.files import Files, Loras
 from kvlock_jax.errors import Error
 from kvlock_jax.pipeline.api import Result, edit, round_trip
@@ -23,5 +24,6 @@ __all__ = [
     "default_config",
     "edit",
     "load",
+    "masks",
     "round_trip",
 ]

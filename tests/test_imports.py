@@ -30,6 +30,7 @@ ROWS = (
     "checkpoints",
     "convert",
     "media",
+    "masks",
     "demo",
     "evaluate",
     "pipeline",
@@ -48,10 +49,11 @@ ORDER = {
     "checkpoints": "files store registry metadata format",
     "media": "storage folders footage orientation colour timing containers pictures heif room "
     "memory deinterlace sound decode encode fit timeline masks",
+    "masks": "keyframes between motion appearance track follow",
     "pipeline": "settings overrides inputs load hosts pieces encode seeds stages background "
     "placement api report outputs",
     "batch": "lines manifest grouping fingerprint resume lease reader publisher runner",
-    "cli": "terminal flags loading edit batch convert info main",
+    "cli": "terminal flags loading edit batch mask convert info main",
 }
 """The same within folders where the order tells how a run goes."""
 

@@ -99,6 +99,10 @@ def test_what_changed_is_done_again(folder, change):
     assert changed(folder, **change) == change.get("id", "a")
 
 
+def test_boxes_of_other_frames_are_done_again(folder):
+    assert changed(folder, row=1, bbox="0:0,0,8,8 2:0,0,8,9") == "b"
+
+
 def test_content_of_files_counts(folder):
     np.save(folder / "mask.npy", np.ones((32, 48), bool))
     assert missing(folder) == "ac"

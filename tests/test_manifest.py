@@ -144,6 +144,20 @@ def test_blanks_around_names_and_numbers_do_not_count():
     assert listed.references == ("/data/r.png", "/data/s, t.png")
 
 
+@pytest.mark.parametrize(
+    "bbox",
+    [
+        "0:1,2,3,4 8:5,6,7,8",
+        ["0:1,2,3,4", "8:5,6,7,8"],
+        {"8": [5, 6, 7, 8], "0": [1, 2, 3, 4]},
+    ],
+)
+def test_boxes_of_some_frames(bbox):
+    found = one(GOOD | {"src_mask": None, "bbox": bbox})
+    assert found.mask == {0: (1, 2, 3, 4), 8: (5, 6, 7, 8)}
+    assert found.files == ("/data/a.mp4",)
+
+
 def test_null_and_empty_lines_say_nothing():
     found = one(GOOD | {"bbox": None, "id": None, "steps": None, "lossless": None})
     assert found.settings.sample.steps == 9 and found.id == one(GOOD).id

@@ -156,3 +156,18 @@ def test_every_photo_stays_clear_of_the_colours():
             to_grey = np.linalg.norm(pixels - pixels.mean(-1, keepdims=True), axis=-1).max()
             assert to_colours > 100 > 2 * to_grey
             assert pixels.std() > 3  # something is to be seen
+
+
+def test_longer_clips_begin_as_short_ones_and_bounce():
+    for seed in SEEDS:
+        short, long = world.random_scene(seed), world.random_scene(seed, frames=65)
+        assert dataclasses.replace(long, frames=world.FRAMES) == short
+        np.testing.assert_array_equal(long.centres[:9], short.centres)
+        steps = np.diff(long.centres, axis=0)
+        assert (np.abs(steps) <= np.abs(long.velocity) + 1e-9).all()
+        low, high = long.radius, world.SIZE - 1 - long.radius
+        assert (low <= long.centres).all() and (long.centres <= high).all()
+    clip = world.render(dataclasses.replace(long, frames=12))
+    assert clip.video.shape == (12, 96, 96, 3) and clip.mask.shape == (12, 96, 96)
+    edges = [clip.mask[:, 0], clip.mask[:, -1], clip.mask[:, :, 0], clip.mask[:, :, -1]]
+    assert not np.any(edges)

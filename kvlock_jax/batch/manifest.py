@@ -24,9 +24,10 @@ from ml_collections import ConfigDict
 
 from kvlock_jax.batch.lines import numbered_lines, read_object, short
 from kvlock_jax.errors import Error, InputError
+from kvlock_jax.masks.keyframes import Boxes, parse_boxes
 from kvlock_jax.media import storage
 from kvlock_jax.media.encode import CONTAINERS
-from kvlock_jax.media.masks import Box, parse_box
+from kvlock_jax.media.masks import Box
 from kvlock_jax.pipeline.overrides import SETTINGS, check_key, file_names, near, update
 from kvlock_jax.pipeline.settings import Settings, resolve_settings
 
@@ -63,7 +64,7 @@ class Request:
       noise_id: text that seeds the noise together with `sample.seed`: `id`, or one that several
         edits share.
       source: path of the video; like all paths here, one of `storage.resolve`.
-      mask: path of a file or a folder of images, or a box `x0, y0, x1, y1`.
+      mask: path of a file or a folder of images, a box `x0, y0, x1, y1`, or boxes by frame.
       references: paths of pictures for a VACE model.
       prompt: text that describes the masked part.
       settings: checked settings.
@@ -76,7 +77,7 @@ class Request:
     line: int
     noise_id: str
     source: str
-    mask: str | Box
+    mask: str | Box | Boxes
     references: tuple[str, ...]
     prompt: str
     settings: Settings
@@ -293,7 +294,7 @@ def resolved(values: Mapping[str, Any], folder: str) -> dict[str, Any]:
         if values.get(key) and (path := _typed(values, key, str).strip()):
             inputs[key] = storage.resolve(path, folder)
     if "bbox" in values:
-        inputs["bbox"] = parse_box(values["bbox"])
+        inputs["bbox"] = parse_boxes(values["bbox"])
     if "src_mask" in inputs and "bbox" in inputs:
         raise InputError("give either src_mask or bbox, found both")
     if "src_ref_images" in values:

@@ -23,9 +23,9 @@ from kvlock_jax.cli.loading import (
 )
 from kvlock_jax.cli.terminal import interruptibly, say, ticking, warnings_as_lines
 from kvlock_jax.errors import InputError
+from kvlock_jax.masks.keyframes import parse_boxes
 from kvlock_jax.media import encode, room, storage
 from kvlock_jax.media.folders import IMAGE_SUFFIXES
-from kvlock_jax.media.masks import parse_box
 from kvlock_jax.parallel import agreement
 from kvlock_jax.pipeline.api import Result
 from kvlock_jax.pipeline.api import run as run_edit
@@ -81,7 +81,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     contents = describe(folder, gather_files(args))
     name = default_config_name(folder, contents.configs)
     settings = resolve_settings(gather_settings(args, others, name))
-    mask = args.src_mask if args.bbox is None else parse_box(args.bbox)
+    mask = args.src_mask if args.bbox is None else parse_boxes(args.bbox)
     with warnings_as_lines(), contextlib.ExitStack() as copies:
         local = functools.partial(storage.at_hand, copies, suffixes=IMAGE_SUFFIXES)
         pictures = [local(name) for name in pictures]
@@ -123,6 +123,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     names = "prompt lora lora_high lora_low src_video src_mask src_ref_images bbox".split()
     about = {name: getattr(args, name) for name in (*names, *PARTS)}
     about |= {"ckpt_dir": folder, "dtype": dtype_name(args)}
+    about["bbox"] = args.bbox and " ".join(args.bbox)
     agreement.together("writing the results", lambda: _write(outputs, result, about))
 
 

@@ -81,7 +81,8 @@ EDIT_INPUTS = {
     "src_video video": "a video, an image or a folder of images",
     "src_mask mask": "a video, an image, a folder of images or an .npy; white, or transparent "
     "where alpha varies, is edited",
-    "bbox": "X0,Y0,X1,Y1: a box in pixels of the video, in place of a mask",
+    "bbox": "a box in pixels of the video, in place of a mask; or boxes by frame, between which it "
+    "moves in a line: 0:X0,Y0,X1,Y1 40:...",
     "src_ref_images": "A.png,B.png: pictures of the wanted content; VACE models only",
     "prompt": "what the masked part should show",
 }
@@ -96,7 +97,8 @@ def add_shared(parser: argparse.ArgumentParser, required: Sequence[str] = ()) ->
     add_lora(parser)
     for names, about in EDIT_INPUTS.items():
         flag = [f"--{name}" for name in names.split()]
-        parser.add_argument(*flag, required=names.split()[0] in required, help=about)
+        several = {"nargs": "+", "metavar": "X0,Y0,X1,Y1"} if names == "bbox" else {}
+        parser.add_argument(*flag, required=names.split()[0] in required, help=about, **several)
     about = "write every bit of the video; .mkv is smallest"
     parser.add_argument("--lossless", action="store_true", help=about)
     add_dtype(parser)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from kvlock_jax.checkpoints.registry import family, not_finite
 from kvlock_jax.errors import ConfigError, InputError, SamplingError
 from kvlock_jax.evaluate.metrics import EditMetrics, measure
+from kvlock_jax.masks.keyframes import Boxes
 from kvlock_jax.media import room
 from kvlock_jax.media.footage import Footage
 from kvlock_jax.media.masks import Box
@@ -70,7 +71,7 @@ class Result:
 def edit(
     model: Model,
     video: FilePath | np.ndarray,
-    mask: FilePath | Box | np.ndarray,
+    mask: FilePath | Box | Boxes | np.ndarray,
     prompt: str,
     *,
     config: ConfigDict | None = None,
@@ -84,7 +85,8 @@ def edit(
       model: loaded model.
       video: file, folder of images, or uint8 frames.
       mask: file, folder of images, or array whose white part is edited, where one frame stands for
-        all; or a box `(x0, y0, x1, y1)` in pixels.
+        all; or a box `(x0, y0, x1, y1)` in pixels; or boxes by the number of their frame, such as
+        `{0: (8, 8, 40, 40), 20: (30, 8, 62, 40)}`, between which it moves in a line.
       prompt: text that describes the masked part after the edit.
       config: settings; the model's own by default.
       references: pictures, as files or uint8 arrays, that the edit should look like; VACE only.

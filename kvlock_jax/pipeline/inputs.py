@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Bool
 
 from kvlock_jax import lock
 from kvlock_jax.errors import InputError
+from kvlock_jax.masks.keyframes import Boxes, boxes
 from kvlock_jax.media import decode, masks, room
 from kvlock_jax.media.decode import STILL_FPS, Video
 from kvlock_jax.media.fit import Resize
@@ -114,7 +115,7 @@ def _resize(size: tuple[int, int] | None, settings: EditConfig) -> Resize | None
 
 def read_inputs(
     video: FilePath | np.ndarray | Clip,
-    mask: FilePath | Box | np.ndarray,
+    mask: FilePath | Box | Boxes | np.ndarray,
     prompt: str,
     settings: EditConfig,
     references: FilePath | np.ndarray | Sequence[FilePath | np.ndarray] = (),
@@ -127,7 +128,8 @@ def read_inputs(
 
     Args:
       video: file, folder of images, uint8 frames, or a clip of `read_clip` under these settings.
-      mask: file, folder of images, array (`media.masks.read_mask`), or box.
+      mask: file, folder of images, array (`media.masks.read_mask`), box, or boxes by the number of
+        their frame (`masks.boxes`).
       prompt: text that describes the masked part.
       settings: settings of the edit.
       references: pictures of the wanted content, files or uint8 arrays.
@@ -141,6 +143,8 @@ def read_inputs(
     count, resize = len(clip.frames), _resize(clip.size, settings)
     if isinstance(mask, tuple):
         region = masks.bbox_mask(mask, 1, *clip.size)
+    elif isinstance(mask, Mapping):
+        region = boxes(mask, count, *clip.size)
     else:
         cut = bool(settings.frame_num)
         region = masks.read_mask(mask, count, *clip.size, cut, clip.timeline)

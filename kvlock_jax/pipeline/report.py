@@ -185,7 +185,7 @@ def compare(
 ) -> UInt8[np.ndarray, "frames height columns 3"]:
     """Source, source with the mask's outline, and edit, side by side, 2 white pixels apart.
 
-    The outline is white just inside the mask and black just outside, so it shows on any picture.
+    The middle one is that of `outlined`.
     """
     if not source.shape[:3] == mask.shape == edited.shape[:3]:
         shapes = f"{source.shape}, {mask.shape} and {edited.shape}"
@@ -193,10 +193,18 @@ def compare(
 
     def together(source: Frames, mask: Mask, edited: Frames) -> UInt8[np.ndarray, "_f _h _w 3"]:
         """Some of the frames."""
-        outlined = np.array(source)
-        outlined[np.asarray(dilate(mask, 1)) & ~mask] = 0
-        outlined[np.asarray(dilate(~mask, 1)) & mask] = 255
         gap = np.full((*source.shape[:2], 2, 3), 255, np.uint8)
-        return np.concatenate([source, gap, outlined, gap, edited], axis=2)
+        return np.concatenate([source, gap, outlined(source, mask), gap, edited], axis=2)
 
     return room.mapped(together, source, mask, edited, name="the comparison")
+
+
+def outlined(source: Frames, mask: Mask) -> Frames:
+    """The source with the mask's outline, which shows on any picture.
+
+    It is white just inside the mask and black just outside.
+    """
+    drawn = np.array(source)
+    drawn[np.asarray(dilate(mask, 1)) & ~mask] = 0
+    drawn[np.asarray(dilate(~mask, 1)) & mask] = 255
+    return drawn
