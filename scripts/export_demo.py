@@ -2,6 +2,7 @@
 
     python scripts/export_demo.py --vae runs/decoder/params.npz --dit runs/dit [--vace runs/vace]
         --dst FOLDER
+    python scripts/export_demo.py --vae runs/long/params.npz --dst FOLDER   # the VAE of one alone
 
 Diffusers itself makes the folder (it is in the `test` extra), so the layout is its own and it loads
 there too.
@@ -56,12 +57,24 @@ def main() -> None:
     """Parses the flags and exports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=pathlib.Path, required=True)
-    parser.add_argument("--dit", type=pathlib.Path, required=True, help="the run's folder")
+    parser.add_argument("--dit", type=pathlib.Path, help="the run's folder")
     parser.add_argument("--vace", type=pathlib.Path, help="the run's folder, to export it as VACE")
     parser.add_argument("--dst", type=pathlib.Path, required=True)
     flags = parser.parse_args()
 
     sizes, text = demo_models.VAE, demo_models.TEXT_ENCODER
+    params = nnx.state(nnx.eval_shape(lambda: WanVAE(sizes, rngs=nnx.Rngs(0))))
+    trained_vae = demo_models.load_params(flags.vae, params)
+    if flags.dit is None:
+        folder = flags.dst / "vae"
+        vae, config = (
+            AutoencoderKLWan.from_pretrained(folder),
+            (folder / "config.json").read_bytes(),
+        )
+        publish(vae.float(), trained_vae, layout.VAE)
+        vae.half().save_pretrained(folder)
+        (folder / "config.json").write_bytes(config)  # Diffusers would name this machine's folder
+        return
     if flags.vace:
         wan, run = demo_models.VACE, flags.vace
         published, pipeline = WanVACETransformer3DModel, WanVACEPipeline
@@ -79,8 +92,7 @@ def main() -> None:
         latents_mean=stats["mean"].tolist(),
         latents_std=stats["std"].tolist(),
     )
-    params = nnx.state(nnx.eval_shape(lambda: WanVAE(sizes, rngs=nnx.Rngs(0))))
-    publish(vae, demo_models.load_params(flags.vae, params), layout.VAE)
+    publish(vae, trained_vae, layout.VAE)
 
     transformer = published(
         num_attention_heads=wan.num_attention_heads,
