@@ -1,6 +1,6 @@
 """Edits long clips of the demo's world in four ways, and prints how they drift.
 
-    python scripts/eval_long.py [--edits 24] [--preset hard_lock] [--steps 25] [--png DIR]
+    python scripts/eval_long.py [--edits 24] [--preset hard_lock] [--steps 12] [--png DIR]
     python scripts/eval_long.py --ways windows,moving --csv docs/long_clips.csv
 
 Held-out clips of 33 and 65 frames, each edited to another colour and shape inside a box around the
@@ -44,6 +44,7 @@ def settings(flags, long: str, **sample):
     config = kvl.config("demo")
     config.preset, config.sample.steps, config.sample.long = flags.preset, flags.steps, long
     config.sample.update(sample)
+    config.kvlock.skip_background = False  # or every mask would compile a program of its own
     return config
 
 
@@ -114,7 +115,7 @@ def main() -> None:
     )
     parser.add_argument("--edits", type=int, default=24)
     parser.add_argument("--preset", default="hard_lock")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--frames", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--model", default="demo")

@@ -167,7 +167,11 @@ def test_the_tokens_that_are_an_edits_own_are_counted(references, tiny_vace_chec
     noise = draw_noise(model, inputs, jax.random.key(0))
     context = stages.encode_texts(model, [inputs], [settings], 1, call)
     edits, tokens = stages.encode_inputs(model, [inputs], noise, context, settings, call)
-    assert tokens == int(edits.own.sum()) > 6 * references
+    (_, rows, columns), frames = edits.grid.axes, edits.grid.axes[0] - references
+    assert tokens.shape == (1, frames) and tokens.sum() > 0
+    per_frame = edits.foreground.any(axis=-1).reshape(1, references + frames, -1).sum(axis=2)
+    np.testing.assert_array_equal(tokens, per_frame[:, references:])
+    assert int(edits.own.sum()) == tokens.sum() + references * rows * columns
 
 
 def test_the_video_is_encoded_while_the_loop_is_compiled(monkeypatch, tiny_checkpoint):
