@@ -119,11 +119,11 @@ class Editor:
             raise
 
     def _edit(self, folder: pathlib.Path, request: Request, on_step: OnStep) -> Edit:
-        names, inputs = self._prepared(folder, request)
         settings = resolve_settings(request.config)
-        noise = draw_noise(self.model, inputs, jax.random.key(settings.sample.seed))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
+            names, inputs = self._prepared(folder, request)
+            noise = draw_noise(self.model, inputs, jax.random.key(settings.sample.seed))
             ahead = BackgroundCompiler(
                 self.model, inputs, settings, noise, by_step=True, compiler=self.compiler
             )

@@ -213,11 +213,20 @@ class _Page:
             visible=False,
             wrap_lines=True,
             lines=2,
-            max_lines=8,
+            max_lines=14,
+            interactive=False,
             elem_id="command",
         )
         self.strip = gr.Gallery(
-            label="Edits so far", columns=6, height=180, allow_preview=False, visible=False
+            label="Edits so far",
+            columns=6,
+            object_fit="contain",
+            height="auto",
+            fit_columns=False,
+            allow_preview=False,
+            buttons=[],
+            visible=False,
+            elem_id="strip",
         )
 
     def wire(self, page: gr.Blocks) -> None:

@@ -99,10 +99,9 @@ def command(
       model: arguments that name the model and its place.
       names: names of files by their flags.
     """
-    parts = ["kvlock", "edit", *model]
-    parts += [f"--{flag}={name}" for flag, name in names.items() if name]
-    parts += [f"--prompt={request.prompt}", *_settings(request.config, own)]
-    return " ".join(map(shlex.quote, parts))
+    flags = [*model, *(f"--{flag}={name}" for flag, name in names.items() if name)]
+    flags += [f"--prompt={request.prompt}", *_settings(request.config, own)]
+    return " \\\n  ".join(["kvlock edit", *map(shlex.quote, flags)])
 
 
 def _settings(run: ConfigDict, own: ConfigDict) -> list[str]:
