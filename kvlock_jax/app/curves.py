@@ -9,7 +9,7 @@ import numpy as np
 from kvlock_jax.pipeline.settings import Settings
 from kvlock_jax.sampling.loop import Trace
 
-_WIDTH, _HEIGHT = 320, 150
+_WIDTH, _HEIGHT = 420, 130
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 26, 22
 _LINE, _GUIDE, _WINDOW = "#1f5fa8", "#c0392b", "#f7f0dd"
 _LEAST = 1e-4  # of sigma2's axis, which is logarithmic

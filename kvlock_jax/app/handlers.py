@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -256,9 +257,17 @@ class Handlers:
             _result(edit),
             gr.Row(visible=True),
             *(gr.DownloadButton(value=path) for path in files),
-            gr.Code(edit.command, visible=True),
+            gr.Textbox(edit.command, visible=True),
             gr.Gallery(strip, visible=True),
         ]
+
+
+def forget(session: Session | None) -> None:
+    """Deletes the upload of a page that was closed; edits have copies of theirs."""
+    if session is not None:
+        path = pathlib.Path(session.path)
+        if path.is_relative_to(gr.utils.get_upload_folder()):
+            path.unlink(missing_ok=True)
 
 
 def _told(text: str) -> gr.Markdown:

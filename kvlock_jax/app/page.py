@@ -9,16 +9,19 @@ from ml_collections import ConfigDict
 
 from kvlock_jax import lock
 from kvlock_jax.app import clips
-from kvlock_jax.app.handlers import OUTLINE, PROBLEMS, TOKENS, Handlers, Studio
+from kvlock_jax.app.handlers import OUTLINE, PROBLEMS, TOKENS, Handlers, Studio, forget
 from kvlock_jax.app.request import FIELDS
 from kvlock_jax.errors import InputError
 
 _UNUSED = 24 * 3600  # s after which uploads of a session that is still open go
 _CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto}
+#command textarea {font-family: monospace; font-size: .85em}
+#strip .grid-wrap {padding-top: 2.4em}
+#strip .grid-container {grid-template-columns: repeat(auto-fill, minmax(90px, 1fr)) !important}
 .problem p {color: #b3261e; margin: 0}
 .kvlock-curves {display: grid; gap: 8px;
-  grid-template-columns: repeat(auto-fit, minmax(230px, 1fr))}
+  grid-template-columns: repeat(auto-fit, minmax(300px, 1fr))}
 .kvlock-curves svg {width: 100%; height: auto; background: #fff; border-radius: 6px}
 .kvlock-status {font-weight: 600; margin-bottom: 6px}
 .kvlock-bar {height: 8px; background: #8884; border-radius: 4px; overflow: hidden}
@@ -92,14 +95,14 @@ class _Page:
 
     def __init__(self, studio: Studio):
         self.does, base = Handlers(studio), studio.base
-        self.session, self.corner, self.job = gr.State(None), gr.State(None), gr.State(None)
+        self.session = gr.State(None, delete_callback=forget)
+        self.corner, self.job = gr.State(None), gr.State(None)
         gr.Markdown("## kvlock: edit the masked part of a video, keep the rest")
         with gr.Row():
             with gr.Column(min_width=320):
                 self._clip(base)
             with gr.Column(min_width=320):
                 self._wishes(base)
-        self.curves = gr.HTML(elem_id="curves")
         self._result()
 
     def _clip(self, base: ConfigDict) -> None:
@@ -167,7 +170,7 @@ class _Page:
             label="Pictures of the wanted content (VACE)",
             file_count="multiple",
             file_types=["image"],
-            height=140,
+            height=160,
             visible=self.does.studio.takes_references,
         )
         preset = gr.Dropdown(
@@ -201,27 +204,27 @@ class _Page:
             self.run = gr.Button("Edit", variant="primary", elem_id="run", min_width=120)
             self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120)
         self.status = gr.HTML(elem_id="status")
+        self.curves = gr.HTML(elem_id="curves")
 
     def _result(self) -> None:
         self.result = gr.HTML(elem_id="result")
         with gr.Row(visible=False) as self.downloads:
             names = ("Video", "Mask", "Trace", "All, with the command")
             self.files = [gr.DownloadButton(name, size="sm", min_width=120) for name in names]
-        self.command = gr.Code(
+        self.command = gr.Textbox(
             label="The same edit on the command line, in the folder of the last download",
-            language="shell",
-            visible=False,
-            wrap_lines=True,
-            lines=2,
-            max_lines=14,
             interactive=False,
+            lines=6,
+            max_lines=14,
+            buttons=["copy"],
+            visible=False,
             elem_id="command",
         )
         self.strip = gr.Gallery(
             label="Edits so far",
             columns=6,
             object_fit="contain",
-            height="auto",
+            height=190,
             fit_columns=False,
             allow_preview=False,
             buttons=[],
