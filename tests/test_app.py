@@ -18,7 +18,7 @@ from kvlock_jax.app.marks import Marks
 from kvlock_jax.app.request import Request, command, config_of, problems
 from kvlock_jax.app.session import Session
 from kvlock_jax.cli import main
-from kvlock_jax.cli.app import check_access
+from kvlock_jax.cli.app import check_access, model_arguments
 from kvlock_jax.cli.flags import gather_settings
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import decode, encode
@@ -307,6 +307,22 @@ def test_who_may_reach_the_page():
         check_access("0.0.0.0", None)
     with pytest.raises(InputError, match="USER:PASSWORD"):
         check_access("127.0.0.1", "me")
+
+
+def test_the_command_loads_the_same_model(folder):
+    given = "--ckpt_dir wan --vae v.pth --transformer a.gguf --transformer b.gguf --lora l:0.5"
+    given += " --dtype bfloat16 --mesh frames=2 --no-spread_weights --weights int8 --vae_tiles 2"
+    app = main._parser().parse_args(["app", *given.split()])
+    files = ["--src_video=a", "--prompt=b", "--save_file=c"]
+    edit = main._parser().parse_args(["edit", *model_arguments(app), *files])
+    for name in "lora dtype mesh spread_weights weights vae_tiles attention weights_on".split():
+        assert getattr(edit, name) == getattr(app, name), name
+    assert edit.ckpt_dir == str(folder / "wan") and edit.vae == str(folder / "v.pth")
+    assert edit.transformer == [str(folder / "a.gguf"), str(folder / "b.gguf")]
+    demo = main._parser().parse_args(["app"])
+    assert model_arguments(demo) == ["--ckpt_dir=demo"]
+    remote = main._parser().parse_args(["app", "--ckpt_dir=gs://a/b"])
+    assert model_arguments(remote) == ["--ckpt_dir=gs://a/b"]
 
 
 def test_without_gradio(monkeypatch, capsys):

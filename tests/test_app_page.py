@@ -1,5 +1,7 @@
 """The page of `kvlock app` builds, and its events do what they say; where Gradio is installed."""
 
+import socket
+
 import pytest
 
 pytest.importorskip("gradio", reason="kvlock app needs Gradio: pip install '.[app]'")
@@ -9,8 +11,9 @@ from clips import only
 from kvlock_jax.app import clips
 from kvlock_jax.app.edits import Editor
 from kvlock_jax.app.handlers import OUTLINE, TOKENS, Handlers, Studio, forget
-from kvlock_jax.app.page import build
+from kvlock_jax.app.page import build, serve
 from kvlock_jax.app.session import Session
+from kvlock_jax.errors import InputError
 from kvlock_jax.pipeline.load import default_config
 from kvlock_jax.runtime.compile_cache import Compiler
 
@@ -72,6 +75,13 @@ def test_bad_uploads_are_told(studio, tmp_path):
     path.write_text("no video")
     session, problem, *_ = Handlers(studio).open_upload(str(path), "")
     assert session is None and problem.value.startswith("text.mp4: not a readable video")
+
+
+def test_a_port_that_is_taken_is_told(studio):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port}"):
+            serve(studio, listen="127.0.0.1", port=port, auth=None)
 
 
 def test_an_upload_goes_with_its_page(studio, tmp_path, monkeypatch):

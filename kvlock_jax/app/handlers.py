@@ -30,7 +30,7 @@ PROBLEMS = ("prompt", *FIELDS)
 """Fields with a problem under them, in the order of `check`."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Studio:
     """What all open pages share.
 
@@ -59,7 +59,7 @@ class Studio:
             self.done.append(edit)
             return edit
 
-        object.__setattr__(self, "jobs", Jobs(work))
+        self.jobs = Jobs(work)
 
 
 class Handlers:

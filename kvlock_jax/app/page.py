@@ -283,7 +283,7 @@ class _Page:
         shown = [self.result, self.downloads, *self.files, self.command, self.strip]
         asked = [self.session, self.grow, self.invert, self.frames, self.references, *wishes]
         progress = [self.job, self.status, self.curves, *told, *shown]
-        how = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
+        how = {"show_progress": "hidden", "concurrency_limit": None}
         self.run.click(self.does.edit, asked, progress, **how)
         self.cancel.click(
             self.does.stop, self.job, self.status, queue=False, show_progress="hidden"

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import ipaddress
+import os
 import pathlib
 import tempfile
 import time
@@ -151,15 +152,19 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
 
 
 def model_arguments(args: argparse.Namespace) -> list[str]:
-    """The arguments of `kvlock edit` that load the same model, in the same place."""
+    """The arguments of `kvlock edit` that load the same model, in the same place, from any folder.
+
+    Only files of LoRAs keep relative names.
+    """
     plain = {"attention": "auto", "weights_on": "device", "vae_tiles": 1}
-    parts = [f"--ckpt_dir={checkpoint(args)}"] if checkpoint(args) else []
-    for name in _MODEL_FLAGS[1:]:
-        value = getattr(args, name)
+    parts = []
+    for name in _MODEL_FLAGS:
+        value = checkpoint(args) if name == "ckpt_dir" else getattr(args, name)
         if isinstance(value, bool):
             parts.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            parts += [f"--{name}={one}" for one in value]
         elif value and value != plain.get(name):
-            parts.append(f"--{name}={value}")
+            for one in value if isinstance(value, list) else [value]:
+                is_path = name in PARTS or (name == "ckpt_dir" and one != "demo")
+                given = os.path.abspath(os.path.expanduser(one)) if is_path else one
+                parts.append(f"--{name}={one if is_path and '://' in one else given}")
     return parts
