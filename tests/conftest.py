@@ -30,7 +30,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Before any of them is imported. The command line alone has no arrays.
 CHECKED = (
     "grid lock models sampling parallel pipeline evaluate demo media masks batch checkpoints "
-    "estimate settings runtime convert configs"
+    "estimate settings runtime convert configs app"
 ).split()
 install_import_hook([f"kvlock_jax.{name}" for name in CHECKED], "annotations.arrays")
 

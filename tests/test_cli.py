@@ -276,6 +276,6 @@ def test_what_must_be_given(capsys):
     assert main.main(["edit", "--prompt=a star"]) == 2
     assert re.match(r"error: .*--src_video.*--save_file.*\n", capsys.readouterr().err)
     assert main.main([]) == 2
-    assert "edit|batch|mask|convert|info" in capsys.readouterr().err
+    assert "edit|batch|mask|app|convert|info" in capsys.readouterr().err
     assert main.main(["train"]) == 2
     assert "'train'" in capsys.readouterr().err

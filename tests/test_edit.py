@@ -23,7 +23,7 @@ from kvlock_jax.media import encode
 from kvlock_jax.media.fit import Resize, resize_mask
 from kvlock_jax.models.vae import autoencoder
 from kvlock_jax.pipeline import report, stages
-from kvlock_jax.sampling.loop import sample
+from kvlock_jax.sampling.loop import Trace, sample
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +169,17 @@ def test_background_latents_are_those_of_the_source(model, preset, monkeypatch):
 
 def test_each_step_is_heard_once(model, plain):
     steps: list[int] = []
-    heard = edit(model, on_step=steps.append)
+    traces: list[Trace] = []
+
+    def on_step(number, trace):
+        steps.append(number)
+        traces.append(trace)
+
+    heard = edit(model, on_step=on_step)
     assert steps == [0, 1, 2]
+    for name in ("sigma2", "fusion_ratio", "guidance_scale", "scheduled"):
+        rows = [getattr(trace, name) for trace in traces]
+        np.testing.assert_array_equal(rows, getattr(heard.trace, name))
     edit(model)  # nobody listens any more
     assert steps == [0, 1, 2]
     np.testing.assert_array_equal(heard.video, plain.video)

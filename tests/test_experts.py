@@ -150,7 +150,13 @@ def test_the_same_expert_twice_is_one_model():
     want, trace = loops.run(loops.make_fake(), edits, settings)
     twice = [loops.make_fake()] * 2
     ticks: list[int] = []
-    got, same = loops.run(twice, edits, settings, steps.with_experts(0.8), on_step=ticks.append)
+    got, same = loops.run(
+        twice,
+        edits,
+        settings,
+        steps.with_experts(0.8),
+        on_step=lambda number, _: ticks.append(number),
+    )
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
     np.testing.assert_allclose(same.sigma2, trace.sigma2, rtol=1e-5, atol=1e-7)
     assert ticks == list(range(loops.STEPS))
@@ -162,7 +168,7 @@ def test_a_carried_cache_never_crosses_the_switch():
     carried = loop.dataclasses.replace(carried, cache="carried", cache_every=100)
     seen: list[float] = []
     models = two(on_source=lambda timestep: seen.append(float(timestep)))
-    loops.run(models, edits, carried, steps, on_step=id)
+    loops.run(models, edits, carried, steps, on_step=loops.nobody)
     jax.effects_barrier()
     first = steps.phases[1][1].start
     np.testing.assert_allclose(seen, steps.timestep[[0, first]], rtol=1e-6)

@@ -37,6 +37,7 @@ ROWS = (
     "",  # the package itself
     "estimate",
     "batch",
+    "app",
     "cli",
 )
 """The folders of the package, and the modules at its top; each imports only rows above it."""
@@ -53,7 +54,8 @@ ORDER = {
     "pipeline": "settings overrides inputs load hosts pieces encode seeds stages background "
     "placement api report outputs",
     "batch": "lines manifest grouping fingerprint resume lease reader publisher runner",
-    "cli": "terminal flags loading edit batch mask convert info main",
+    "app": "clips marks views request curves edits jobs session handlers page",
+    "cli": "terminal flags loading edit batch mask app convert info main",
 }
 """The same within folders where the order tells how a run goes."""
 

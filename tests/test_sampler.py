@@ -24,6 +24,7 @@ from loops import (
     W,
     make_edits,
     make_fake,
+    nobody,
     one_edit,
     oracle,
     run,
@@ -291,20 +292,22 @@ def test_step_by_step_is_the_loop(preset):
     if preset == "carried":
         settings = dataclasses.replace(settings, cache="carried")
     whole = run(make_fake(), make_edits(), settings)
-    parts = run(make_fake(), make_edits(), settings, on_step=steps.append)
-    assert steps == list(range(STEPS))
+    parts = run(make_fake(), make_edits(), settings, on_step=lambda *step: steps.append(step))
+    assert [number for number, _ in steps] == list(range(STEPS))
+    told = jax.tree.map(lambda *rows: np.stack(rows), *(trace for _, trace in steps))
+    jax.tree.map(np.testing.assert_array_equal, told, parts[1])
     for got, want in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         assert got.shape == want.shape
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
     size = advance._cache_size()
-    run(make_fake(), make_edits(), settings, solvers.euler(STEPS + 1, SHIFT), on_step=id)
+    run(make_fake(), make_edits(), settings, solvers.euler(STEPS + 1, SHIFT), on_step=nobody)
     assert advance._cache_size() == size  # a step is the same program in a run of any length
 
 
 log: list[tuple[str, float]] = []
 
 
-def note_step(number):
+def note_step(number, trace):
     log.append(("step", int(number)))
 
 

@@ -86,7 +86,7 @@ def test_nothing_is_compiled_again(
     assert set(compiled) & PROGRAMS == once | loop
     compiled.clear()
     steps = []
-    on_step = steps.append if by_step else None
+    on_step = (lambda *step: steps.append(step)) if by_step else None
     result = run(model, inputs, settings, on_step=on_step, background=ahead[0])
     assert not set(compiled) & PROGRAMS
     assert result.video.shape == inputs.source.shape and len(steps) == 3 * by_step
@@ -106,7 +106,7 @@ def test_what_another_process_traced_makes_the_same_video(tiny_vace_checkpoint, 
         model = kvl.load(tiny_vace_checkpoint)
         noise = draw_noise(model, inputs, jax.random.key(0))
         ahead = BackgroundCompiler(model, inputs, settings, noise, True, programs)
-        how = {"on_step": lambda step: None, "background": ahead}
+        how = {"on_step": lambda *step: None, "background": ahead}
         return run(model, inputs, settings, **how).video
 
     jax.monitoring.register_event_duration_secs_listener(listener)
@@ -197,5 +197,5 @@ def test_the_video_is_encoded_while_the_loop_is_compiled(monkeypatch, tiny_check
         ahead.append(BackgroundCompiler(model, inputs, settings, noise, by_step=True))
 
     model = kvl.load(tiny_checkpoint, on_shapes=on_shapes)
-    run(model, inputs, settings, on_step=lambda step: None, background=ahead[0])
+    run(model, inputs, settings, on_step=lambda *step: None, background=ahead[0])
     assert in_time == [True, True]

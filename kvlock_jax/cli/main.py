@@ -1,4 +1,4 @@
-"""The command line: `kvlock edit`, `batch`, `mask`, `convert` and `info`."""
+"""The command line: `kvlock edit`, `batch`, `mask`, `app`, `convert` and `info`."""
 
 import argparse
 import importlib.metadata
@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kvlock_jax.cli import batch, convert, edit, info, mask
+from kvlock_jax.cli import app, batch, convert, edit, info, mask
 from kvlock_jax.cli.terminal import FAILED, INTERRUPTED
 from kvlock_jax.errors import Error, InputError
 from kvlock_jax.parallel import agreement
@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     version = importlib.metadata.version("kvlock-jax")
     parser.add_argument("--version", action="version", version=f"kvlock {version}")
-    commands = parser.add_subparsers(required=True, metavar="edit|batch|mask|convert|info")
-    for command in (edit, batch, mask, convert, info):
+    commands = parser.add_subparsers(required=True, metavar="edit|batch|mask|app|convert|info")
+    for command in (edit, batch, mask, app, convert, info):
         command.add(commands)
     return parser
 

@@ -26,19 +26,19 @@ def log(text: str) -> None:
 
 
 @contextlib.contextmanager
-def ticking(steps: int) -> Iterator[Callable[[int], None]]:
-    """Shows the progress of a run; the caller passes the number of each finished step, from 0.
+def ticking(steps: int) -> Iterator[Callable[..., None]]:
+    """Shows the progress of a run; yields its `on_step`, which looks at the step's number alone.
 
     A progress bar on a terminal, else a line at every tenth of the steps; both on stderr.
     """
     console = Console(stderr=True)
     if not console.is_interactive:
         lines = {-(-steps * tenth // 10) for tenth in range(1, 11)}
-        yield lambda step: step + 1 in lines and log(f"step {step + 1} of {steps}")
+        yield lambda step, trace: step + 1 in lines and log(f"step {step + 1} of {steps}")
         return
     with _bar(console) as bar:
         task = bar.add_task("compiling", total=steps)
-        yield lambda step: bar.update(task, completed=step + 1, description="sampling")
+        yield lambda step, trace: bar.update(task, completed=step + 1, description="sampling")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ result = edit(model, video, mask, "a blue square", config=config("demo"))
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import jax
@@ -36,6 +36,7 @@ from kvlock_jax.pipeline.stages import Loop
 from kvlock_jax.runtime.clock import Clock
 from kvlock_jax.runtime.compile_cache import Compiler, call
 from kvlock_jax.sampling.loop import Trace
+from kvlock_jax.sampling.stepwise import OnStep
 from kvlock_jax.shapes import Frames, Mask
 
 
@@ -77,7 +78,7 @@ def edit(
     config: ConfigDict | None = None,
     references: FilePath | np.ndarray | Sequence[FilePath | np.ndarray] = (),
     noise: Float[Array | np.ndarray, "..."] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Result:
     """Edits the masked part of a video after a prompt, and keeps the rest.
 
@@ -92,8 +93,9 @@ def edit(
       references: pictures, as files or uint8 arrays, that the edit should look like; VACE only.
       noise: noise `1 T H W C` of unit variance to start from, references first; by default drawn
         from the seed.
-      on_step: callback with the number of each finished step, from 0. With it the loop runs in one
-        call per step, without it in one call for all.
+      on_step: callback with the number of each finished step, from 0, and its trace; what it
+        raises stops the edit. With it the loop runs in one call per step, without it in one call
+        for all.
 
     Raises:
       Error: a setting, a file or the checkpoint is unusable, or sampling diverges.
@@ -114,7 +116,7 @@ def run(
     settings: Settings,
     *,
     noise: Float[Array | np.ndarray, "..."] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
     background: BackgroundCompiler | None = None,
 ) -> Result:
     """`edit` of inputs already read, with settings already checked; see `run_batch`."""
@@ -122,9 +124,8 @@ def run(
         noise = draw_noise(model, inputs, jax.random.key(settings.sample.seed))
     elif noise.shape != (expected := noise_shape(model, inputs)):
         raise InputError(f"noise must have the shape {expected}, found {noise.shape}")
-    (result,) = run_batch(
-        model, [inputs], [settings], noise, on_step=on_step, background=background
-    )
+    hear = on_step and (lambda number, trace: on_step(number, _row_of(trace, 0)))
+    (result,) = run_batch(model, [inputs], [settings], noise, on_step=hear, background=background)
     if isinstance(result, SamplingError):
         raise result
     return result
@@ -136,7 +137,7 @@ def run_batch(
     settings: Sequence[Settings],
     noise: Float[Array | np.ndarray, "sources T H W C"],
     *,
-    on_step: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
     background: BackgroundCompiler | None = None,
 ) -> list[Result | SamplingError]:
     """Edits videos as one batch, ordered by source.
@@ -151,7 +152,7 @@ def run_batch(
         Where sources have several edits, all have the same number, one after another.
       settings: settings of each edit; those outside `edit` are taken from the first.
       noise: noise of unit variance that all edits of a source start from.
-      on_step: callback with the number of each finished step.
+      on_step: callback with the number of each finished step and the trace of all rows.
       background: compiler of this edit's programs; each stage waits for its own.
 
     Returns:
@@ -170,7 +171,7 @@ def _run_batch(
     inputs: Sequence[EditInputs],
     settings: Sequence[Settings],
     noise: Float[Array, "sources T H W C"],
-    on_step: Callable[[int], None] | None,
+    on_step: OnStep | None,
     background: BackgroundCompiler | None,
 ) -> list[Result | SamplingError]:
     """`run_batch` on one of the hosts."""
@@ -239,6 +240,11 @@ def _run_batch(
         dataclasses.replace(one, windows=count) if isinstance(one, Result) else one
         for one in results
     ]
+
+
+def _row_of(trace: Trace, row: int) -> Trace:
+    """One row of a step's trace."""
+    return jax.tree.map(lambda x: x[row] if x.ndim else x, trace)
 
 
 def _trace_of(trace: Trace, row: int) -> Trace:

@@ -137,8 +137,7 @@ def read_inputs(
     Raises:
       InputError: the prompt is empty, or a file cannot be used.
     """
-    if not prompt.strip():
-        raise InputError("the prompt is empty: say what the masked part should show")
+    check_prompt(prompt)
     clip = video if isinstance(video, Clip) else read_clip(video, settings)
     count, resize = len(clip.frames), _resize(clip.size, settings)
     if isinstance(mask, tuple):
@@ -169,6 +168,16 @@ def read_inputs(
         references=tuple(_picture(reference) for reference in references),
         footage=footage,
     )
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuses an empty prompt.
+
+    Raises:
+      InputError: it is empty.
+    """
+    if not prompt.strip():
+        raise InputError("the prompt is empty: say what the masked part should show")
 
 
 def _resized_mask(region: Mask, resize: Resize) -> Bool[np.ndarray, "frames rows columns"]:

@@ -8,7 +8,7 @@ loaded, by the same code that runs them.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from kvlock_jax.sampling.edits import Edits, bucket
 from kvlock_jax.sampling.loop import Trace
 from kvlock_jax.sampling.program import Program
 from kvlock_jax.sampling.solvers import SolverTable
-from kvlock_jax.sampling.stepwise import shared_knobs, step_inputs, stepwise
+from kvlock_jax.sampling.stepwise import OnStep, shared_knobs, step_inputs, stepwise
 from kvlock_jax.sampling.windows import Windows
 from kvlock_jax.shapes import Frames, LatentMask, Latents
 
@@ -207,7 +207,7 @@ class Loop:
         return run(loop.advance, network, edits, shared, texts, first, state, **static)[0].latents
 
     def run(
-        self, compiler: Compiler, clock: Clock, on_step: Callable[[int], None] | None
+        self, compiler: Compiler, clock: Clock, on_step: OnStep | None
     ) -> tuple[Patches, Trace]:
         """Runs the loop, after compiling whatever is not compiled yet."""
         with clock.stage("compile"):

@@ -33,6 +33,12 @@ from kvlock_jax.sampling.solvers import SolverTable
 Using = Callable[[int], AbstractContextManager[Denoiser]]
 """Holds the expert of a number in memory, for as long as its context is open."""
 
+OnStep = Callable[[int, Trace], None]
+"""Hears of each finished step: its number, from 0, and its trace, NumPy, without an axis of steps.
+
+What it raises stops the run.
+"""
+
 
 @jax.jit
 def step_inputs(steps: StepInputs, number: Int[Array, ""]) -> StepInputs:
@@ -56,7 +62,7 @@ def stepwise(
     knobs: Knobs,
     *,
     program: Program,
-    on_step: Callable[[int], None] = lambda number: None,
+    on_step: OnStep = lambda number, trace: None,
     run: Call = call,
 ) -> tuple[Patches, Trace]:
     """Runs the steps of `loop.sample`, each in a call of its own.
@@ -68,7 +74,7 @@ def stepwise(
       table: coefficients of the solver, and the expert of each step.
       knobs: settings of lock and guidance.
       program: settings that select the compiled program.
-      on_step: callback with the number of each finished step, from 0.
+      on_step: callback with the number and the trace of each finished step.
       run: function that calls each step's compiled programs.
     """
     state, traces, shared = None, [], shared_knobs(knobs)
@@ -82,5 +88,5 @@ def stepwise(
                 args = (model, edits, shared, texts, inputs, state)
                 state, trace = run(loop.advance, *args, program=program)
                 traces.append(jax.tree.map(np.asarray, trace))  # waits for the step to finish
-                on_step(number)
+                on_step(number, traces[-1])
     return state.latents, jax.tree.map(lambda *rows: np.stack(rows), *traces)

@@ -1,0 +1,314 @@
+"""What the page's events do: from values of its components to values of others."""
+
+import dataclasses
+import html
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+from ml_collections import ConfigDict
+
+from kvlock_jax import lock
+from kvlock_jax.app import curves
+from kvlock_jax.app.clips import Example
+from kvlock_jax.app.edits import Edit, Editor
+from kvlock_jax.app.jobs import DONE, Job, Jobs
+from kvlock_jax.app.marks import Marks
+from kvlock_jax.app.request import FIELDS, Request, config_of, problems
+from kvlock_jax.app.session import Session
+from kvlock_jax.app.views import enlarged, scale_of
+from kvlock_jax.checkpoints.registry import Configs
+from kvlock_jax.errors import Error, InputError
+from kvlock_jax.pipeline.settings import resolve_settings
+
+OUTLINE, TOKENS = "outline of the mask", "tokens that are edited"
+"""What is drawn over a frame."""
+
+PROBLEMS = ("prompt", *FIELDS)
+"""Fields with a problem under them, in the order of `check`."""
+
+
+@dataclasses.dataclass(eq=False)
+class Studio:
+    """What all open pages share.
+
+    Attributes:
+      editor: does the edits.
+      base: settings that a page begins with.
+      configs: of the model's networks.
+      examples: clips to begin with.
+      takes_references: whether the model looks at pictures of the wanted content.
+      jobs: queue of edits.
+      done: edits that are done, the latest last; they outlive the page that asked for them.
+    """
+
+    editor: Editor
+    base: ConfigDict
+    configs: Configs
+    examples: Sequence[Example]
+    takes_references: bool
+    jobs: Jobs = dataclasses.field(init=False)
+    done: list[Edit] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        def work(request: Request, on_step: Any) -> Edit:
+            """Does an edit, and keeps it for every page."""
+            edit = self.editor(request, on_step)
+            self.done.append(edit)
+            return edit
+
+        self.jobs = Jobs(work)
+
+
+class Handlers:
+    """Handles the events of all open pages; what belongs to one of them, its `Session` holds."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+
+    # -- the clip and its marks ------------------------------------------------------------------
+
+    def begin(self) -> list[Any]:
+        """The page as it opens: the first example, and the edits so far."""
+        opened = self.open_example(0) if self.studio.examples else [gr.skip()] * 6
+        done = self.studio.done
+        return [*opened, *self._shown(done[-1] if done else None)]
+
+    def open_example(self, number: int) -> list[Any]:
+        """Opens an example, with its mask and a prompt for it."""
+        example = self.studio.examples[number]
+        session = Session.opened(example.video).with_file(example.mask, 0)
+        return [session, _told(""), _frames(session), example.prompt, 0, ""]
+
+    def open_upload(self, path: str, prompt: str) -> list[Any]:
+        """Opens a file; the demo model takes it at its own size and length."""
+        is_demo = bool(self.studio.examples)
+        frames, size = (9, "96*96") if is_demo else (gr.skip(), gr.skip())
+        try:
+            limit = 9 if is_demo else self.studio.base.edit.frame_num
+            session = Session.opened(path, limit)
+        except Error as error:
+            return [None, _told(str(error)), *[gr.skip()] * 4]
+        return [session, _told(""), _frames(session), prompt, frames, size]
+
+    def open_again(self, session: Session | None, frames: float | None) -> list[Any]:
+        """Takes another number of frames of the clip; its marks stay where they still fit."""
+        limit = int(frames or 0)
+        if session is None or limit == session.frames:
+            return [gr.skip()] * 3
+        try:
+            changed = Session.opened(session.path, limit)
+        except Error as error:
+            return [gr.skip(), _told(str(error)), gr.skip()]
+        try:
+            changed = changed.marked(session.marks if session.marks.whole is None else Marks())
+        except Error as error:
+            return [changed, _told(str(error)), _frames(changed)]
+        return [changed, _told(""), _frames(changed)]
+
+    def look(
+        self,
+        session: Session | None,
+        number: float,
+        kind: str,
+        pixels: float,
+        inverted: bool,
+        size: str,
+    ) -> list[Any]:
+        """The frame with its mask."""
+        if session is None:
+            return [None, "", _told("")]
+        try:
+            edit = resolve_settings(config_of(self.studio.base, {"size": size})).edit
+        except Error:  # which the field tells
+            edit = resolve_settings(self.studio.base).edit
+        options = {"pixels": int(pixels), "inverted": inverted, "as_tokens": kind == TOKENS}
+        view = session.view(int(number), self.studio.configs, edit, **options)
+        return [view.picture, view.line, _told(view.problem)]
+
+    def mark_box(self, session: Session | None, number: float, box: str) -> list[Any]:
+        """Marks a box on a frame."""
+        return _marked(session, lambda one: one.with_box(box, int(number)))
+
+    def mark_paint(
+        self, session: Session | None, number: float, painted: Mapping[str, Any] | None
+    ) -> list[Any]:
+        """Marks what is painted on a frame."""
+        layers = (painted or {}).get("layers") or []
+        return _marked(session, lambda one: one.with_paint(layers, int(number)))
+
+    def mark_file(self, session: Session | None, number: float, path: str) -> list[Any]:
+        """Marks what a mask file shows."""
+        return _marked(session, lambda one: one.with_file(path, int(number)))
+
+    def unmark(self, session: Session | None, number: float) -> list[Any]:
+        """Takes the mark of a frame away."""
+        return _marked(session, lambda one: one.marked(one.marks.without(int(number))))
+
+    def unmark_all(self, session: Session | None) -> list[Any]:
+        """Takes all marks away."""
+        return _marked(session, lambda one: one.marked(Marks(follow=one.marks.follow)))
+
+    def set_follow(self, session: Session | None, follow: bool) -> list[Any]:
+        """Follows the object between marks, or not."""
+
+        def changed(one: Session) -> Session:
+            """The session that does."""
+            return one.marked(dataclasses.replace(one.marks, follow=follow))
+
+        return _marked(session, changed)
+
+    def click(self, session: Session | None, corner: Any, event: gr.SelectData) -> tuple[Any, Any]:
+        """Takes a click on the picture for a corner of the box."""
+        if session is None:
+            return None, gr.skip()
+        height, width = session.video.frames.shape[1:3]
+        scale = scale_of(height, width)
+        x, y = (int(at) // scale for at in event.index)
+        if corner is None:
+            return (x, y), f"{x},{y},"
+        (x0, x1), (y0, y1) = sorted((x, corner[0])), sorted((y, corner[1]))
+        return None, f"{x0},{y0},{min(x1 + 1, width)},{min(y1 + 1, height)}"
+
+    def canvas(self, session: Session | None, number: float) -> Any:
+        """The frame to paint on."""
+        if session is None:
+            return gr.skip()
+        picture = enlarged(session.video.frames[min(int(number), session.last)])
+        return {"background": picture, "layers": [], "composite": picture}
+
+    # -- the edit --------------------------------------------------------------------------------
+
+    def check(self, prompt: str, *values: Any) -> list[str]:
+        """What is wrong with the fields, each beside its own."""
+        found = problems(self.studio.base, prompt, dict(zip(FIELDS, values, strict=True)))
+        return [found.get(name, "") for name in PROBLEMS]
+
+    def told(self, prompt: str, *values: Any) -> list[gr.Markdown]:
+        """`check`, as the page shows it."""
+        return [_told(text) for text in self.check(prompt, *values)]
+
+    def brought(self, preset: str) -> list[Any]:
+        """The sampling that a preset sets, in the fields."""
+        sampling = {**self.studio.base.sample.to_dict(), **lock.sampling(preset)}
+        about = gr.Dropdown(info=lock.PRESETS[preset])
+        return [about, sampling["steps"], sampling["guidance_scale"]]
+
+    def edit(
+        self,
+        session: Session | None,
+        pixels: float,
+        inverted: bool,
+        frames: float | None,
+        references: list[str] | None,
+        prompt: str,
+        *values: Any,
+    ) -> Iterator[list[Any]]:
+        """Asks for an edit, and shows how far it is until it is over."""
+        wrong, quiet = self.check(prompt, *values), [gr.skip()] * 8
+        told = [_told(text) for text in wrong]
+        if any(wrong):
+            yield [None, _status("mend what is marked in red"), gr.skip(), *told, *quiet]
+            return
+        fields = dict(zip(FIELDS, values, strict=True))
+        try:
+            if session is None:
+                raise InputError("no clip is open: choose an example or a file")
+            config = config_of(self.studio.base, fields, session.frames)
+            mask = session.grown(int(pixels), inverted)
+            request = Request(session.path, mask, prompt, config, tuple(references or ()))
+            settings = resolve_settings(config)
+        except Error as error:
+            yield [None, _status(str(error)), gr.skip(), *told, *quiet]
+            return
+        job = self.studio.jobs.submit(request, settings.sample.steps)
+        yield [job, _bar(job), curves.drawn((), settings), *told, *quiet]
+        seen, heard = -1, [gr.skip()] * len(told)
+        while not job.progress.is_over:
+            seen = job.wait(seen, timeout=2)
+            rows = job.progress.rows
+            yield [job, _bar(job), curves.drawn(rows, settings), *heard, *quiet]
+        shown = quiet
+        if job.progress.state == DONE:
+            shown = self._shown(job.progress.result)
+        drawn = curves.drawn(job.progress.rows, settings)
+        yield [None, _bar(job), drawn, *heard, *shown]
+
+    def stop(self, job: Job | None) -> str:
+        """Cancels the edit that this page asked for."""
+        if job is None:
+            return _status("nothing runs")
+        job.cancel()
+        return _bar(job)
+
+    def pick(self, event: gr.SelectData) -> list[Any]:
+        """Shows an earlier edit."""
+        return self._shown(self.studio.done[::-1][event.index])[:-1]
+
+    def _shown(self, edit: Edit | None) -> list[Any]:
+        """A result with its downloads, and the strip of all, the latest first."""
+        if edit is None:
+            return [gr.skip()] * 8
+        strip = [(one.picture, one.prompt) for one in self.studio.done[::-1]]
+        files = [str(path) for path in (edit.video, edit.mask, edit.trace, edit.archive)]
+        return [
+            _result(edit),
+            gr.Row(visible=True),
+            *(gr.DownloadButton(value=path) for path in files),
+            gr.Textbox(edit.command, visible=True),
+            gr.Gallery(strip, visible=True),
+        ]
+
+
+def forget(session: Session | None) -> None:
+    """Deletes the upload of a page that was closed; edits have copies of theirs."""
+    if session is not None:
+        path = pathlib.Path(session.path)
+        if path.is_relative_to(gr.utils.get_upload_folder()):
+            path.unlink(missing_ok=True)
+
+
+def _told(text: str) -> gr.Markdown:
+    """A problem under a field; it takes no room where there is none."""
+    return gr.Markdown(text, visible=bool(text))
+
+
+def _frames(session: Session) -> gr.Slider:
+    return gr.Slider(0, max(1, session.last), 0, step=1)
+
+
+def _marked(session: Session | None, change: Callable[[Session], Session]) -> list[Any]:
+    """The session after a change of its marks, or what is wrong with that."""
+    if session is None:
+        return [None, _told("no clip is open: choose an example or a file")]
+    try:
+        return [change(session), _told("")]
+    except Error as error:
+        return [gr.skip(), _told(str(error))]
+
+
+def _status(text: str, share: float = 0.0) -> str:
+    bar = f'<div class="kvlock-bar"><div style="width:{100 * share:.0f}%"></div></div>'
+    return f'<div class="kvlock-status">{html.escape(text)}</div>{bar}'
+
+
+def _bar(job: Job) -> str:
+    """How far a job is, with a bar."""
+    progress = job.progress
+    return _status(str(progress), len(progress.rows) / max(1, progress.steps))
+
+
+def _result(edit: Edit) -> str:
+    """An edit beside its source, played in step: they are one video."""
+    address = f"gradio_api/file={quote(str(edit.compared))}"
+    names = "".join(f"<span>{name}</span>" for name in ("source", "mask", "edit"))
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in edit.notes)
+    return (
+        f'<div class="kvlock-result"><h3>{html.escape(edit.prompt)}</h3>'
+        f'<video src="{address}" autoplay loop muted playsinline '
+        'onclick="this.paused ? this.play() : this.pause()"></video>'
+        f'<div class="kvlock-names">{names}</div>'
+        f"<p>{html.escape(edit.kept)}</p>{notes}</div>"
+    )

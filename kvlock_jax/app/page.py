@@ -1,0 +1,297 @@
+"""The page of `kvlock app`, by Gradio: its components, and which event calls what."""
+
+import socket
+import time
+from typing import Any
+
+import gradio as gr
+from ml_collections import ConfigDict
+
+from kvlock_jax import lock
+from kvlock_jax.app import clips
+from kvlock_jax.app.handlers import OUTLINE, PROBLEMS, TOKENS, Handlers, Studio, forget
+from kvlock_jax.app.request import FIELDS
+from kvlock_jax.errors import InputError
+
+_UNUSED = 24 * 3600  # s after which uploads of a session that is still open go
+_CSS = """
+.gradio-container {max-width: 1180px !important; margin: auto}
+#command textarea {font-family: monospace; font-size: .85em}
+#strip .grid-wrap {padding-top: 2.4em}
+#strip .grid-container {grid-template-columns: repeat(auto-fill, minmax(90px, 1fr)) !important}
+.problem p {color: #b3261e; margin: 0}
+.kvlock-curves {display: grid; gap: 8px;
+  grid-template-columns: repeat(auto-fit, minmax(300px, 1fr))}
+.kvlock-curves svg {width: 100%; height: auto; background: #fff; border-radius: 6px}
+.kvlock-status {font-weight: 600; margin-bottom: 6px}
+.kvlock-bar {height: 8px; background: #8884; border-radius: 4px; overflow: hidden}
+.kvlock-bar div {height: 100%; background: #1f5fa8; transition: width .2s}
+.kvlock-result video {width: 100%; border-radius: 6px; background: #000}
+.kvlock-names {display: flex; font-size: .85em; opacity: .8}
+.kvlock-names span {flex: 1; text-align: center}
+"""
+
+
+def serve(
+    studio: Studio, *, listen: str, port: int, auth: tuple[str, str] | None, opened: bool = False
+) -> str:
+    """Serves the page in threads of its own, and returns its address.
+
+    Raises:
+      InputError: the address or the port cannot be had.
+    """
+    port = _free_port(listen, port)
+    folders = {studio.editor.folder, *(example.video.parent for example in studio.examples)}
+    page = build(studio)
+    try:
+        _, url, _ = page.launch(
+            server_name=listen,
+            server_port=port,
+            auth=auth,
+            inbrowser=opened,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            allowed_paths=[str(folder) for folder in folders],
+            max_file_size=clips.LARGEST,
+            footer_links=[],
+            css=_CSS,
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        )
+    except OSError as error:
+        raise InputError(f"--listen {listen} --port {port}: {error}") from error
+    return url
+
+
+def wait() -> None:
+    """Waits until Ctrl-C."""
+    while True:
+        time.sleep(3600)
+
+
+def _free_port(listen: str, port: int) -> int:
+    """The port, or a free one for 0."""
+    family = socket.AF_INET6 if ":" in listen else socket.AF_INET
+    with socket.socket(family) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((listen, port))
+        except OSError as error:
+            raise InputError(f"--listen {listen} --port {port}: {error.strerror}") from error
+        return trial.getsockname()[1]
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page; it is not served yet."""
+    with gr.Blocks(title="kvlock", analytics_enabled=False, delete_cache=(3600, _UNUSED)) as page:
+        _Page(studio).wire(page)
+    page.queue(default_concurrency_limit=4)
+    return page
+
+
+class _Page:
+    """The components, and what their events do."""
+
+    def __init__(self, studio: Studio):
+        self.does, base = Handlers(studio), studio.base
+        self.session = gr.State(None, delete_callback=forget)
+        self.corner, self.job = gr.State(None), gr.State(None)
+        gr.Markdown("## kvlock: edit the masked part of a video, keep the rest")
+        with gr.Row():
+            with gr.Column(min_width=320):
+                self._clip(base)
+            with gr.Column(min_width=320):
+                self._wishes(base)
+        self._result()
+
+    def _clip(self, base: ConfigDict) -> None:
+        gr.Markdown("### 1. A clip, and what to edit in it")
+        with gr.Row():
+            self.examples = [
+                gr.Button(f"Example: {one.name}", size="sm", min_width=120)
+                for one in self.does.studio.examples
+            ]
+        self.upload = gr.File(label="Your clip", height=140, elem_id="upload")
+        self.clip_problem = _problem()
+        self.picture = gr.Image(
+            label="Click two corners of a box",
+            interactive=False,
+            format="png",
+            buttons=[],
+            elem_id="picture",
+        )
+        self.frame = gr.Slider(0, 1, 0, step=1, label="Frame", elem_id="frame")
+        self.kind = gr.Radio([OUTLINE, TOKENS], value=OUTLINE, show_label=False)
+        self.line = gr.Markdown(elem_id="coverage")
+        self.mask_problem = _problem()
+        with gr.Tabs():
+            with gr.Tab("Box"), gr.Row():
+                self.box = gr.Textbox(label="x0,y0,x1,y1 in pixels", scale=2, elem_id="box")
+                self.put_box = gr.Button("Mark on this frame", size="sm", elem_id="put_box")
+            with gr.Tab("Brush") as self.brush_tab:
+                self.paint = gr.ImageEditor(
+                    label="Paint over what to edit",
+                    sources=(),
+                    transforms=(),
+                    layers=False,
+                    brush=gr.Brush(colors=["#ff8c00"], color_mode="fixed"),
+                    buttons=[],
+                    height=420,
+                )
+                self.put_paint = gr.Button("Mark on this frame", size="sm")
+            with gr.Tab("Mask file"):
+                self.mask_file = gr.File(
+                    label="A video for every frame, or a picture for this one; white is edited",
+                    height=140,
+                )
+        self.mark_problem = _problem()
+        with gr.Row():
+            self.remove = gr.Button("Unmark this frame", size="sm", min_width=120)
+            self.clear = gr.Button("Unmark all", size="sm", min_width=120)
+        self.follow = gr.Checkbox(label="Follow the object between marks (OpenCV)")
+        with gr.Row():
+            self.grow = gr.Slider(0, 64, base.edit.dilate, step=1, label="Grow, pixels")
+            self.invert = gr.Checkbox(base.edit.invert_mask, label="Edit the rest instead")
+
+    def _wishes(self, base: ConfigDict) -> None:
+        gr.Markdown("### 2. What it should show")
+        self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+        self.problems = {"prompt": _problem()}
+
+        def field(name: str, component: gr.components.Component) -> gr.components.Component:
+            """A field with its problem under it."""
+            self.problems[name] = _problem()
+            return component
+
+        negative = gr.Textbox(base.edit.negative_prompt, label="Negative prompt", lines=1)
+        self.fields = {"negative_prompt": field("negative_prompt", negative)}
+        self.references = gr.File(
+            label="Pictures of the wanted content (VACE)",
+            file_count="multiple",
+            file_types=["image"],
+            height=160,
+            visible=self.does.studio.takes_references,
+        )
+        preset = gr.Dropdown(
+            list(lock.PRESETS),
+            value=base.preset,
+            label="Preset",
+            info=lock.PRESETS.get(base.preset),
+            elem_id="preset",
+        )
+        self.fields["preset"] = field("preset", preset)
+        sample = base.sample
+        numbers = {
+            "steps": gr.Number(
+                sample.steps, label="Steps", precision=0, elem_id="steps", render=False
+            ),
+            "guidance_scale": gr.Number(sample.guidance_scale, label="Guidance", render=False),
+            "seed": gr.Number(sample.seed, label="Seed", precision=0, render=False),
+            "size": gr.Textbox(
+                base.edit.size, label="Work at WIDTH*HEIGHT", placeholder="the clip's", render=False
+            ),
+        }
+        for pair in (("steps", "guidance_scale"), ("seed", "size")):
+            with gr.Row():
+                for name in pair:
+                    with gr.Column(min_width=130):
+                        self.fields[name] = field(name, numbers[name].render())
+        self.frames = gr.Number(
+            base.edit.frame_num, label="Frames from the start, 0: all", precision=0
+        )
+        with gr.Row():
+            self.run = gr.Button("Edit", variant="primary", elem_id="run", min_width=120)
+            self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120)
+        self.status = gr.HTML(elem_id="status")
+        self.curves = gr.HTML(elem_id="curves")
+
+    def _result(self) -> None:
+        self.result = gr.HTML(elem_id="result")
+        with gr.Row(visible=False) as self.downloads:
+            names = ("Video", "Mask", "Trace", "All, with the command")
+            self.files = [gr.DownloadButton(name, size="sm", min_width=120) for name in names]
+        self.command = gr.Textbox(
+            label="The same edit on the command line, in the folder of the last download",
+            interactive=False,
+            lines=6,
+            max_lines=14,
+            buttons=["copy"],
+            visible=False,
+            elem_id="command",
+        )
+        self.strip = gr.Gallery(
+            label="Edits so far",
+            columns=6,
+            object_fit="contain",
+            height=190,
+            fit_columns=False,
+            allow_preview=False,
+            buttons=[],
+            visible=False,
+            elem_id="strip",
+        )
+
+    def wire(self, page: gr.Blocks) -> None:
+        """Says which event calls what."""
+        opening = [self.session, self.clip_problem, self.frame, self.prompt]
+        opening += [self.frames, self.fields["size"]]
+        look = [self.picture, self.line, self.mask_problem]
+        looks = [self.session, self.frame, self.kind, self.grow, self.invert, self.fields["size"]]
+        marked = [self.session, self.mark_problem]
+
+        def then_look(event: Any) -> None:
+            """Shows the mask after an event."""
+            event.success(self.does.look, looks, look, show_progress="hidden")
+
+        for number, button in enumerate(self.examples):
+            then_look(button.click(lambda n=number: self.does.open_example(n), None, opening))
+        opened = self.upload.upload(self.does.open_upload, [self.upload, self.prompt], opening)
+        then_look(opened)
+        again = self.frames.blur(self.does.open_again, [self.session, self.frames], [*opening[:3]])
+        then_look(again)
+        for component in looks[1:]:
+            component.change(
+                self.does.look, looks, look, show_progress="hidden", trigger_mode="always_last"
+            )
+        at = [self.session, self.frame]
+        for event in (
+            self.put_box.click(self.does.mark_box, [*at, self.box], marked),
+            self.box.submit(self.does.mark_box, [*at, self.box], marked),
+            self.put_paint.click(self.does.mark_paint, [*at, self.paint], marked),
+            self.mask_file.upload(self.does.mark_file, [*at, self.mask_file], marked),
+            self.remove.click(self.does.unmark, at, marked),
+            self.clear.click(self.does.unmark_all, [self.session], marked),
+            self.follow.change(self.does.set_follow, [self.session, self.follow], marked),
+        ):
+            then_look(event)
+        corners = [self.session, self.corner]
+        self.picture.select(self.does.click, corners, [self.corner, self.box])
+        self.brush_tab.select(self.does.canvas, at, self.paint)
+        self.frame.release(self.does.canvas, at, self.paint)
+        told = [self.problems[name] for name in PROBLEMS]
+        wishes = [self.prompt, *(self.fields[name] for name in FIELDS)]
+        self.fields["preset"].input(
+            self.does.brought,
+            self.fields["preset"],
+            [self.fields[name] for name in ("preset", "steps", "guidance_scale")],
+        )
+        for component in wishes:
+            component.change(
+                self.does.told, wishes, told, show_progress="hidden", trigger_mode="always_last"
+            )
+        shown = [self.result, self.downloads, *self.files, self.command, self.strip]
+        asked = [self.session, self.grow, self.invert, self.frames, self.references, *wishes]
+        progress = [self.job, self.status, self.curves, *told, *shown]
+        how = {"show_progress": "hidden", "concurrency_limit": None}
+        self.run.click(self.does.edit, asked, progress, **how)
+        self.cancel.click(
+            self.does.stop, self.job, self.status, queue=False, show_progress="hidden"
+        )
+        self.strip.select(self.does.pick, None, shown[:-1])
+        first = page.load(self.does.begin, None, [*opening, *shown])
+        then_look(first)
+
+
+def _problem() -> gr.Markdown:
+    return gr.Markdown(elem_classes="problem", visible=False)

@@ -1,0 +1,333 @@
+"""The logic of `kvlock app`, without its page."""
+
+import dataclasses
+import os
+import shlex
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import tiny
+from clips import blob, noise
+
+from kvlock_jax.app import clips, curves, marks, views
+from kvlock_jax.app.edits import Editor
+from kvlock_jax.app.jobs import CANCELLED, DONE, FAILED, RUNNING, WAITING, Jobs
+from kvlock_jax.app.marks import Marks
+from kvlock_jax.app.request import Request, command, config_of, problems
+from kvlock_jax.app.session import Session
+from kvlock_jax.cli import main
+from kvlock_jax.cli.app import check_access, model_arguments
+from kvlock_jax.cli.flags import gather_settings
+from kvlock_jax.errors import InputError
+from kvlock_jax.media import decode, encode
+from kvlock_jax.media.decode import Video
+from kvlock_jax.pipeline.load import default_config
+from kvlock_jax.pipeline.settings import config, resolve_settings
+from kvlock_jax.runtime.compile_cache import Compiler
+from kvlock_jax.sampling.loop import Trace
+
+VIDEO = Video(noise(), 12)
+
+# --- clips --------------------------------------------------------------------------------------
+
+
+def test_examples_are_clips_with_their_masks(tmp_path):
+    for example in clips.examples(tmp_path):
+        session = Session.opened(example.video).with_file(example.mask, 0)
+        assert session.mask.shape == session.video.frames.shape[:3]
+        assert 0.05 < session.mask.mean() < 0.5
+
+
+def test_bad_uploads_are_told_by_name(folder):
+    whole = (folder / "in.mkv").read_bytes()
+    (folder / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.mp4").write_text("no video")
+    for name, told in (("cut.mkv", "cut.mkv: "), ("text.mp4", "not a readable"), ("no", "gone")):
+        with pytest.raises(InputError, match=told) as caught:
+            clips.read(folder / name)
+        assert os.fspath(folder) not in str(caught.value)
+    with pytest.raises(InputError, match="too large"):
+        clips.read(folder / "in.mkv", largest=10)
+    assert len(clips.read(folder / "in.mkv", 2).frames) == 2
+
+
+# --- marks --------------------------------------------------------------------------------------
+
+
+def test_a_mark_stands_for_all_frames_and_two_change_evenly():
+    one = Marks().put(2, (8, 8, 16, 16))
+    mask = marks.mask_of(one, VIDEO)
+    assert mask[:, 8:16, 8:16].all() and mask.sum() == 5 * 64
+    two = one.put(4, (16, 8, 24, 16)).without(0)
+    moved = marks.mask_of(two, VIDEO)
+    assert moved[3, 8:16, 12:20].all() and moved[3].sum() == 64
+    mixed = two.put(0, blob()[0])
+    assert (marks.mask_of(mixed, VIDEO)[0] == blob()[0]).all()
+    assert list(mixed.keyframes) == [0, 2, 4] and "frame 4: box 16,8,24,16" in str(mixed)
+
+
+def test_marks_that_do_not_fit():
+    with pytest.raises(InputError, match="nothing is marked"):
+        marks.mask_of(Marks(), VIDEO)
+    with pytest.raises(InputError, match="no frame 7"):
+        marks.mask_of(Marks().put(7, (0, 0, 8, 8)), VIDEO)
+    with pytest.raises(InputError):
+        marks.box_mark("0,0,100,8", VIDEO)
+    with pytest.raises(InputError, match="nothing is painted"):
+        marks.painted([], VIDEO)
+
+
+def test_paint_is_brought_to_the_frames_size():
+    layer = np.zeros((320, 480, 4), np.uint8)
+    layer[80:160, 100:200, 3] = 255
+    shape = marks.painted([layer], VIDEO)
+    assert shape[8:16, 10:20].all() and shape.sum() == 80
+
+
+def test_a_mask_file_is_of_every_frame_or_of_one(folder):
+    session = Session.opened(folder / "in.mkv").with_file(folder / "mask.mkv", 3)
+    np.testing.assert_array_equal(session.mask, tiny.mask()[..., 0] > 127)
+    encode.write_png(
+        folder / "one.png", np.repeat(blob()[0, ..., None], 3, -1).view(np.uint8) * 255
+    )
+    session = session.with_file(folder / "one.png", 3)
+    assert list(session.marks.keyframes) == [3] and session.marks.whole is None
+    with pytest.raises(InputError, match=r"^mask in\.mkv|in\.mkv"):
+        Session.opened(clips.examples(folder)[0].video).with_file(folder / "in.mkv", 0)
+
+
+def test_the_mask_is_shown_before_anything_runs(folder, model):
+    configs, edit = model.checkpoint.configs, config("demo").edit
+    edit = resolve_settings(config("demo")).edit
+    session = Session.opened(folder / "in.mkv")
+    assert "nothing is marked" in session.view(0, configs, edit).problem
+    session = session.with_box("8,8,16,16", 0)
+    view = session.view(2, configs, edit)
+    assert "64 pixels" not in view.line and "4.2 % of the pixels, in 5 of 5" in view.line
+    assert "2 of 12 tokens" in view.line and not view.problem
+    assert view.picture.shape == (320, 480, 3)
+    tokens = session.view(2, configs, edit, as_tokens=True).picture
+    plain = views.enlarged(session.video.frames[2])
+    assert (tokens != plain)[1:159, 1:159].any(-1).all()  # the token of 16 pixels that it touches
+    np.testing.assert_array_equal(tokens[170:310, 170:310], plain[170:310, 170:310])
+    assert "9.4 %" in session.view(2, configs, edit, pixels=2).line  # 12x12
+    assert "95.8 %" in session.view(2, configs, edit, inverted=True).line
+    smaller = dataclasses.replace(edit, size="24*16")
+    assert "tokens" in session.view(2, configs, smaller, as_tokens=True).line
+
+
+# --- fields and the command ---------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    """A command's words, as a shell parts them."""
+    return shlex.split(text.replace("\\\n", ""))
+
+
+def test_what_is_wrong_is_told_by_field():
+    base = config("demo")
+    good = {"negative_prompt": "", "preset": "kvlock", "steps": 8, "guidance_scale": 4, "seed": 1}
+    good["size"] = ""
+    assert problems(base, "a star", good) == {}
+    bad = good | {"steps": 0, "seed": None, "size": "big"}
+    found = problems(base, " ", bad)
+    assert list(found) == ["prompt", "steps", "seed", "size"]
+    assert found["steps"] == "SampleConfig.steps must be at least 1, found 0"
+    assert found["prompt"].startswith("the prompt is empty")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"steps": 8, "guidance_scale": 3, "seed": 7, "size": "48*32"},
+        {"preset": "distilled", "steps": 5, "guidance_scale": 1.0},
+        {"negative_prompt": 'it\'s "bad" $HOME; -x', "preset": "hard_lock"},
+    ],
+)
+@pytest.mark.parametrize("own", ["demo", "t2v_a14b"])
+def test_the_command_has_the_same_settings(own, changes):
+    base = gather_settings(main._parser().parse_args(["app", "--window", "33"]), [], own)
+    base.kvlock.tau = 0.02
+    base.edit.dilate = 4
+    run = config_of(base, changes, frames=5)
+    assert run.edit.dilate == 0 and run.edit.frame_num == 5
+    request = Request("in.mp4", blob(), "a star", run)
+    text = command(request, config(own), ["--ckpt_dir=x"], {"src_video": "a b.mp4", "bbox": None})
+    kvlock, *arguments = words(text)
+    args, others = main._parser().parse_known_args([*arguments, "--save_file=out.mp4"])
+    assert kvlock == "kvlock" and args.src_video == "a b.mp4" and args.ckpt_dir == "x"
+    assert resolve_settings(gather_settings(args, others, own)) == resolve_settings(run)
+
+
+def test_the_command_makes_the_same_video(tmp_path, monkeypatch, model, loads, tiny_checkpoint):
+    example = clips.examples(tmp_path)[0]
+    session = Session.opened(example.video, 5).with_box("20,24,60,70", 0)
+    base = default_config(model)
+    run = config_of(base, {"steps": 2, "seed": 3, "size": "48*32"}, frames=5)
+    editor = Editor(
+        model,
+        default_config(model),
+        [f"--ckpt={tiny_checkpoint}", "--mesh=frames=1"],
+        Compiler(),
+        tmp_path,
+    )
+    steps = []
+    request = Request(session.path, session.grown(2, False), "a blue square", run)
+    edit = editor(request, lambda *step: steps.append(step))
+    assert [number for number, _ in steps] == [0, 1] and "background PSNR" in edit.kept
+    with zipfile.ZipFile(edit.archive) as archive:
+        archive.extractall(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere" / edit.folder.name)
+    made = edit.video.read_bytes()
+    with open("edit.mp4", "rb") as file:
+        assert file.read() == made
+    os.remove("edit.mp4")
+    with open("edit.sh", encoding="utf-8") as file:
+        assert main.main(words(file.read())[1:]) == 0
+    with open("edit.mp4", "rb") as file:
+        assert file.read() == made
+    assert decode.read_video(edit.compared).frames.shape[1] % 2 == 0
+
+
+def test_a_cancelled_edit_leaves_nothing(tmp_path, model):
+    session = Session.opened(clips.examples(tmp_path)[0].video, 5).with_box("20,24,60,70", 0)
+    run = config_of(default_config(model), {"steps": 2, "size": "48*32"}, frames=5)
+    (tmp_path / "kept").mkdir()
+    editor = Editor(model, default_config(model), [], Compiler(), tmp_path / "kept")
+    jobs = Jobs(editor)
+    job = jobs.submit(Request(session.path, session.grown(0, False), "a star", run), 2)
+    seen = 0
+    while not job.progress.rows and not job.progress.is_over:
+        seen = job.wait(seen)
+    job.cancel()
+    while not job.progress.is_over:
+        seen = job.wait(seen)
+    assert job.progress.state == CANCELLED and len(job.progress.rows) == 1
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+# --- jobs and curves ----------------------------------------------------------------------------
+
+
+def row(number: int) -> Trace:
+    return Trace(0.5, 0.05 * (number > 1), 0.5, 4.0, 1.0, number > 2, True)
+
+
+class Steps:
+    """Work of 4 steps, each of which a test allows."""
+
+    def __init__(self):
+        self.allowed, self.done = threading.Semaphore(0), []
+
+    def __call__(self, request, on_step):
+        for number in range(4):
+            assert self.allowed.acquire(timeout=20)
+            if request == "bad":
+                raise InputError("a bad file")
+            if request == "bug":
+                raise ZeroDivisionError("by nothing")
+            on_step(number, row(number))
+        self.done.append(request)
+        return f"{request} is made"
+
+    def step(self, job, count=1):
+        for _ in range(count):
+            version = job.wait(-1)
+            self.allowed.release()
+            job.wait(version)
+
+
+def until(job, state):
+    seen = -1
+    while job.progress.state != state:
+        seen = job.wait(seen, 20)
+    return job.progress
+
+
+def test_jobs_run_one_at_a_time_and_others_wait():
+    work = Steps()
+    jobs = Jobs(work)
+    first, second, third = (jobs.submit(name, 4) for name in "abc")
+    until(first, RUNNING)
+    assert (second.progress.state, second.progress.before, third.progress.before) == (WAITING, 1, 2)
+    assert str(third.progress) == "waiting: 2 edits run before this one"
+    second.cancel()
+    assert until(second, CANCELLED).is_over
+    work.step(first, 3)
+    assert str(first.progress).startswith("step 3 of 4, 0 s left")
+    work.allowed.release(10)
+    assert until(first, DONE).result == "a is made"
+    until(third, DONE)
+    assert work.done == ["a", "c"]
+
+
+def test_cancel_takes_a_step_at_most():
+    work = Steps()
+    job = Jobs(work).submit("a", 4)
+    until(job, RUNNING)
+    work.step(job)
+    job.cancel()
+    assert str(job.progress) == "stopping after this step"
+    work.allowed.release()
+    assert len(until(job, CANCELLED).rows) == 1 and work.done == []
+
+
+def test_a_failed_job_stops_no_other(capsys):
+    work = Steps()
+    jobs = Jobs(work)
+    bad, bug, good = (jobs.submit(name, 4) for name in ("bad", "bug", "good"))
+    work.allowed.release(10)
+    assert str(until(bad, FAILED)) == "a bad file"
+    assert str(until(bug, FAILED)) == "internal error: ZeroDivisionError: by nothing"
+    assert "Traceback" in capsys.readouterr().err
+    assert until(good, DONE).result == "good is made"
+
+
+def test_curves_grow():
+    settings = resolve_settings(config("demo"))
+    empty, some = curves.drawn((), settings), curves.drawn([row(n) for n in range(4)], settings)
+    assert empty.count("<svg") == some.count("<svg") == 3
+    assert "polyline" not in empty and some.count("<polyline") == 3
+    assert 'data-steps="4"' in some and "= 0.01" in some and empty.count("<rect") == 3
+    nan = dataclasses.replace(row(0), sigma2=float("nan"), guidance_scale=float("nan"))
+    assert "nan" not in curves.drawn([nan], settings)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_who_may_reach_the_page():
+    assert check_access("127.0.0.1", None) is check_access("::1", None) is None
+    assert check_access("localhost", None) is None
+    assert check_access("0.0.0.0", "me:a:b") == ("me", "a:b")
+    with pytest.raises(InputError, match="--auth USER:PASSWORD"):
+        check_access("0.0.0.0", None)
+    with pytest.raises(InputError, match="USER:PASSWORD"):
+        check_access("127.0.0.1", "me")
+
+
+def test_the_command_loads_the_same_model(folder):
+    given = "--ckpt_dir wan --vae v.pth --transformer a.gguf --transformer b.gguf --lora l:0.5"
+    given += " --dtype bfloat16 --mesh frames=2 --no-spread_weights --weights int8 --vae_tiles 2"
+    app = main._parser().parse_args(["app", *given.split()])
+    files = ["--src_video=a", "--prompt=b", "--save_file=c"]
+    edit = main._parser().parse_args(["edit", *model_arguments(app), *files])
+    for name in "lora dtype mesh spread_weights weights vae_tiles attention weights_on".split():
+        assert getattr(edit, name) == getattr(app, name), name
+    assert edit.ckpt_dir == str(folder / "wan") and edit.vae == str(folder / "v.pth")
+    assert edit.transformer == [str(folder / "a.gguf"), str(folder / "b.gguf")]
+    demo = main._parser().parse_args(["app"])
+    assert model_arguments(demo) == ["--ckpt_dir=demo"]
+    remote = main._parser().parse_args(["app", "--ckpt_dir=gs://a/b"])
+    assert model_arguments(remote) == ["--ckpt_dir=gs://a/b"]
+
+
+def test_without_gradio(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    for name in ("page", "handlers"):
+        monkeypatch.delitem(__import__("sys").modules, f"kvlock_jax.app.{name}", raising=False)
+    assert main.main(["app"]) == 2
+    assert capsys.readouterr().err == "error: kvlock app needs Gradio: pip install '.[app]'\n"
