@@ -11,6 +11,8 @@ object:
 - `chunks`: runs over parts of 9 frames that know nothing of each other.
 - `from_last`: the same, where each part begins with the last frame of the edit before, decoded and
   encoded again and kept, as VACE's users do it.
+- `vae`: no edit at all, but the clip with the wanted object through the VAE: what is left to the
+  others where they decode a clip in one piece.
 
 `right` is the share of clips in which every nine frames show the wanted colour and shape.
 Foreground and background PSNR are against the clip with the wanted object rendered into it. `drift`
@@ -33,9 +35,10 @@ from kvlock_jax.demo.judge import judge
 from kvlock_jax.demo.world import FRAMES, random_scene, render, shape_cover
 from kvlock_jax.evaluate import metrics
 from kvlock_jax.media.encode import write_png
+from kvlock_jax.pipeline.api import round_trip
 from kvlock_jax.sampling.windows import number
 
-WAYS = ("windows", "whole", "chunks", "from_last")
+WAYS = ("vae", "windows", "whole", "chunks", "from_last")
 LENGTHS = (33, 65)
 
 
@@ -48,8 +51,10 @@ def settings(flags, long: str, **sample):
     return config
 
 
-def edited(model, flags, way: str, clip, mask, prompt: str, seed: int) -> np.ndarray:
-    """The clip, edited in one of the ways."""
+def edited(model, flags, way: str, clip, ideal, mask, prompt: str, seed: int) -> np.ndarray:
+    """The clip, edited in one of the ways; `ideal` is the truth."""
+    if way == "vae":
+        return round_trip(model, ideal)
     if way in ("windows", "moving", "whole"):
         long = "whole" if way == "whole" else "windows"
         config = settings(flags, long, seed=seed, window_shift=way == "moving")
@@ -134,7 +139,7 @@ def main() -> None:
                 clip, ideal, mask = render(scene).video, render(target).video, box_mask(scene)
                 if n == 1:
                     start = time.perf_counter()  # the first one compiles
-                video = edited(model, flags, way, clip, mask, target.caption, FIRST_SEED + n)
+                video = edited(model, flags, way, clip, ideal, mask, target.caption, FIRST_SEED + n)
                 parts = [slice(t, t + FRAMES) for t in range(0, frames - FRAMES + 1, FRAMES)]
                 verdicts = [judge(video[part], mask[part]) for part in parts]
                 wanted = (target.colour, target.shape)
