@@ -49,7 +49,8 @@ def test_info_of_a_diffusers_folder(capsys, monkeypatch, tiny_checkpoint):
 
 def test_info_of_demo_is_that_of_its_folder(capsys, monkeypatch, tiny_checkpoint):
     monkeypatch.setattr(load, "_DEMO", tiny_checkpoint)
-    assert info(capsys, "demo") == info(capsys, str(tiny_checkpoint))
+    frames = "--frame_num=9"  # a window of the demo's
+    assert info(capsys, "demo", frames) == info(capsys, str(tiny_checkpoint), frames)
 
 
 def test_info_of_a_converted_checkpoint(capsys, monkeypatch, tmp_path, tiny_checkpoint):

@@ -184,16 +184,12 @@ def _block_parameters(config: WanConfig) -> int:
 def pass_parameters(config: WanConfig) -> int:
     """The number of parameters that a pass reads.
 
-    The others encode texts and the control video before the loop, once for all passes.
+    The others encode texts before the loop, once for all passes.
     """
     parts, wide = parameters(config), config.dim
     text = 2 * _linear(wide, wide) + wide  # of each block: keys, their norm, values
     blocks = config.num_layers + len(config.vace_layers)
-    unread = parts.text + blocks * text
-    if config.vace_layers:
-        cells = math.prod(config.patch_size)
-        unread += _linear(cells * config.vace_in_channels, wide) + _linear(wide, wide)
-    return parts.total - unread
+    return parts.total - parts.text - blocks * text
 
 
 def weight_bytes(workload: Workload, layout: Layout) -> int:
@@ -349,13 +345,16 @@ def pass_flops(
     feed_forward = 4 * tokens * wide * config.ffn_dim
     block = projections + self_attention + cross_attention + feed_forward
     layers, time = rows * config.num_layers, config.freq_dim * wide + 7 * wide**2
+    channels, control = config.in_channels, 0
+    if config.vace_layers:
+        channels, control = channels + config.vace_in_channels, tokens * wide**2
     return Flops(
         projections=round(computed * layers * projections),
         self_attention=round(computed * layers * self_attention),
         cross_attention=round(computed * layers * cross_attention),
         feed_forward=round(computed * layers * feed_forward),
         context=rows * len(config.vace_layers) * (block + 2 * tokens * wide**2),
-        embedding=rows * 2 * (tokens * cells * config.in_channels * wide + time),
+        embedding=rows * 2 * (tokens * cells * channels * wide + control + time),
         head=round(computed * rows * 2 * tokens * cells * config.out_channels * wide),
     )
 
