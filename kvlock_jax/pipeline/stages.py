@@ -66,7 +66,7 @@ def encode_inputs(
     context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
     settings: Settings,
     run: Call,
-) -> tuple[Edits, Int[np.ndarray, "B T"]]:
+) -> tuple[Edits, Int[np.ndarray, "B of_frames"]]:
     """Encodes videos and masks; also counts each edit's foreground tokens in each latent frame.
 
     Edits of one source share one array of frames, which is encoded once.
@@ -97,7 +97,7 @@ def encode_rows(
     rows: Rows,
     context: Float[Array | np.ndarray, "R S D"] | jax.ShapeDtypeStruct,
     run: Call,
-) -> tuple[Edits, Int[np.ndarray, "B T"]]:
+) -> tuple[Edits, Int[np.ndarray, "B of_frames"]]:
     """`encode_inputs` of a batch's rows, with the pools in which they share a statistic."""
     args = (rows.inputs, rows.noise, context, rows.settings[0])
     edits, tokens = encode_inputs(model, *args, run)
