@@ -220,3 +220,23 @@ def test_same_frames_as_the_vace_pipeline(vace_pipeline, vace_model, solver, ref
         print(f"\nVACE, {solver}, {references} references: {found:.1f} dB against Diffusers")
     assert found > 50
     assert want.std() > 20 and psnr(free, want) < 35  # a picture, and one that the context made
+
+
+def test_devices_of_data_take_windows_of_one_clip(tmp_path):
+    """A single clip does not divide over them, unless it runs over windows."""
+    tiny.make_ti2v_pipeline(tmp_path).save_pretrained(tmp_path / "wan")
+    config, made, mesh = (
+        run_config("cfg", steps=2),
+        [],
+        make_mesh(data=2, devices=jax.devices()[:2]),
+    )
+    config.sample.update({"window": 9, "window_overlap": 4})
+    args = tiny.clip(17, 64, 64), (8, 8, 24, 24), PROMPT
+    for where in (None, mesh):
+        model = kvl.load(tmp_path / "wan", mesh=where)
+        made.append(kvl.edit(model, *args, config=config))
+    assert made[1].windows == 2
+    assert np.abs(made[0].video.astype(int) - made[1].video).max() <= 1
+    config.sample.window = 17
+    with pytest.raises(ConfigError, match="1 rows do not divide over the 2 devices"):
+        kvl.edit(model, *args, config=config)
