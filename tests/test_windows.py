@@ -97,6 +97,11 @@ def test_windows_cover_a_clip(whole, frames, overlap, count):
     assert windows.grid.space == (2 + frames, 2, 2)
 
 
+def test_a_weight_rises_and_falls_over_the_overlap():
+    windows = Windows.of(Grid.of((9, 2, 2)), 0, 5, 2)
+    np.testing.assert_allclose(windows.weights, [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])
+
+
 @pytest.mark.parametrize(
     "settings, vace, references",
     [
