@@ -18,8 +18,8 @@ object:
 Foreground and background PSNR are against the clip with the wanted object rendered into it. `drift`
 is the slope of the colour error over time: of the mean colour of background and object against the
 truth's, in levels of 255 per 100 frames, the size of the least-squares slope of its distance; its
-interval holds 95% of means over clips drawn again. `seams` is the change from frame to frame at the borders
-of windows or parts, beside that elsewhere, over the same ratio of the truth.
+interval holds 95% of means over clips drawn again. `seams` is the change from frame to frame at the
+borders of windows or parts, beside that elsewhere, over the same ratio of the truth.
 """
 
 import argparse
