@@ -44,7 +44,8 @@ def main() -> None:
         browsing.until_status(page, "done")
         page.wait_for_selector("#result video")
         page.click("text=outline of the mask")
-        time.sleep(2)  # for the video and the strip to be drawn
+        page.locator("#strip img").scroll_into_view_if_needed()  # or it is not loaded
+        time.sleep(2)  # for the video to be drawn
         page.screenshot(path=DOCS / "app_result.png", full_page=True)
         page.set_viewport_size({"width": 400, "height": 900})
         time.sleep(1)

@@ -22,18 +22,30 @@ def missing() -> str:
 
 
 def executable() -> str | None:
-    """The system's Chromium."""
+    """The system's Chromium, or Playwright's own."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    return next(filter(None, map(shutil.which, names)), None)
+    if found := next(filter(None, map(shutil.which, names)), None):
+        return found
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    return own if os.path.exists(own) else None
+
+
+def environment() -> dict[str, str]:
+    """The environment of programs: `kvlock` is found, and there is one device."""
+    programs = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    rest = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return {**rest, "PATH": programs}
 
 
 @contextlib.contextmanager
 def served(*flags: str, seconds: float = 240):
     """Runs `kvlock app` on a free port; yields its address, and how long it took."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "kvlock_jax.cli.main", "app", "--port=0", *flags]
     start = time.monotonic()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     try:
         lines = ""
         while not (found := re.search(r"http://\S+(?=,)", lines)):
@@ -49,8 +61,8 @@ def served(*flags: str, seconds: float = 240):
 
 
 @contextlib.contextmanager
-def page_of(url: str, width: int = 1200, height: int = 1000):
-    """A page in the browser, opened, with the first example shown."""
+def page_of(url: str, width: int = 1200, height: int = 1000, auth: str = ""):
+    """A page in the browser, opened, with the first example shown; `auth` is `USER:PASSWORD`."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -61,11 +73,21 @@ def page_of(url: str, width: int = 1200, height: int = 1000):
             page = browser.new_page(viewport={"width": width, "height": height})
             page.set_default_timeout(180_000)
             page.goto(url)
-            page.wait_for_selector("#picture img")
-            page.wait_for_function("document.querySelector('#coverage').innerText.includes('%')")
+            if auth:
+                user, password = auth.split(":")
+                page.fill("input >> nth=0", user)
+                page.fill("input[type=password]", password)
+                page.keyboard.press("Enter")
+            until_shown(page)
             yield page
         finally:
             browser.close()
+
+
+def until_shown(page) -> None:
+    """Waits until the page shows a clip with its mask."""
+    page.wait_for_selector("#picture img")
+    page.wait_for_function("document.querySelector('#coverage').innerText.includes('%')")
 
 
 def steps_of(page) -> int:
@@ -77,5 +99,5 @@ def steps_of(page) -> int:
 def until_status(page, text: str) -> None:
     """Waits until the line over the bar says something."""
     page.wait_for_function(
-        "text => document.querySelector('#status').innerText.includes(text)", arg=text
+        "text => document.querySelector('#status')?.innerText.includes(text)", arg=text
     )

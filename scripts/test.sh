@@ -14,6 +14,19 @@ install() {
 }
 environment test install
 
+# A browser for the page's tests: the system's, else the distribution's, else Playwright's own.
+# Without one those tests are skipped, and say so.
+chromium() {
+  python -c 'import sys; sys.path.insert(0, "scripts"); import browsing; sys.exit(browsing.missing() != "")'
+}
+if ! chromium; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    (apt-get -qq update && apt-get -qq install --yes chromium) >/dev/null 2>&1 || true
+  fi
+  chromium || timeout 120 python -m playwright install chromium >/dev/null 2>&1 || true
+  chromium || echo "no Chromium could be installed: the tests of kvlock app in a browser are skipped"
+fi
+
 folders=(kvlock_jax convert configs scripts tests)
 ruff check "${folders[@]}"
 ruff format --check "${folders[@]}"

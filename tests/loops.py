@@ -158,7 +158,7 @@ def one_edit(edits: Edits, i: int) -> Edits:
     return dataclasses.replace(alone, prompts=edits.prompts[2 * i : 2 * i + 2])
 
 
-def nobody(number, trace):
+def nobody(step):
     """Hears of each step, so that the loop runs step by step."""
 
 

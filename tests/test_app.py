@@ -1,9 +1,11 @@
 """The logic of `kvlock app`, without its page."""
 
+import contextlib
 import dataclasses
 import os
 import shlex
 import threading
+import types
 import zipfile
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 import tiny
 from clips import blob, noise
 
-from kvlock_jax.app import clips, curves, marks, views
+from kvlock_jax.app import clips, curves, marks, preview, views
 from kvlock_jax.app.edits import Editor
 from kvlock_jax.app.jobs import CANCELLED, DONE, FAILED, RUNNING, WAITING, Jobs
 from kvlock_jax.app.marks import Marks
+from kvlock_jax.app.preview import Preview
 from kvlock_jax.app.request import Request, command, config_of, problems
 from kvlock_jax.app.session import Session
 from kvlock_jax.cli import main
@@ -23,6 +26,8 @@ from kvlock_jax.cli.flags import gather_settings
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import decode, encode
 from kvlock_jax.media.decode import Video
+from kvlock_jax.media.fit import Fit
+from kvlock_jax.models.family import Encoded
 from kvlock_jax.pipeline.load import default_config
 from kvlock_jax.pipeline.settings import config, resolve_settings
 from kvlock_jax.runtime.compile_cache import Compiler
@@ -177,7 +182,9 @@ def test_the_command_makes_the_same_video(tmp_path, monkeypatch, model, loads, t
     steps = []
     request = Request(session.path, session.grown(2, False), "a blue square", run)
     edit = editor(request, lambda *step: steps.append(step))
-    assert [number for number, _ in steps] == [0, 1] and "background PSNR" in edit.kept
+    assert [picture.shape for _, picture in steps] == [
+        (160, 480, 3)
+    ] * 2 and "background PSNR" in edit.kept
     with zipfile.ZipFile(edit.archive) as archive:
         archive.extractall(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere" / edit.folder.name)
@@ -209,6 +216,41 @@ def test_a_cancelled_edit_leaves_nothing(tmp_path, model):
     assert list((tmp_path / "kept").iterdir()) == []
 
 
+# --- previews -----------------------------------------------------------------------------------
+
+
+def test_a_preview_is_the_linear_map_of_latents_to_colours(monkeypatch):
+    random = np.random.default_rng(1)
+    mixing = random.normal(size=(4, 5)) / 100
+
+    def encode(network, clips, masks, run):
+        """A VAE whose latents are linear in the mean colours of 4 frames of 8 x 8 pixels."""
+        return Encoded(
+            [_cells(clip)[None] @ mixing[:3] + mixing[3] for clip in clips], np.arange(4)
+        )
+
+    monkeypatch.setattr(preview, "encode_clips", encode)
+    vae = types.SimpleNamespace(strides=(4, 8, 8))
+    model = types.SimpleNamespace(
+        checkpoint=types.SimpleNamespace(configs=types.SimpleNamespace(vae=vae)),
+        fit=lambda clip: Fit(*clip.shape[:3], (4, 8, 8)),
+        on_mesh=contextlib.nullcontext,
+        using=contextlib.nullcontext,
+    )
+    clip = np.repeat(random.integers(60, 70, (9, 40, 24, 1), dtype=np.uint8), 3, -1)
+    fitted = Preview.fitted(model, clip, None)
+    colourful = random.integers(0, 256, (9, 40, 24, 3), dtype=np.uint8)
+    colours = fitted.colours(_cells(colourful) @ mixing[:3] + mixing[3])
+    np.testing.assert_allclose(colours, _cells(colourful), atol=0.51)
+    assert fitted.drawn(np.zeros((1, 5, 3, 5))).shape == (160, 96, 3)
+
+
+def _cells(clip):
+    parts = [clip[:1], *(clip[n : n + 4] for n in range(1, len(clip), 4))]
+    means = np.stack([part.astype(float).mean(0) for part in parts])
+    return means.reshape(len(parts), 5, 8, 3, 8, 3).mean((2, 4))
+
+
 # --- jobs and curves ----------------------------------------------------------------------------
 
 
@@ -229,7 +271,7 @@ class Steps:
                 raise InputError("a bad file")
             if request == "bug":
                 raise ZeroDivisionError("by nothing")
-            on_step(number, row(number))
+            on_step(row(number))
         self.done.append(request)
         return f"{request} is made"
 
@@ -254,8 +296,10 @@ def test_jobs_run_one_at_a_time_and_others_wait():
     until(first, RUNNING)
     assert (second.progress.state, second.progress.before, third.progress.before) == (WAITING, 1, 2)
     assert str(third.progress) == "waiting: 2 edits run before this one"
-    second.cancel()
-    assert until(second, CANCELLED).is_over
+    assert jobs.unfinished == [first, second, third]
+    jobs.cancel(second)
+    assert until(second, CANCELLED).is_over and third.progress.before == 1
+    assert jobs.unfinished == [first, third]
     work.step(first, 3)
     assert str(first.progress).startswith("step 3 of 4, 0 s left")
     work.allowed.release(10)

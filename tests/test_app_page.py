@@ -47,24 +47,27 @@ def test_an_example_is_edited_and_kept(studio):
     tokens, _, _ = does.look(session, 4, TOKENS, 0, False, "48*48")
     assert outlined.shape == (*tokens.shape[:2], 3) and "tokens" in line
     values = ["", studio.base.preset, 2, 4.0, 0, "48*48"]
-    told = list(does.edit(session, 0, False, 0, None, prompt, *values))
-    job, status, curve, *_ = told[-1]
-    assert job is None and "done" in status and 'data-steps="2"' in curve
+    job, status, *_ = does.edit(session, 0, False, 0, None, prompt, *values)
+    assert does.begin()[6] is job  # as a page that opens meanwhile finds it
+    told = list(does.watch(job))
+    assert any("<img" in str(estimate) for _, _, estimate, *_ in told)
+    status, curve, estimate, *_ = told[-1]
+    assert "done" in status and 'data-steps="2"' in curve and estimate == ""
     (edit,) = studio.done
     assert "edit.mp4" in only(edit.folder) and "yellow circle" in edit.command
-    assert "<video" in does.begin()[6]  # as a page that opens later shows it
+    assert "<video" in does.begin()[7]  # as a page that opens later shows it
 
 
 def test_what_is_wrong_is_told_and_nothing_runs(studio):
     does = Handlers(studio)
     session = does.open_example(0)[0]
     values = ["", studio.base.preset, 0, 4.0, 0, ""]
-    ((job, status, *_),) = does.edit(session, 0, False, 0, None, " ", *values)
+    job, status, *_ = does.edit(session, 0, False, 0, None, " ", *values)
     assert job is None and "mend" in status
     assert does.check(" ", *values)[3].startswith("SampleConfig.steps must be at least 1")
     unmarked = does.unmark_all(session)[0]
     values[2] = 2
-    ((job, status, *_),) = does.edit(unmarked, 0, False, 0, None, "a star", *values)
+    job, status, *_ = does.edit(unmarked, 0, False, 0, None, "a star", *values)
     assert job is None and "nothing is marked" in status
     _, problem = does.mark_box(session, 0, "1,2")
     assert "x0" in problem.value

@@ -171,9 +171,9 @@ def test_each_step_is_heard_once(model, plain):
     steps: list[int] = []
     traces: list[Trace] = []
 
-    def on_step(number, trace):
-        steps.append(number)
-        traces.append(trace)
+    def on_step(step):
+        steps.append(step.number)
+        traces.append(step.trace)
 
     heard = edit(model, on_step=on_step)
     assert steps == [0, 1, 2]

@@ -155,7 +155,7 @@ def test_the_same_expert_twice_is_one_model():
         edits,
         settings,
         steps.with_experts(0.8),
-        on_step=lambda number, _: ticks.append(number),
+        on_step=lambda step: ticks.append(step.number),
     )
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
     np.testing.assert_allclose(same.sigma2, trace.sigma2, rtol=1e-5, atol=1e-7)

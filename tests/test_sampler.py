@@ -292,9 +292,10 @@ def test_step_by_step_is_the_loop(preset):
     if preset == "carried":
         settings = dataclasses.replace(settings, cache="carried")
     whole = run(make_fake(), make_edits(), settings)
-    parts = run(make_fake(), make_edits(), settings, on_step=lambda *step: steps.append(step))
-    assert [number for number, _ in steps] == list(range(STEPS))
-    told = jax.tree.map(lambda *rows: np.stack(rows), *(trace for _, trace in steps))
+    parts = run(make_fake(), make_edits(), settings, on_step=steps.append)
+    assert [step.number for step in steps] == list(range(STEPS))
+    np.testing.assert_allclose(steps[-1].estimate(), GRID.join(parts[0]), rtol=1e-6, atol=1e-6)
+    told = jax.tree.map(lambda *rows: np.stack(rows), *(step.trace for step in steps))
     jax.tree.map(np.testing.assert_array_equal, told, parts[1])
     for got, want in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         assert got.shape == want.shape
@@ -307,8 +308,8 @@ def test_step_by_step_is_the_loop(preset):
 log: list[tuple[str, float]] = []
 
 
-def note_step(number, trace):
-    log.append(("step", int(number)))
+def note_step(step):
+    log.append(("step", int(step.number)))
 
 
 def note_model(timestep):

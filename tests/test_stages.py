@@ -86,7 +86,7 @@ def test_nothing_is_compiled_again(
     assert set(compiled) & PROGRAMS == once | loop
     compiled.clear()
     steps = []
-    on_step = (lambda *step: steps.append(step)) if by_step else None
+    on_step = steps.append if by_step else None
     result = run(model, inputs, settings, on_step=on_step, background=ahead[0])
     assert not set(compiled) & PROGRAMS
     assert result.video.shape == inputs.source.shape and len(steps) == 3 * by_step

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from kvlock_jax.cli import terminal
+from kvlock_jax.sampling.stepwise import Step
 
 
 @pytest.fixture
@@ -28,14 +29,14 @@ def shown(screen) -> str:
 def test_steps_without_a_terminal(capsys):
     with terminal.ticking(50) as tick:
         for step in range(50):
-            tick(step, None)
+            tick(Step(step, None, None))
     assert capsys.readouterr().err.splitlines() == [f"step {n} of 50" for n in range(5, 51, 5)]
 
 
 def test_steps_on_a_terminal(screen):
     with terminal.ticking(3) as tick:
         for step in range(3):
-            tick(step, None)
+            tick(Step(step, None, None))
     text = shown(screen)
     assert "sampling" in text and "3/3" in text
 

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from kvlock_jax.app.jobs import OnStep
+from kvlock_jax.app.preview import FITTED_TO, Preview
 from kvlock_jax.app.request import Request, command
 from kvlock_jax.app.views import scale_of, thumbnail
 from kvlock_jax.media import encode, room
@@ -29,11 +31,14 @@ from kvlock_jax.pipeline.outputs import Outputs, summarize_metrics, write_output
 from kvlock_jax.pipeline.settings import Settings, resolve_settings
 from kvlock_jax.runtime.compile_cache import Compiler
 from kvlock_jax.sampling.loop import Trace
-from kvlock_jax.sampling.stepwise import OnStep
-from kvlock_jax.shapes import Image, Mask
+from kvlock_jax.sampling.stepwise import Step
+from kvlock_jax.shapes import Frames, Image, Mask
 
 COMMAND = "edit.sh"
 """Name of the file with the command in an edit's folder."""
+
+PICTURES = 12
+"""Pictures of the clean estimate in a run, at most."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,9 +89,9 @@ class Edit:
         return self.folder / "edit.zip"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Editor:
-    """Does edits with one model.
+    """Does edits with one model, one at a time.
 
     Attributes:
       model: loaded model.
@@ -103,6 +108,8 @@ class Editor:
     compiler: Compiler
     folder: pathlib.Path
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    _previewed: Frames | None = dataclasses.field(default=None, init=False)
+    _preview: Preview | None = dataclasses.field(default=None, init=False)
 
     def __call__(self, request: Request, on_step: OnStep) -> Edit:
         """Runs an edit, and writes its files.
@@ -127,7 +134,15 @@ class Editor:
             ahead = BackgroundCompiler(
                 self.model, inputs, settings, noise, by_step=True, compiler=self.compiler
             )
-            result = run(self.model, inputs, settings, on_step=on_step, background=ahead)
+            ahead.wait("videos")
+            preview, every = self._preview_of(inputs), -(-settings.sample.steps // PICTURES)
+
+            def hear(step: Step) -> None:
+                """Passes a step on, every few with a picture."""
+                is_shown = (step.number + 1) % every == 0
+                on_step(step.trace, preview.drawn(step.estimate()) if is_shown else None)
+
+            result = run(self.model, inputs, settings, on_step=hear, background=ahead)
         text = command(request, self.own, self.arguments, {**names, "save_file": "edit.mp4"})
         edit = Edit(
             folder=folder,
@@ -149,6 +164,14 @@ class Editor:
             for name in ",".join(filter(None, kept)).split(","):
                 archive.write(folder / name, f"{folder.name}/{name}")
         return edit
+
+    def _preview_of(self, inputs: EditInputs) -> Preview:
+        """The map to colours for a clip, kept as long as clips begin alike."""
+        first = np.asarray(inputs.source[:FITTED_TO])
+        if self._previewed is None or not np.array_equal(first, self._previewed):
+            self._preview = Preview.fitted(self.model, first, self.compiler.call)
+            self._previewed = first
+        return self._preview
 
     def _prepared(
         self, folder: pathlib.Path, request: Request

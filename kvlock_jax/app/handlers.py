@@ -1,17 +1,15 @@
 """What the page's events do: from values of its components to values of others."""
 
 import dataclasses
-import html
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import gradio as gr
 from ml_collections import ConfigDict
 
 from kvlock_jax import lock
-from kvlock_jax.app import curves
+from kvlock_jax.app import curves, fragments
 from kvlock_jax.app.clips import Example
 from kvlock_jax.app.edits import Edit, Editor
 from kvlock_jax.app.jobs import DONE, Job, Jobs
@@ -25,6 +23,9 @@ from kvlock_jax.pipeline.settings import resolve_settings
 
 OUTLINE, TOKENS = "outline of the mask", "tokens that are edited"
 """What is drawn over a frame."""
+
+SHOWN = 8
+"""Values of a result: itself, its four downloads in a row, its command, and the strip of all."""
 
 PROBLEMS = ("prompt", *FIELDS)
 """Fields with a problem under them, in the order of `check`."""
@@ -71,10 +72,14 @@ class Handlers:
     # -- the clip and its marks ------------------------------------------------------------------
 
     def begin(self) -> list[Any]:
-        """The page as it opens: the first example, and the edits so far."""
+        """The page as it opens: the first example, the edits so far, and the last unfinished one.
+
+        So a page that is opened again goes on with the edit that was asked for before.
+        """
         opened = self.open_example(0) if self.studio.examples else [gr.skip()] * 6
-        done = self.studio.done
-        return [*opened, *self._shown(done[-1] if done else None)]
+        done, unfinished = self.studio.done, self.studio.jobs.unfinished
+        job = unfinished[-1] if unfinished else None
+        return [*opened, job, *self._shown(done[-1] if done else None)]
 
     def open_example(self, number: int) -> list[Any]:
         """Opens an example, with its mask and a prompt for it."""
@@ -205,13 +210,12 @@ class Handlers:
         references: list[str] | None,
         prompt: str,
         *values: Any,
-    ) -> Iterator[list[Any]]:
-        """Asks for an edit, and shows how far it is until it is over."""
-        wrong, quiet = self.check(prompt, *values), [gr.skip()] * 8
+    ) -> list[Any]:
+        """Puts an edit into the queue, or tells why not: the job, its status, problems."""
+        wrong = self.check(prompt, *values)
         told = [_told(text) for text in wrong]
         if any(wrong):
-            yield [None, _status("mend what is marked in red"), gr.skip(), *told, *quiet]
-            return
+            return [None, fragments.status("mend what is marked in red"), *told]
         fields = dict(zip(FIELDS, values, strict=True))
         try:
             if session is None:
@@ -219,29 +223,42 @@ class Handlers:
             config = config_of(self.studio.base, fields, session.frames)
             mask = session.grown(int(pixels), inverted)
             request = Request(session.path, mask, prompt, config, tuple(references or ()))
-            settings = resolve_settings(config)
+            steps = resolve_settings(config).sample.steps
         except Error as error:
-            yield [None, _status(str(error)), gr.skip(), *told, *quiet]
+            return [None, fragments.status(str(error)), *told]
+        job = self.studio.jobs.submit(request, steps)
+        return [job, fragments.progress(job, self.studio.jobs.unfinished), *told]
+
+    def watch(self, job: Job | None) -> Iterator[list[Any]]:
+        """Shows how far an edit is, until it is over: status, curves, estimate, result, strip."""
+        if job is None:
+            yield [gr.skip()] * (3 + SHOWN)
             return
-        job = self.studio.jobs.submit(request, settings.sample.steps)
-        yield [job, _bar(job), curves.drawn((), settings), *told, *quiet]
-        seen, heard = -1, [gr.skip()] * len(told)
-        while not job.progress.is_over:
-            seen = job.wait(seen, timeout=2)
-            rows = job.progress.rows
-            yield [job, _bar(job), curves.drawn(rows, settings), *heard, *quiet]
-        shown = quiet
-        if job.progress.state == DONE:
-            shown = self._shown(job.progress.result)
-        drawn = curves.drawn(job.progress.rows, settings)
-        yield [None, _bar(job), drawn, *heard, *shown]
+        jobs, settings = self.studio.jobs, resolve_settings(job.request.config)
+        seen, picture, is_over = -1, None, False
+        while not is_over:
+            seen, progress = job.wait(seen, timeout=2), job.progress
+            is_over, is_done = progress.is_over, progress.state == DONE
+            drawn = curves.drawn(progress.rows, settings)
+            shown = self._shown(progress.result) if is_done else [gr.skip()] * SHOWN
+            image = gr.skip()
+            if progress.picture is not picture:
+                picture = progress.picture
+                image = fragments.estimate(picture)
+            if is_done or not progress.rows:
+                image = ""
+            yield [fragments.progress(job, jobs.unfinished), drawn, image, *shown]
 
     def stop(self, job: Job | None) -> str:
-        """Cancels the edit that this page asked for."""
-        if job is None:
-            return _status("nothing runs")
-        job.cancel()
-        return _bar(job)
+        """Cancels the edit that this page shows, or else the last of the queue."""
+        jobs = self.studio.jobs
+        if job is None or job.progress.is_over:
+            unfinished = jobs.unfinished
+            if not unfinished:
+                return fragments.status("nothing runs")
+            job = unfinished[-1]
+        jobs.cancel(job)
+        return fragments.progress(job, jobs.unfinished)
 
     def pick(self, event: gr.SelectData) -> list[Any]:
         """Shows an earlier edit."""
@@ -250,11 +267,11 @@ class Handlers:
     def _shown(self, edit: Edit | None) -> list[Any]:
         """A result with its downloads, and the strip of all, the latest first."""
         if edit is None:
-            return [gr.skip()] * 8
+            return [gr.skip()] * SHOWN
         strip = [(one.picture, one.prompt) for one in self.studio.done[::-1]]
         files = [str(path) for path in (edit.video, edit.mask, edit.trace, edit.archive)]
         return [
-            _result(edit),
+            fragments.result(edit),
             gr.Row(visible=True),
             *(gr.DownloadButton(value=path) for path in files),
             gr.Textbox(edit.command, visible=True),
@@ -287,28 +304,3 @@ def _marked(session: Session | None, change: Callable[[Session], Session]) -> li
         return [change(session), _told("")]
     except Error as error:
         return [gr.skip(), _told(str(error))]
-
-
-def _status(text: str, share: float = 0.0) -> str:
-    bar = f'<div class="kvlock-bar"><div style="width:{100 * share:.0f}%"></div></div>'
-    return f'<div class="kvlock-status">{html.escape(text)}</div>{bar}'
-
-
-def _bar(job: Job) -> str:
-    """How far a job is, with a bar."""
-    progress = job.progress
-    return _status(str(progress), len(progress.rows) / max(1, progress.steps))
-
-
-def _result(edit: Edit) -> str:
-    """An edit beside its source, played in step: they are one video."""
-    address = f"gradio_api/file={quote(str(edit.compared))}"
-    names = "".join(f"<span>{name}</span>" for name in ("source", "mask", "edit"))
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in edit.notes)
-    return (
-        f'<div class="kvlock-result"><h3>{html.escape(edit.prompt)}</h3>'
-        f'<video src="{address}" autoplay loop muted playsinline '
-        'onclick="this.paused ? this.play() : this.pause()"></video>'
-        f'<div class="kvlock-names">{names}</div>'
-        f"<p>{html.escape(edit.kept)}</p>{notes}</div>"
-    )

@@ -10,9 +10,12 @@ from typing import Any
 
 from kvlock_jax.errors import Error
 from kvlock_jax.sampling.loop import Trace
-from kvlock_jax.sampling.stepwise import OnStep
+from kvlock_jax.shapes import Image
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
+
+OnStep = Callable[[Trace, Image | None], None]
+"""Hears of a finished step: its trace, and a picture of the clean estimate where there is one."""
 
 Work = Callable[[Any, OnStep], Any]
 """Does what a job asks for, calls back after each step, and returns the job's result."""
@@ -31,6 +34,7 @@ class Progress:
       before: jobs that run before it, while it waits.
       steps: number of its steps.
       rows: trace of each finished step.
+      picture: the latest of the clean estimate.
       cancelling: whether it was asked to stop and has not yet.
       seconds_left: for the remaining steps; none before two are done.
       result: what the work returned.
@@ -41,6 +45,7 @@ class Progress:
     before: int
     steps: int
     rows: tuple[Trace, ...] = ()
+    picture: Image | None = None
     cancelling: bool = False
     seconds_left: float | None = None
     result: Any = None
@@ -118,16 +123,17 @@ class Job:
             self._change(state=RUNNING, before=0)
             return True
 
-    def on_step(self, number: int, trace: Trace) -> None:
+    def on_step(self, trace: Trace, picture: Image | None = None) -> None:
         """Hears of a finished step; raises `Cancelled` where it was asked to stop."""
         if self._stop.is_set():
             raise Cancelled
         self._times.append(time.monotonic())
-        left = None
+        rows, left = (*self._progress.rows, trace), None
         if len(self._times) > 1:
             pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
-            left = pace * (self.steps - number - 1)
-        self.tell(rows=(*self._progress.rows, trace), seconds_left=left)
+            left = pace * (self.steps - len(rows))
+        shown = self._progress.picture if picture is None else picture
+        self.tell(rows=rows, picture=shown, seconds_left=left)
 
     def _change(self, **changes: Any) -> None:
         self._progress = dataclasses.replace(self._progress, **changes)
@@ -149,9 +155,17 @@ class Jobs:
         threading.Thread(target=self._run, daemon=True).start()
 
     @property
-    def current(self) -> Job | None:
-        """The job that runs."""
-        return self._current
+    def unfinished(self) -> list[Job]:
+        """The job that runs and those that wait, in the order of their turns."""
+        with self._some:
+            jobs = [*filter(None, [self._current]), *self._waiting]
+            return [job for job in jobs if not job.progress.is_over]
+
+    def cancel(self, job: Job) -> None:
+        """Cancels a job; those behind it move up."""
+        job.cancel()
+        with self._some:
+            self._count()
 
     def submit(self, request: Any, steps: int) -> Job:
         """Puts a job at the end of the queue."""

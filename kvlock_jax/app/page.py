@@ -1,5 +1,6 @@
 """The page of `kvlock app`, by Gradio: its components, and which event calls what."""
 
+import pathlib
 import socket
 import time
 from typing import Any
@@ -14,22 +15,7 @@ from kvlock_jax.app.request import FIELDS
 from kvlock_jax.errors import InputError
 
 _UNUSED = 24 * 3600  # s after which uploads of a session that is still open go
-_CSS = """
-.gradio-container {max-width: 1180px !important; margin: auto}
-#command textarea {font-family: monospace; font-size: .85em}
-#strip .grid-wrap {padding-top: 2.4em}
-#strip .grid-container {grid-template-columns: repeat(auto-fill, minmax(90px, 1fr)) !important}
-.problem p {color: #b3261e; margin: 0}
-.kvlock-curves {display: grid; gap: 8px;
-  grid-template-columns: repeat(auto-fit, minmax(300px, 1fr))}
-.kvlock-curves svg {width: 100%; height: auto; background: #fff; border-radius: 6px}
-.kvlock-status {font-weight: 600; margin-bottom: 6px}
-.kvlock-bar {height: 8px; background: #8884; border-radius: 4px; overflow: hidden}
-.kvlock-bar div {height: 100%; background: #1f5fa8; transition: width .2s}
-.kvlock-result video {width: 100%; border-radius: 6px; background: #000}
-.kvlock-names {display: flex; font-size: .85em; opacity: .8}
-.kvlock-names span {flex: 1; text-align: center}
-"""
+_FOLDER = pathlib.Path(__file__).parent
 
 
 def serve(
@@ -56,7 +42,8 @@ def serve(
             allowed_paths=[str(folder) for folder in folders],
             max_file_size=clips.LARGEST,
             footer_links=[],
-            css=_CSS,
+            css=(_FOLDER / "page.css").read_text("utf-8"),
+            js=(_FOLDER / "page.js").read_text("utf-8"),
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         )
     except OSError as error:
@@ -205,6 +192,7 @@ class _Page:
             self.cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120)
         self.status = gr.HTML(elem_id="status")
         self.curves = gr.HTML(elem_id="curves")
+        self.estimate = gr.HTML(elem_id="estimate")
 
     def _result(self) -> None:
         self.result = gr.HTML(elem_id="result")
@@ -221,10 +209,10 @@ class _Page:
             elem_id="command",
         )
         self.strip = gr.Gallery(
-            label="Edits so far",
+            show_label=False,
             columns=6,
             object_fit="contain",
-            height=190,
+            height=200,
             fit_columns=False,
             allow_preview=False,
             buttons=[],
@@ -282,15 +270,17 @@ class _Page:
             )
         shown = [self.result, self.downloads, *self.files, self.command, self.strip]
         asked = [self.session, self.grow, self.invert, self.frames, self.references, *wishes]
-        progress = [self.job, self.status, self.curves, *told, *shown]
-        how = {"show_progress": "hidden", "concurrency_limit": None}
-        self.run.click(self.does.edit, asked, progress, **how)
-        self.cancel.click(
-            self.does.stop, self.job, self.status, queue=False, show_progress="hidden"
-        )
-        self.strip.select(self.does.pick, None, shown[:-1])
-        first = page.load(self.does.begin, None, [*opening, *shown])
+        watched = [self.status, self.curves, self.estimate, *shown]
+        quiet = {"show_progress": "hidden"}
+        many = {**quiet, "concurrency_limit": None}
+        first = page.load(self.does.begin, None, [*opening, self.job, *shown])
         then_look(first)
+        resumed = first.then(self.does.watch, self.job, watched, **many)
+        run = self.run.click(self.does.edit, asked, [self.job, self.status, *told], **quiet)
+        watching = run.then(self.does.watch, self.job, watched, **many)
+        self.run.click(None, cancels=[resumed, watching])
+        self.cancel.click(self.does.stop, self.job, self.status, queue=False, **quiet)
+        self.strip.select(self.does.pick, None, shown[:-1])
 
 
 def _problem() -> gr.Markdown:

@@ -12,6 +12,8 @@ from typing import TypeVar
 from rich import progress
 from rich.console import Console
 
+from kvlock_jax.sampling.stepwise import OnStep
+
 _T = TypeVar("_T")
 
 
@@ -26,19 +28,19 @@ def log(text: str) -> None:
 
 
 @contextlib.contextmanager
-def ticking(steps: int) -> Iterator[Callable[..., None]]:
-    """Shows the progress of a run; yields its `on_step`, which looks at the step's number alone.
+def ticking(steps: int) -> Iterator[OnStep]:
+    """Shows the progress of a run; yields its `on_step`.
 
     A progress bar on a terminal, else a line at every tenth of the steps; both on stderr.
     """
     console = Console(stderr=True)
     if not console.is_interactive:
         lines = {-(-steps * tenth // 10) for tenth in range(1, 11)}
-        yield lambda step, trace: step + 1 in lines and log(f"step {step + 1} of {steps}")
+        yield lambda step: step.number + 1 in lines and log(f"step {step.number + 1} of {steps}")
         return
     with _bar(console) as bar:
         task = bar.add_task("compiling", total=steps)
-        yield lambda step, trace: bar.update(task, completed=step + 1, description="sampling")
+        yield lambda step: bar.update(task, completed=step.number + 1, description="sampling")
 
 
 @contextlib.contextmanager

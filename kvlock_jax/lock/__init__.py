@@ -54,7 +54,7 @@ from kvlock_jax.lock.schedules import (
     unguided,
 )
 from kvlock_jax.lock.start import shift_start
-from kvlock_jax.lock.variance import X0Window, hallucination, pooled, push, ready
+from kvlock_jax.lock.variance import X0Window, hallucination, newest, pooled, push, ready
 
 __all__ = [
     "PRESETS",
@@ -76,6 +76,7 @@ __all__ = [
     "inject",
     "injected",
     "knobs",
+    "newest",
     "passes",
     "pooled",
     "preset",

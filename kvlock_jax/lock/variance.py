@@ -36,6 +36,12 @@ def push(window: X0Window, x0: Cells) -> X0Window:
     return X0Window(estimates, window.count + 1)
 
 
+def newest(window: X0Window) -> Cells:
+    """The newest estimate of a window that holds one."""
+    slot = (window.count - 1) % window.estimates.shape[0]
+    return jax.lax.dynamic_index_in_dim(window.estimates, slot, axis=0, keepdims=False)
+
+
 def ready(window: X0Window) -> Bool[Array, ""]:
     """Whether the window has a variance: two estimates or more."""
     return window.count >= 2

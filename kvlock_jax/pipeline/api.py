@@ -93,7 +93,7 @@ def edit(
       references: pictures, as files or uint8 arrays, that the edit should look like; VACE only.
       noise: noise `1 T H W C` of unit variance to start from, references first; by default drawn
         from the seed.
-      on_step: callback with the number of each finished step, from 0, and its trace; what it
+      on_step: callback with each finished step: its number, trace and clean estimate; what it
         raises stops the edit. With it the loop runs in one call per step, without it in one call
         for all.
 
@@ -124,7 +124,7 @@ def run(
         noise = draw_noise(model, inputs, jax.random.key(settings.sample.seed))
     elif noise.shape != (expected := noise_shape(model, inputs)):
         raise InputError(f"noise must have the shape {expected}, found {noise.shape}")
-    hear = on_step and (lambda number, trace: on_step(number, _row_of(trace, 0)))
+    hear = on_step and (lambda step: on_step(step.row(0)))
     (result,) = run_batch(model, [inputs], [settings], noise, on_step=hear, background=background)
     if isinstance(result, SamplingError):
         raise result
@@ -152,7 +152,7 @@ def run_batch(
         Where sources have several edits, all have the same number, one after another.
       settings: settings of each edit; those outside `edit` are taken from the first.
       noise: noise of unit variance that all edits of a source start from.
-      on_step: callback with the number of each finished step and the trace of all rows.
+      on_step: callback with each finished step of all rows.
       background: compiler of this edit's programs; each stage waits for its own.
 
     Returns:
@@ -240,11 +240,6 @@ def _run_batch(
         dataclasses.replace(one, windows=count) if isinstance(one, Result) else one
         for one in results
     ]
-
-
-def _row_of(trace: Trace, row: int) -> Trace:
-    """One row of a step's trace."""
-    return jax.tree.map(lambda x: x[row] if x.ndim else x, trace)
 
 
 def _trace_of(trace: Trace, row: int) -> Trace:

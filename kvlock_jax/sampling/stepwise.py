@@ -11,15 +11,17 @@ cache is computed anew. One compiled step serves both.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float32, Int
 
-from kvlock_jax.grid import Patches
-from kvlock_jax.lock import Knobs
+from kvlock_jax import lock
+from kvlock_jax.grid import Grid, Patches
+from kvlock_jax.lock import Knobs, X0Window
 from kvlock_jax.parallel import sharding
 from kvlock_jax.runtime.compile_cache import Call, call
 from kvlock_jax.sampling import loop
@@ -29,15 +31,42 @@ from kvlock_jax.sampling.loop import Trace
 from kvlock_jax.sampling.passes import StepInputs
 from kvlock_jax.sampling.program import Program
 from kvlock_jax.sampling.solvers import SolverTable
+from kvlock_jax.shapes import Latents
 
 Using = Callable[[int], AbstractContextManager[Denoiser]]
 """Holds the expert of a number in memory, for as long as its context is open."""
 
-OnStep = Callable[[int, Trace], None]
-"""Hears of each finished step: its number, from 0, and its trace, NumPy, without an axis of steps.
 
-What it raises stops the run.
-"""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """A finished step.
+
+    Attributes:
+      number: counted from 0.
+      trace: its trace, NumPy, without an axis of steps.
+      estimate: fetches the clean estimate x0 of every row, normalised latents, float32, without
+        those of references; to be called before the next step begins, and on all hosts or none.
+    """
+
+    number: int
+    trace: Trace
+    estimate: Callable[[], Float32[np.ndarray, "B T H W C"]]
+
+    def row(self, number: int) -> "Step":
+        """The step of one row: its trace has no axis of rows, its estimate the shape `T H W C`."""
+        trace = jax.tree.map(lambda x: x[number] if x.ndim else x, self.trace)
+        return Step(self.number, trace, lambda: self.estimate()[number])
+
+
+OnStep = Callable[[Step], None]
+"""Hears of each finished step; what it raises stops the run."""
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "references"))
+def _estimate(window: X0Window, grid: Grid, references: int) -> Latents:
+    """The newest clean estimates, of the videos alone."""
+    cells = grid.join(lock.newest(window))[:, references:]
+    return sharding.everywhere(cells)
 
 
 @jax.jit
@@ -62,7 +91,7 @@ def stepwise(
     knobs: Knobs,
     *,
     program: Program,
-    on_step: OnStep = lambda number, trace: None,
+    on_step: OnStep = lambda step: None,
     run: Call = call,
 ) -> tuple[Patches, Trace]:
     """Runs the steps of `loop.sample`, each in a call of its own.
@@ -74,7 +103,7 @@ def stepwise(
       table: coefficients of the solver, and the expert of each step.
       knobs: settings of lock and guidance.
       program: settings that select the compiled program.
-      on_step: callback with the number and the trace of each finished step.
+      on_step: callback with each finished step.
       run: function that calls each step's compiled programs.
     """
     state, traces, shared = None, [], shared_knobs(knobs)
@@ -88,5 +117,7 @@ def stepwise(
                 args = (model, edits, shared, texts, inputs, state)
                 state, trace = run(loop.advance, *args, program=program)
                 traces.append(jax.tree.map(np.asarray, trace))  # waits for the step to finish
-                on_step(number, traces[-1])
+                where = {"grid": edits.grid, "references": edits.references}
+                fetch = functools.partial(run, _estimate, state.window, **where)
+                on_step(Step(number, traces[-1], lambda fetch=fetch: np.asarray(fetch())))
     return state.latents, jax.tree.map(lambda *rows: np.stack(rows), *traces)
