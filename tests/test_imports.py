@@ -53,9 +53,10 @@ ORDER = {
     "masks": "keyframes between motion appearance track follow",
     "pipeline": "settings overrides inputs load hosts pieces encode seeds stages background "
     "placement api report outputs",
-    "batch": "lines manifest grouping fingerprint resume lease reader publisher runner",
+    "batch": "lines manifest grouping fingerprint resume lease ledger reader publisher runner "
+    "replica cluster",
     "app": "clips marks views request curves preview jobs edits session fragments handlers page",
-    "cli": "terminal flags loading edit batch mask app convert info main",
+    "cli": "terminal flags loading edit fleet batch mask app convert info main",
 }
 """The same within folders where the order tells how a run goes."""
 

@@ -22,6 +22,7 @@ import unicodedata
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from kvlock_jax.errors import InputError
 from kvlock_jax.media import storage
@@ -61,6 +62,43 @@ class Owner:
         return f"process {self.pid} on {self.host}, since {since}"
 
 
+class Held(Protocol):
+    """A lease as whoever writes a file knows it.
+
+    Attributes:
+      stage: path of a staging folder.
+    """
+
+    stage: str
+
+    def check(self) -> None:
+        """Raises an `InputError` if the lease is lost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A run's lease in another of its processes, on any machine.
+
+    Attributes:
+      folder: folder of the results.
+      path: file of the lease.
+      stage: path of the process's own staging folder.
+    """
+
+    folder: str
+    path: str
+    stage: str
+
+    def check(self) -> None:
+        """Raises an `InputError` if the lease is lost, or this machine does not see it."""
+        if storage.exists(self.path):
+            return
+        if not storage.exists(self.folder):
+            where = f"{socket.gethostname()} does not see this folder"
+            raise InputError(f"{self.folder}: {where}; give one that all machines share, or gs://")
+        raise InputError(f"{self.path}: the run's lease is gone; run again to do the rest")
+
+
 class Lease:
     """A run's right to write some files of a folder.
 
@@ -70,7 +108,7 @@ class Lease:
     """
 
     def __init__(self, folder: str, owner: Owner, failures: str):
-        self._path = _path(folder, owner.run)
+        self._folder, self._path = folder, _path(folder, owner.run)
         self.stage = storage.join(folder, f"{_PREFIX}-{owner.run}")
         self.failures = failures
         self._ended, self._lost = threading.Event(), threading.Event()
@@ -83,6 +121,10 @@ class Lease:
                 f"{self._path}: another run took this one's lease over, since it gave no sign of "
                 f"life for {STALE:.0f} seconds; run again to do the rest"
             )
+
+    def shared(self, name: str) -> Share:
+        """The lease for another process, whose staging folder has a name."""
+        return Share(self._folder, self._path, storage.join(self.stage, name))
 
     def start(self) -> None:
         """Starts the heartbeats."""

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from kvlock_jax.batch.lease import Lease
+from kvlock_jax.batch.lease import Held, Lease
 from kvlock_jax.batch.manifest import Failure, Request, reason
 from kvlock_jax.batch.resume import Job, Work
 from kvlock_jax.errors import InputError
@@ -41,7 +41,7 @@ def noise_number(noise_id: str) -> int:
 
 
 @contextlib.contextmanager
-def staging(job: Job, lease: Lease) -> Iterator[Path]:
+def staging(job: Job, lease: Held) -> Iterator[Path]:
     """A local folder for files while they are written.
 
     It is the lease's, among the results, where those are local, so that a rename publishes a file.
@@ -60,7 +60,7 @@ class Publisher:
       stop: error after which no further edit can be written, such as of a full disk.
     """
 
-    def __init__(self, work: Work, lease: Lease, stage: Path, on_end: OnEnd):
+    def __init__(self, work: Work, lease: Held, stage: Path, on_end: OnEnd):
         self._work, self._lease, self._stage, self._on_end = work, lease, stage, on_end
         self.stop: Exception | None = None
 

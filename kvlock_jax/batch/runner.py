@@ -20,12 +20,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
 from kvlock_jax.batch import lease, publisher
+from kvlock_jax.batch.lease import Lease
 from kvlock_jax.batch.manifest import Failure, reason
 from kvlock_jax.batch.publisher import FailureLog, OnEnd, Outcome, Publisher, noise_number
 from kvlock_jax.batch.reader import Reader, Reading, ahead
@@ -79,6 +81,25 @@ def run(
       Error: the model cannot be loaded, the folder of results cannot be written, its disk is full,
         another run is making some of the same edits, or another host is lost.
     """
+
+    def failures(held: Lease, stage: Path) -> Iterator[Failure]:
+        """Runs the edits, and yields those that fail."""
+        return _failures(work, Publisher(work, held, stage, on_end), load, runner or run_group)
+
+    return hold(work, failures)
+
+
+def hold(work: Work, failures: Callable[[Lease, Path], Iterator[Failure]]) -> Summary:
+    """Holds the lease of a job while it runs, and keeps its list of failures.
+
+    Args:
+      work: of `resume.find_work`.
+      failures: runs and writes the missing edits, given the lease and a staging folder, and yields
+        each failure as soon as it is known; a generator, closed at the end.
+
+    Raises:
+      Error: as `run` does; or what `failures` raises.
+    """
     job, failed = work.job, {failure.line: failure for failure in work.failures}
     storage.make_folder(job.save_dir)
     outputs = [name for r in work.missing for name in (r.save_file, r.sidecar)]
@@ -90,8 +111,7 @@ def run(
         log = FailureLog(job, held, stage)
         log.write(failed)
         try:
-            results = Publisher(work, held, stage, on_end)
-            with contextlib.closing(_failures(work, results, load, runner or run_group)) as ended:
+            with contextlib.closing(failures(held, stage)) as ended:
                 for failure in ended:
                     failed[failure.line] = failure
                     log.glance(failed)
@@ -109,9 +129,9 @@ def run(
 def follow(work: Work, load: Callable[[], Model], runner: Runner | None = None) -> Summary:
     """`run` on a host that writes nothing: its devices take part in every edit."""
     with ThreadPoolExecutor(1) as reading:
-        model = _once(load)
+        model = once(load)
         for group in ahead(reading, Reader().read, work.pending):
-            _outcomes(runner or run_group, model, group, work.job.unit)
+            outcomes(runner or run_group, model, group, work.job.unit)
     first, *_ = agreement.ask("the end of the batch", "")
     return Summary(**json.loads(first))
 
@@ -155,18 +175,18 @@ def _failures(
     work: Work, results: Publisher, load: Callable[[], Model], runner: Runner
 ) -> Iterator[Failure]:
     """Runs and writes the missing edits, and yields each failure as soon as it is known."""
-    model = _once(load)
+    model = once(load)
     writes: collections.deque = collections.deque()
     with ThreadPoolExecutor(1) as writing, ThreadPoolExecutor(1) as reading:
         try:
             for group in ahead(reading, Reader().read, work.pending):
                 try:
-                    outcomes = _outcomes(runner, model, group, work.job.unit)
+                    done = outcomes(runner, model, group, work.job.unit)
                 except LostHostError as error:  # the run ends, and these edits with it
                     failed = [Outcome(one.request, error, one.seconds) for one in group]
                     yield from writing.submit(results.write, failed).result()
                     raise
-                writes.append(writing.submit(results.write, outcomes))
+                writes.append(writing.submit(results.write, done))
                 while len(writes) > 2 or (writes and writes[0].done()):
                     yield from writes.popleft().result()
                 if results.stop is not None:
@@ -179,24 +199,33 @@ def _failures(
             reading.shutdown(wait=False, cancel_futures=True)
 
 
-def _once(load: Callable[[], Model]) -> Callable[[], Model]:
+def once(load: Callable[[], Model]) -> Callable[[], Model]:
     """The model, loaded by all hosts when it is first asked for."""
     return functools.cache(lambda: agreement.together("loading the model", load))
 
 
-def _outcomes(
+def outcomes(
     runner: Runner,
     model: Callable[[], Model],
     group: Sequence[Reading],
     unit: tuple[int, int, int],
-) -> list:
+) -> list[Outcome]:
     """Runs a group as batches of one shape.
 
     A container may announce another shape than its frames have, and some inputs may be at fault:
     the batches depend on the files alone, so they are the same in any other run.
+
+    Args:
+      runner: of a batch of edits.
+      model: returns the model; called if an edit can run.
+      group: what was read.
+      unit: pixels under a token of the model.
+
+    Raises:
+      Error: the model cannot be loaded, or another host is lost.
     """
     group = _agreed(group)
-    outcomes = [
+    done = [
         Outcome(one.request, one.inputs, one.seconds)
         for one in group
         if isinstance(one.inputs, Exception)
@@ -208,11 +237,11 @@ def _outcomes(
             shapes.setdefault((shape, len(one.inputs.references)), []).append(one)
     for batch in shapes.values():
         results = _results(runner, model(), batch)
-        outcomes += [
+        done += [
             Outcome(one.request, result, one.seconds)
             for one, result in zip(batch, results, strict=True)
         ]
-    return outcomes
+    return done
 
 
 def _results(

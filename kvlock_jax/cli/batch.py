@@ -17,6 +17,7 @@ from kvlock_jax.cli.flags import (
     gather_loras,
     gather_settings,
 )
+from kvlock_jax.cli.fleet import add_cluster, cluster_of
 from kvlock_jax.cli.loading import dtype_name, join, load_model, place
 from kvlock_jax.cli.terminal import SOME_FAILED, counting, interruptibly, say, warnings_as_lines
 from kvlock_jax.media import storage
@@ -47,16 +48,22 @@ def add(commands: Any) -> None:
     add("--shard_index", type=int, default=0, help="which of them this is, from 0")
     add("--overwrite", action="store_true", help="do finished edits again")
     add_shared(parser)
+    add_cluster(parser)
 
 
 def _command(args: argparse.Namespace, others: list[str]) -> int:
-    join(args)
+    if args.ray is None:
+        join(args)
     folder, files = checkpoint(args), gather_files(args)
     contents = describe(folder, files)
-    placed = place(args, contents, many=True)
-    size = args.batch_size
-    if size is None:
-        size = placed.mesh.shape["data"] if placed.mesh else 1
+    cluster = cluster_of(args, contents)
+    if cluster is not None:
+        dtype, size = cluster.facts(args.dtype, args.batch_size)
+    else:
+        placed, dtype = place(args, contents, many=True), dtype_name(args)
+        size = args.batch_size
+        if size is None:
+            size = placed.mesh.shape["data"] if placed.mesh else 1
     settings = gather_settings(args, others, default_config_name(folder, contents.configs))
     resolve_settings(settings)  # an error in the flags is one of every line
     names = [*(names.split()[0] for names in EDIT_INPUTS), "lossless"]
@@ -66,7 +73,7 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
         save_dir=storage.resolve(args.save_dir),
         common=Common(settings, manifest.resolved(defaults, ".")),
         checkpoint=checkpoint_identity(folder, files, gather_loras(args))
-        | {"dtype": dtype_name(args)}
+        | {"dtype": dtype}
         | ({"weights": args.weights} if args.weights else {}),
         batch_size=size,
         shard=(args.shard_index, args.num_shards),
@@ -94,7 +101,9 @@ def _command(args: argparse.Namespace, others: list[str]) -> int:
             """Prints the outcome of an edit."""
             count(f"{request.id} failed: {failure.reason}" if failure else f"{request.id} done")
 
-        if agreement.is_writer():
+        if cluster is not None:
+            summary = cluster.run(work, count)
+        elif agreement.is_writer():
             summary = run(work, loaded, runner, on_end)
         else:
             summary = follow(work, loaded, runner)

@@ -1,0 +1,49 @@
+"""What replicas on other nodes run. As a program: a driver to be killed.
+
+It reads an address, a manifest and a folder from its arguments, and prints each edit that ended.
+"""
+
+import functools
+import os
+import sys
+import time
+
+import batches
+
+import kvlock_jax as kvl
+from kvlock_jax.batch import cluster
+from kvlock_jax.batch.cluster import Replicas
+from kvlock_jax.batch.resume import find_work
+
+
+@functools.cache
+def demo():
+    return kvl.load("demo")
+
+
+def slowly(model, inputs, settings, keys):
+    time.sleep(0.4)
+    return batches.runner(model, inputs, settings, keys)
+
+
+def poisoned(model, inputs, settings, keys):
+    if any(given.prompt == "a starsssss" for given in inputs):
+        os._exit(1)
+    return batches.runner(model, inputs, settings, keys)
+
+
+def nothing():
+    """The model of `batches.runner`."""
+
+
+def main() -> None:
+    """A driver to be killed."""
+    address, manifest, folder = sys.argv[1:]
+    cluster.connect(address)
+    replicas = Replicas(nothing, {"chip": 1}, runner=slowly)
+    work = find_work(batches.job(manifest, folder))
+    cluster.run(work, replicas, lambda request, _: print("ended", request.id, flush=True))
+
+
+if __name__ == "__main__":
+    main()

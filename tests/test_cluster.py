@@ -1,0 +1,135 @@
+"""Edits on a cluster of Ray: nodes that die and join, edits that kill, drivers that are killed."""
+
+import collections
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import batches
+import numpy as np
+import pytest
+import ray
+import replicas
+from ray.cluster_utils import Cluster
+
+from kvlock_jax.batch import cluster, runner
+from kvlock_jax.batch.cluster import Replicas
+from kvlock_jax.batch.resume import find_work
+from kvlock_jax.media import decode
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray, and of forks beside JAX's threads
+
+STORE = 80_000_000  # bytes of a node's object store: as few as Ray takes
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A head whose CPUs read and write; nodes that hold replicas are added."""
+    folders = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:  # of the nodes, which inherit it
+        patch.setenv("PYTHONPATH", folders)
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield from cluster_of_this_machine()
+
+
+def cluster_of_this_machine():
+    made = Cluster(True, head_node_args={"num_cpus": 2, "object_store_memory": STORE})
+    cluster.connect(made.address)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@contextlib.contextmanager
+def holding(nodes, count: int, **resources: float):
+    added = [
+        nodes.add_node(num_cpus=0, resources=resources, object_store_memory=STORE)
+        for _ in range(count)
+    ]
+    nodes.wait_for_nodes()
+    yield added
+    for node in added:
+        if node in nodes.list_all_nodes():
+            nodes.remove_node(node, allow_graceful=False)
+
+
+def frames(folder):
+    paths = [path for path in folder.iterdir() if path.suffix == ".mkv"]
+    return {path.stem: decode.read_video(path).frames for path in paths}
+
+
+def assert_same(folder, other):
+    one, two = frames(folder), frames(other)
+    assert one.keys() == two.keys() and one
+    for name, video in one.items():
+        np.testing.assert_array_equal(video, two[name], err_msg=name)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".kvlock")]
+
+
+def test_a_node_dies_another_joins_and_all_is_as_on_one_machine(nodes, tmp_path):
+    manifest, good = batches.forty(tmp_path)
+    lines = manifest.read_text().replace('"sample_steps": 3', '"sample_steps": 2')
+    manifest.write_text(lines.replace('"sample_steps": 4', '"sample_steps": 2'))
+    plain = runner.run(find_work(batches.job(manifest, tmp_path / "plain")), replicas.demo)
+    ended: collections.Counter = collections.Counter()
+    enough = threading.Event()
+
+    def on_end(request, failure):
+        ended[request.id] += 1
+        if len(ended) == 8:
+            enough.set()
+
+    with holding(nodes, 2, chip=1) as added:
+
+        def change():
+            assert enough.wait(300)
+            nodes.remove_node(added[0], allow_graceful=False)
+            added.append(nodes.add_node(num_cpus=0, resources={"chip": 1}))
+
+        changing = threading.Thread(target=change)
+        changing.start()
+        work = find_work(batches.job(manifest, tmp_path / "fleet"))
+        summary = cluster.run(work, Replicas(replicas.demo, {"chip": 1}, 2, 2), on_end)
+        changing.join()
+    assert (summary.done, summary.failed) == (plain.done, plain.failed) == (len(good), 6)
+    assert set(ended.values()) == {1} and set(good) < set(ended)
+    assert_same(tmp_path / "fleet", tmp_path / "plain")
+    failures = (tmp_path / name / "failed.jsonl" for name in ("fleet", "plain"))
+    assert len({path.read_text() for path in failures}) == 1
+    again = find_work(batches.job(manifest, tmp_path / "fleet"))
+    assert again.finished == set(good)  # for either kind of run
+
+
+def test_an_edit_that_kills_its_process_twice_stops_no_other(nodes, tmp_path):
+    manifest, _ = batches.forty(tmp_path)
+    manifest.write_text("\n".join(manifest.read_text().splitlines()[:8]))
+    with holding(nodes, 1, chip=1):
+        work = find_work(batches.job(manifest, tmp_path / "fleet"))
+        summary = cluster.run(
+            work, Replicas(replicas.nothing, {"chip": 1}, runner=replicas.poisoned)
+        )
+    assert (summary.done, summary.failed) == (6, 2)
+    assert "2 processes died over it" in (tmp_path / "fleet" / "failed.jsonl").read_text()
+    assert set(frames(tmp_path / "fleet")) == {f"edit-0{n}" for n in (0, 1, 2, 4, 6, 7)}
+
+
+def test_a_driver_is_killed_and_another_run_does_the_rest(nodes, tmp_path):
+    manifest, good = batches.forty(tmp_path)
+    batches.do(manifest, tmp_path / "plain")
+    with holding(nodes, 1, chip=1):
+        given = [nodes.address, str(manifest), str(tmp_path / "fleet")]
+        driver = subprocess.Popen(
+            [sys.executable, replicas.__file__, *given], stdout=subprocess.PIPE
+        )
+        for _ in range(5):
+            assert driver.stdout.readline().startswith(b"ended edit-")
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        work = find_work(batches.job(manifest, tmp_path / "fleet"))
+        assert 5 <= len(work.finished) <= 12
+        summary = cluster.run(work, Replicas(replicas.nothing, {"chip": 1}, runner=batches.runner))
+    assert summary.done + summary.skipped == len(good) and summary.skipped == len(work.finished)
+    assert_same(tmp_path / "fleet", tmp_path / "plain")
