@@ -14,11 +14,16 @@ import kvlock_jax as kvl
 from kvlock_jax.batch import cluster
 from kvlock_jax.batch.cluster import Replicas
 from kvlock_jax.batch.resume import find_work
+from kvlock_jax.parallel.mesh import make_mesh
 
 
 @functools.cache
 def demo():
     return kvl.load("demo")
+
+
+def over_frames(folder):
+    return kvl.load(folder, mesh=make_mesh(frames=8))
 
 
 def slowly(model, inputs, settings, keys):

@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import functools
+import json
 import os
 import signal
 import subprocess
@@ -133,3 +135,24 @@ def test_a_driver_is_killed_and_another_run_does_the_rest(nodes, tmp_path):
         summary = cluster.run(work, Replicas(replicas.nothing, {"chip": 1}, runner=batches.runner))
     assert summary.done + summary.skipped == len(good) and summary.skipped == len(work.finished)
     assert_same(tmp_path / "fleet", tmp_path / "plain")
+
+
+def test_a_replica_of_two_hosts(nodes, tmp_path, tiny_checkpoint, monkeypatch):
+    batches.write_inputs(tmp_path)
+    rows = [
+        {"id": str(n), "src_video": f"{n}.mkv", "bbox": "8,8,24,24", "prompt": "a star"}
+        for n in range(2)
+    ]
+    manifest = tmp_path / "edits.jsonl"
+    manifest.write_text("\n".join(json.dumps({**row, "lossless": True}) for row in rows))
+    load = functools.partial(replicas.over_frames, str(tiny_checkpoint))
+    runner.run(find_work(batches.job(manifest, tmp_path / "plain")), load)
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with holding(nodes, 2, chip=1):
+        work = find_work(batches.job(manifest, tmp_path / "fleet"))
+        summary = cluster.run(work, Replicas(load, {"chip": 1}, hosts=2))
+    assert summary.done == 2
+    one, two = frames(tmp_path / "fleet"), frames(tmp_path / "plain")
+    for name, video in one.items():
+        assert np.abs(video.astype(int) - two[name]).max() <= 1

@@ -1,0 +1,133 @@
+"""Measures `kvlock batch --ray` beside `kvlock batch`: 40 edits of the demo model on this machine.
+
+    python scripts/bench_fleet.py --rounds 3
+
+Prints medians of wall times, of one replica beside the command without Ray, and of two replicas of
+one thread each beside one; and checks that all made the same videos. The nodes are processes of
+their own, and run before the clock starts, as a cluster does.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+
+from kvlock_jax.demo.world import caption, random_scene, render
+from kvlock_jax.media import decode, encode
+
+CLIPS, EDITS = 10, 40
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+STORE = 200_000_000
+
+
+def write_manifest(folder: pathlib.Path, steps: int) -> None:
+    """Clips of the demo's world, four edits of each."""
+    rows = []
+    for n in range(CLIPS):
+        clip = render(random_scene(700_000_000 + n, held_out=True))
+        encode.write_video(folder / f"{n}.mkv", clip.video, 8, lossless=True)
+        np.save(folder / f"{n}.npy", clip.mask.astype(np.uint8) * 255)
+    for n in range(EDITS):
+        prompt = caption(("circle", "square")[n % 2], ("red", "blue", "green", "yellow")[n % 4])
+        clip = n * CLIPS // EDITS
+        row = {"id": f"{n}", "src_video": f"{clip}.mkv", "src_mask": f"{clip}.npy"}
+        rows.append({**row, "prompt": prompt, "sample_steps": steps, "dilate": 6})
+    lines = (json.dumps({**row, "save_file": f"{row['id']}.mkv", "lossless": True}) for row in rows)
+    (folder / "edits.jsonl").write_text("\n".join(lines))
+
+
+def batch(folder: pathlib.Path, flags: str, threads: str = "") -> float:
+    """Seconds of one run of the command."""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        start = time.monotonic()
+        given = f"batch --manifest {folder}/edits.jsonl --save_dir {out} {flags}".split()
+        command = [sys.executable, "-m", "kvlock_jax.cli.main", *given]
+        environment = {**os.environ, "XLA_FLAGS": threads}
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        took = time.monotonic() - start
+        compare(folder, pathlib.Path(out), threads)
+    return took
+
+
+def compare(folder: pathlib.Path, out: pathlib.Path, threads: str) -> None:
+    """Checks that a run made what the first run made."""
+    made = [decode.read_video(out / f"{n}.mkv").frames for n in range(EDITS)]
+    first = folder / f"first-{len(threads)}.npy"
+    if not first.exists():
+        np.save(first, made)
+    different = int((np.load(first) != np.array(made)).any(axis=(1, 2, 3, 4)).sum())
+    if different:
+        print(f"{different} of {EDITS} videos differ from those of the first run")
+
+
+@contextlib.contextmanager
+def nodes(replicas: int, threads: str):
+    """A cluster of a head, which reads and writes, and of nodes with room for a replica each."""
+    kept = os.environ.get("XLA_FLAGS", "")
+    os.environ |= {"XLA_FLAGS": threads, "RAY_AUTH_MODE": "disabled"}
+    cluster = Cluster(True, head_node_args={"num_cpus": 2, "object_store_memory": STORE})
+    try:
+        for _ in range(replicas):
+            cluster.add_node(num_cpus=0, resources={"room": 1}, object_store_memory=STORE)
+        cluster.wait_for_nodes()
+        yield cluster.address
+    finally:
+        os.environ["XLA_FLAGS"] = kept
+        cluster.shutdown()
+
+
+def on_ray(folder: pathlib.Path, replicas: int, threads: str = "") -> float:
+    """Seconds of one run on a cluster."""
+    with nodes(replicas, threads) as address:
+        room = """--ray_resources {"room":1}"""
+        return batch(folder, f"--ray {address} --replicas {replicas} {room}", threads)
+
+
+def main() -> None:
+    """Runs each in turn, and prints the medians."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only", choices=("overhead", "replicas"))
+    args = parser.parse_args()
+    print(f"Ray {ray.__version__}, {os.cpu_count()} CPUs, {EDITS} edits of {args.steps} steps")
+    with tempfile.TemporaryDirectory() as made:
+        folder = pathlib.Path(made)
+        write_manifest(folder, args.steps)
+        ways = {}
+        if args.only != "replicas":
+            ways["kvlock batch"] = functools.partial(batch, folder, "")
+            ways["--ray, one replica"] = functools.partial(on_ray, folder, 1)
+        if args.only != "overhead":
+            ways["--ray, one replica of one thread"] = functools.partial(
+                on_ray, folder, 1, ONE_THREAD
+            )
+            ways["--ray, two of one thread"] = functools.partial(on_ray, folder, 2, ONE_THREAD)
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(args.rounds):
+            for name, way in ways.items():
+                taken[name].append(way())
+                print(f"{name}: {taken[name][-1]:.1f} s", flush=True)
+        medians = {name: statistics.median(times) for name, times in taken.items()}
+        for name, median in medians.items():
+            print(f"{name}: {median:.1f} s, {EDITS * 3600 / median:.0f} edits an hour")
+        pairs = list(medians.values())
+        if args.only != "replicas":
+            print(f"one replica / kvlock batch: {pairs[1] / pairs[0]:.2f} of the wall time")
+        if args.only != "overhead":
+            print(f"two replicas / one: {pairs[-2] / pairs[-1]:.2f} times the edits an hour")
+
+
+if __name__ == "__main__":
+    main()
