@@ -70,11 +70,24 @@ def connect(address: str | None) -> None:
       InputError: there is no cluster at the address.
     """
     jax.config.update("jax_platforms", "cpu")
+    if address and address not in ("auto", "local"):
+        _check_answers(address)
     try:
         ray.init(address, logging_level=logging.WARNING, ignore_reinit_error=True)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"--ray {address}" if address else "--ray"
         raise InputError(f"{where}: {reason(error)}") from error
+
+
+def _check_answers(address: str) -> None:
+    """Raises an `InputError` where Ray would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(f"--ray {address}: must be HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--ray {address}: nothing answers there ({error})") from error
 
 
 def resources() -> dict[str, float]:

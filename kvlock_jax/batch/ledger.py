@@ -77,7 +77,7 @@ def guarded(
         for number, one in enumerate(group):
             alone = tries.begin((name, number))
             if len(group) == 1 or alone:
-                done.append(given_up(one, HostError(f"{deaths + alone} processes died over it")))
+                done.append(given_up(one, HostError(f"{deaths} processes died over it")))
             else:
                 done += work([one])
             tries.end((name, number))

@@ -46,8 +46,12 @@ def cluster_of(args: argparse.Namespace, contents: Contents) -> "Cluster | None"
         if given := [name for name in others if getattr(args, name) is not None]:
             raise InputError(f"--{given[0]} needs --ray")
         return None
-    clashing = ("distributed", "coordinator", "num_processes", "process_id")
-    if given := [name for name in clashing if getattr(args, name) not in (None, False)]:
+    clashing = [
+        name
+        for name in ("coordinator", "num_processes", "process_id")
+        if getattr(args, name) is not None
+    ]
+    if given := ["distributed"] * args.distributed + clashing:
         raise InputError(f"--{given[0]} is of one replica, Ray joins its hosts: --replica_hosts N")
     least, most = _numbers(args.replicas)
     hosts = 1 if args.replica_hosts is None else args.replica_hosts
@@ -129,8 +133,9 @@ class _Progress:
             span = max(group.began + group.seconds["edit"] for group in groups) - begun
             busy = sum(group.seconds["edit"] for group in groups)
             edits = sum(len(group.requests) for group in groups)
-            pace = f"{edits * 3600 / span:.0f} an hour" if span else "at once"
-            lines.append(("replica", f"{name}: {edits} edits, {pace}, busy {busy / span:.0%}"))
+            if span > 0:
+                pace = f"{edits * 3600 / span:.0f} an hour, busy {min(1, busy / span):.0%}"
+                lines.append(("replica", f"{name}: {edits} edits, {pace}"))
             for group in groups:
                 totals.update(group.seconds)
         if totals:
@@ -172,7 +177,7 @@ def _resources(text: str | None) -> dict[str, float]:
     except ValueError:
         found = None
     numbers = found.values() if isinstance(found, dict) else [None]
-    if not found or not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
+    if not found or not all(type(n) in (int, float) and n > 0 for n in numbers):
         raise InputError(f'--ray_resources must be such as {{"TPU": 8}}, found {text!r}')
     return found
 
