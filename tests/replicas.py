@@ -5,13 +5,15 @@ It reads an address, a manifest and a folder from its arguments, and prints each
 
 import functools
 import os
+import pathlib
 import sys
 import time
 
 import batches
+import jax
 
 import kvlock_jax as kvl
-from kvlock_jax.batch import cluster
+from kvlock_jax.batch import cluster, runner
 from kvlock_jax.batch.cluster import Replicas
 from kvlock_jax.batch.resume import find_work
 from kvlock_jax.parallel.mesh import make_mesh
@@ -24,6 +26,15 @@ def demo():
 
 def over_frames(folder):
     return kvl.load(folder, mesh=make_mesh(frames=8))
+
+
+def losing_a_host(folder, model, inputs, settings, keys):
+    """Edits, of which the first loses the second host."""
+    mark = pathlib.Path(folder) / "lost"
+    if jax.process_index() == 1 and not mark.exists():
+        mark.touch()
+        os._exit(1)
+    return runner.run_group(model, inputs, settings, keys)
 
 
 def slowly(model, inputs, settings, keys):

@@ -137,7 +137,7 @@ def test_a_driver_is_killed_and_another_run_does_the_rest(nodes, tmp_path):
     assert_same(tmp_path / "fleet", tmp_path / "plain")
 
 
-def test_a_replica_of_two_hosts(nodes, tmp_path, tiny_checkpoint, monkeypatch):
+def test_a_replica_of_two_hosts_that_loses_one(nodes, tmp_path, tiny_checkpoint, monkeypatch):
     batches.write_inputs(tmp_path)
     rows = [
         {"id": str(n), "src_video": f"{n}.mkv", "bbox": "8,8,24,24", "prompt": "a star"}
@@ -151,8 +151,9 @@ def test_a_replica_of_two_hosts(nodes, tmp_path, tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     with holding(nodes, 2, chip=1):
         work = find_work(batches.job(manifest, tmp_path / "fleet"))
-        summary = cluster.run(work, Replicas(load, {"chip": 1}, hosts=2))
-    assert summary.done == 2
+        losing = functools.partial(replicas.losing_a_host, str(tmp_path))
+        summary = cluster.run(work, Replicas(load, {"chip": 1}, hosts=2, runner=losing))
+    assert summary.done == 2 and (tmp_path / "lost").exists()
     one, two = frames(tmp_path / "fleet"), frames(tmp_path / "plain")
     for name, video in one.items():
         assert np.abs(video.astype(int) - two[name]).max() <= 1

@@ -269,6 +269,7 @@ class _Replica:
             if self._team and (is_lost(error) or not self._team.is_whole()):
                 if not self._team.is_whole():
                     self._tries.end(name)  # the edit is not at fault
+                self._team.close()
                 end_process()
             outcomes, stop = [], reason(error)  # of all edits: the model cannot be loaded
             self._tries.end(name)

@@ -6,6 +6,7 @@ hosts of `kvlock batch --coordinator` do, and each runs every group; the first o
 
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import ray
 from ray.exceptions import RayActorError
-from ray.util import placement_group
+from ray.util import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kvlock_jax.batch import runner
@@ -98,16 +99,19 @@ class Team:
 
     def __init__(self, replicas: Replicas):
         options, count = replicas.host_options, replicas.hosts
+        # The actor's own name, so that what it held before it died is given back.
+        name = f"kvlock {ray.get_runtime_context().get_actor_id()}"
+        with contextlib.suppress(ValueError):
+            remove_placement_group(get_placement_group(name))
         if replicas.slice is None:
-            bundle = {name: n for name, n in replicas.resources.items() if n}
-            self._group = placement_group([bundle] * count, strategy="SPREAD")
-            held = self._group
+            held = placement_group([dict(replicas.resources)] * count, "SPREAD", name)
+            self._give_back = functools.partial(remove_placement_group, held)
         else:
             from ray.util.tpu import slice_placement_group
 
             kind, topology = replicas.slice.split(":")
-            self._group = slice_placement_group(topology, kind, dict(replicas.resources))
-            held = self._group.placement_group
+            reserved = slice_placement_group(topology, kind, dict(replicas.resources), name=name)
+            held, self._give_back = reserved.placement_group, reserved.shutdown
         ray.get(held.ready())
         self._hosts = [
             ray.remote(Host)
@@ -131,13 +135,17 @@ class Team:
         with _causes():
             return ray.get([host.outcomes.remote(shared, unit) for host in self._hosts])[0]
 
+    def close(self) -> None:
+        """Ends the hosts, and gives back what they held."""
+        self._give_back()
+
     def is_whole(self) -> bool:
         """Whether the nodes of all hosts are alive."""
         return set(self._nodes) <= {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def end_process() -> None:
-    """Ends this process, and the actors that it leads; Ray starts it anew."""
+    """Ends this process; Ray starts it anew."""
     os._exit(1)
 
 

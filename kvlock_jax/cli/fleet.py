@@ -82,12 +82,14 @@ class Cluster:
     def facts(self, dtype: str | None, size: int | None) -> tuple[str, int]:
         """The compute dtype and the batch size; a replica is asked for what is not given."""
         if dtype is None or size is None:
+            if self._replicas.hosts > 1:
+                raise InputError("--replica_hosts needs --dtype and --batch_size")
             if self._replicas.resources.keys() == {"CPU"}:  # this process has the same devices
                 found = self._facts()
             else:
                 say("asking", f"a replica for its devices, once one has {self._taken}")
                 found = self._module.ask(self._replicas, self._facts)
-            dtype, size = dtype or found[0], size or found[1] * self._replicas.hosts
+            dtype, size = dtype or found[0], size or found[1]
         return dtype, size
 
     @property
@@ -132,7 +134,7 @@ class _Progress:
             begun = min(group.began for group in groups)
             span = max(group.began + group.seconds["edit"] for group in groups) - begun
             busy = sum(group.seconds["edit"] for group in groups)
-            edits = sum(len(group.requests) for group in groups)
+            edits = sum(len(group.requests) - len(group.failures) for group in groups)
             if span > 0:
                 pace = f"{edits * 3600 / span:.0f} an hour, busy {min(1, busy / span):.0%}"
                 lines.append(("replica", f"{name}: {edits} edits, {pace}"))
