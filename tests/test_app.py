@@ -6,6 +6,7 @@ import os
 import shlex
 import threading
 import types
+import warnings
 import zipfile
 
 import numpy as np
@@ -169,7 +170,9 @@ def test_the_command_has_the_same_settings(own, changes):
 
 def test_the_command_makes_the_same_video(tmp_path, monkeypatch, model, loads, tiny_checkpoint):
     example = clips.examples(tmp_path)[0]
-    session = Session.opened(example.video, 5).with_box("20,24,60,70", 0)
+    upload = tmp_path / "a clip, of 'mine'.m p,4"
+    upload.write_bytes(example.video.read_bytes())
+    session = Session.opened(upload, 5).with_box("20,24,60,70", 0)
     base = default_config(model)
     run = config_of(base, {"steps": 2, "seed": 3, "size": "48*32"}, frames=5)
     editor = Editor(
@@ -180,11 +183,18 @@ def test_the_command_makes_the_same_video(tmp_path, monkeypatch, model, loads, t
         tmp_path,
     )
     steps = []
-    request = Request(session.path, session.grown(2, False), "a blue square", run)
-    edit = editor(request, lambda *step: steps.append(step))
-    assert [picture.shape for _, picture in steps] == [
-        (160, 480, 3)
-    ] * 2 and "background PSNR" in edit.kept
+
+    def on_step(*step):
+        steps.append(step)
+        other = threading.Thread(target=warnings.warn, args=["of another page's mask"])
+        other.start()
+        other.join()
+
+    request = Request(session.path, session.grown(2, False), "a 'blue'\n\"$HOME\" square", run)
+    edit = editor(request, on_step)
+    assert [picture.shape for _, picture in steps] == [(160, 480, 3)] * 2
+    assert "background PSNR" in edit.kept
+    assert "cropped" in edit.notes[0] and not any("another page" in note for note in edit.notes)
     with zipfile.ZipFile(edit.archive) as archive:
         archive.extractall(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere" / edit.folder.name)

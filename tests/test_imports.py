@@ -54,7 +54,8 @@ ORDER = {
     "pipeline": "settings overrides inputs load hosts pieces encode seeds stages background "
     "placement api report outputs",
     "batch": "lines manifest grouping fingerprint resume lease reader publisher runner",
-    "app": "clips marks views request curves preview jobs edits session fragments handlers page",
+    "app": "clips uploads marks views request curves preview jobs edits session fragments handlers "
+    "page",
     "cli": "terminal flags loading edit batch mask app convert info main",
 }
 """The same within folders where the order tells how a run goes."""
