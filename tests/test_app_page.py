@@ -87,8 +87,10 @@ def test_fields_and_marks_that_do_not_agree(studio):
     assert does.look(session, None, OUTLINE, None, False, "")[1].startswith("a mask of every frame")
     assert len(does.open_again(session, 5)[0].marks.whole) == 5
     assert does.open_again(does.open_again(session, 5)[0], 0)[0].marks.whole is None
+    followed = does.set_follow(session, True)[0]
+    assert does.mark_file(followed, 0, str(studio.examples[0].mask))[0].marks.follow
     session = does.unmark_all(session)[0]
-    for number in (2, 8):
+    for number in (2, 5):
         session = does.mark_box(session, number, "20,20,60,60")[0]
     shorter = does.open_again(session, 5)[0]
     assert list(shorter.marks.keyframes) == [2] and shorter.mask.shape[0] == 5

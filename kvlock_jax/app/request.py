@@ -80,11 +80,6 @@ def problems(base: ConfigDict, prompt: str, fields: Mapping[str, Any]) -> dict[s
             resolve_settings(update(base, {key: value}))
         except Error as error:
             found[name] = str(error)
-    if not found:
-        try:  # which fields contradict one another
-            resolve_settings(config_of(base, fields))
-        except Error as error:
-            found["preset"] = str(error)
     return found
 
 
