@@ -119,7 +119,7 @@ def test_a_shape_at_the_border_stays_in_the_frame():
 def test_shapes_without_a_pixel_in_common_leave_no_frame_empty():
     ring = disc(48, 32, 20) & ~disc(48, 32, 12)
     mask = masks.shapes({0: ring, 4: disc(48, 32, 3)}, 5)
-    assert mask.any(axis=(1, 2)).all()
+    assert mask.any(axis=(1, 2)).all() and mask[3, 32, 48] and not mask[1, 32, 48]
 
 
 def test_spans():

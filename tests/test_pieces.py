@@ -91,9 +91,17 @@ def test_pieces_through_the_vae_are_the_whole(config, tiles, mesh, monkeypatch):
         assert [video is None for video in found] == [True, False][:rows]
 
 
-def test_a_mask_goes_to_cells_in_pieces(monkeypatch):
+def test_a_piece_that_is_not_finite_spoils_its_video():
+    levels = np.zeros((2, 3, 4, 4, 3), np.uint8)
+    parts = [(levels, np.array([False, True])), (levels, np.array([True, True]))]
+    first, second = pieces.gathered(iter(parts), 5)
+    assert first is None and second.shape == (5, 4, 4, 3)
+
+
+@pytest.mark.parametrize("count", [FRAMES, FRAMES - 3])  # whole pieces, and a frame over
+def test_a_mask_goes_to_cells_in_pieces(monkeypatch, count):
     rng = np.random.default_rng(0)
-    mask = rng.uniform(size=(FRAMES, 16, 24)) < 0.005
+    mask = rng.uniform(size=(count, 16, 24)) < 0.005
     want = np.asarray(lock.to_latent_mask(mask))
     still = np.broadcast_to(mask[:1], mask.shape)
     for size in (1, 2, 4, 20):
