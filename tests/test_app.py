@@ -120,6 +120,8 @@ def test_the_mask_is_shown_before_anything_runs(folder, model):
     np.testing.assert_array_equal(tokens[170:310, 170:310], plain[170:310, 170:310])
     assert "9.4 %" in session.view(2, configs, edit, pixels=2).line  # 12x12
     assert "95.8 %" in session.view(2, configs, edit, inverted=True).line
+    turned = session.grown(2, True)  # turned round first, and then grown
+    assert turned.sum() == turned.size - 5 * 4 * 4
     smaller = dataclasses.replace(edit, size="24*16")
     assert "tokens" in session.view(2, configs, smaller, as_tokens=True).line
 
@@ -275,6 +277,13 @@ def test_a_preview_is_the_linear_map_of_latents_to_colours(monkeypatch):
     colours = fitted.colours(_cells(colourful) @ mixing[:3] + mixing[3])
     np.testing.assert_allclose(colours, _cells(colourful), atol=0.51)
     assert fitted.drawn(np.zeros((1, 5, 3, 5))).shape == (160, 96, 3)
+
+
+def test_a_preview_shows_the_first_the_middle_and_the_last_frame():
+    latents = np.array([-5.0, 10, 120, 30, 300])[:, None, None, None] * np.ones((1, 1, 2, 3))
+    picture = Preview(np.eye(4, 3)).drawn(latents)
+    shown = picture.reshape(160, 3, 320, 3)
+    assert [np.unique(shown[:, number]).tolist() for number in range(3)] == [[0], [120], [255]]
 
 
 def _cells(clip):

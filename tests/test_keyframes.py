@@ -76,6 +76,7 @@ def test_boxes_of_wrong_syntax(given, problem):
 
 def test_files_as_written():
     assert parse_files(["a.png"]) == {0: "a.png"}
+    assert parse_files(["40:b.png"]) == {40: "b.png"}
     assert parse_files(["gs://b/a.png"]) == {0: "gs://b/a.png"}
     assert parse_files(["40:b.png", "0:gs://b/a.png"]) == {0: "gs://b/a.png", 40: "b.png"}
     with pytest.raises(InputError, match="each of several must be FRAME:FILE"):
