@@ -41,11 +41,15 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def served(*flags: str, seconds: float = 240):
-    """Runs `kvlock app` on a free port; yields its address, and how long it took."""
+def served(*flags: str, seconds: float = 240, folder: str | None = None):
+    """Runs `kvlock app` on a free port; yields its address, and how long it took.
+
+    Its temporary files lie in a folder where one is given.
+    """
     command = [sys.executable, "-m", "kvlock_jax.cli.main", "app", "--port=0", *flags]
     start = time.monotonic()
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    own = environment() | ({"TMPDIR": folder} if folder else {})
+    process = subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True)
     try:
         lines = ""
         while not (found := re.search(r"http://\S+(?=,)", lines)):

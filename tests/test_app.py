@@ -6,6 +6,7 @@ import os
 import shlex
 import threading
 import types
+import warnings
 import zipfile
 
 import numpy as np
@@ -13,9 +14,9 @@ import pytest
 import tiny
 from clips import blob, noise
 
-from kvlock_jax.app import clips, curves, marks, preview, views
+from kvlock_jax.app import clips, marks, preview, views
 from kvlock_jax.app.edits import Editor
-from kvlock_jax.app.jobs import CANCELLED, DONE, FAILED, RUNNING, WAITING, Jobs
+from kvlock_jax.app.jobs import CANCELLED, Jobs
 from kvlock_jax.app.marks import Marks
 from kvlock_jax.app.preview import Preview
 from kvlock_jax.app.request import Request, command, config_of, problems
@@ -31,7 +32,6 @@ from kvlock_jax.models.family import Encoded
 from kvlock_jax.pipeline.load import default_config
 from kvlock_jax.pipeline.settings import config, resolve_settings
 from kvlock_jax.runtime.compile_cache import Compiler
-from kvlock_jax.sampling.loop import Trace
 
 VIDEO = Video(noise(), 12)
 
@@ -70,6 +70,7 @@ def test_a_mark_stands_for_all_frames_and_two_change_evenly():
     assert moved[3, 8:16, 12:20].all() and moved[3].sum() == 64
     mixed = two.put(0, blob()[0])
     assert (marks.mask_of(mixed, VIDEO)[0] == blob()[0]).all()
+    assert str(Marks(follow=True).put(2, (8, 8, 16, 16))).endswith("followed between")
     assert list(mixed.keyframes) == [0, 2, 4] and "frame 4: box 16,8,24,16" in str(mixed)
 
 
@@ -86,7 +87,7 @@ def test_marks_that_do_not_fit():
 
 def test_paint_is_brought_to_the_frames_size():
     layer = np.zeros((320, 480, 4), np.uint8)
-    layer[80:160, 100:200, 3] = 255
+    layer[80:164, 100:200, 3] = 255  # four tenths of the last row's pixels
     shape = marks.painted([layer], VIDEO)
     assert shape[8:16, 10:20].all() and shape.sum() == 80
 
@@ -119,8 +120,23 @@ def test_the_mask_is_shown_before_anything_runs(folder, model):
     np.testing.assert_array_equal(tokens[170:310, 170:310], plain[170:310, 170:310])
     assert "9.4 %" in session.view(2, configs, edit, pixels=2).line  # 12x12
     assert "95.8 %" in session.view(2, configs, edit, inverted=True).line
+    turned = session.grown(2, True)  # turned round first, and then grown
+    assert turned.sum() == turned.size - 5 * 4 * 4
     smaller = dataclasses.replace(edit, size="24*16")
     assert "tokens" in session.view(2, configs, smaller, as_tokens=True).line
+
+
+def test_tokens_lie_over_the_frames_and_pixels_that_they_stand_for():
+    chosen = np.zeros((3, 2, 3), bool)
+    chosen[1, 0, 2] = True
+    tokens, image = views.Tokens(chosen, (4, 16, 8)), np.full((30, 24, 3), 100, np.uint8)
+    for number, is_edited in ((0, False), (1, True), (4, True), (5, False)):
+        seen = tokens.drawn(image, number)[..., 0] > 100
+        assert seen[: 16 * 16, 16 * 16 :].all() == is_edited and seen.sum() in (0, 256 * 128)
+    mask = np.zeros((9, 30, 24), bool)
+    mask[3:5, :3, :12] = True
+    told = "1.1 % of the pixels, in 2 of 9 frames; 1 of 18 tokens (6 %) are edited"
+    assert views.coverage(mask, tokens) == told
 
 
 # --- fields and the command ---------------------------------------------------------------------
@@ -154,11 +170,13 @@ def test_what_is_wrong_is_told_by_field():
 )
 @pytest.mark.parametrize("own", ["demo", "t2v_a14b"])
 def test_the_command_has_the_same_settings(own, changes):
-    base = gather_settings(main._parser().parse_args(["app", "--window", "33"]), [], own)
+    low = config(own).sample.guidance_scale_low  # which the other scale's flag alone would change
+    given = ["app", "--window=33", "--sample_guide_scale=6", f"--sample_guide_scale_low={low}"]
+    base = gather_settings(main._parser().parse_args(given), [], own)
     base.kvlock.tau = 0.02
-    base.edit.dilate = 4
+    base.edit.dilate, base.edit.invert_mask = 4, True
     run = config_of(base, changes, frames=5)
-    assert run.edit.dilate == 0 and run.edit.frame_num == 5
+    assert run.edit.dilate == 0 and not run.edit.invert_mask and run.edit.frame_num == 5
     request = Request("in.mp4", blob(), "a star", run)
     text = command(request, config(own), ["--ckpt_dir=x"], {"src_video": "a b.mp4", "bbox": None})
     kvlock, *arguments = words(text)
@@ -167,9 +185,18 @@ def test_the_command_has_the_same_settings(own, changes):
     assert resolve_settings(gather_settings(args, others, own)) == resolve_settings(run)
 
 
+def test_fields_win_over_what_a_preset_brings():
+    base = config("demo")
+    same = {name: base.sample[name] for name in ("steps", "guidance_scale")}
+    run = config_of(base, {"preset": "distilled", **same})
+    assert {name: run.sample[name] for name in same} == same and run.sample.solver == "euler"
+
+
 def test_the_command_makes_the_same_video(tmp_path, monkeypatch, model, loads, tiny_checkpoint):
     example = clips.examples(tmp_path)[0]
-    session = Session.opened(example.video, 5).with_box("20,24,60,70", 0)
+    upload = tmp_path / "a clip, of 'mine'.m p,4"
+    upload.write_bytes(example.video.read_bytes())
+    session = Session.opened(upload, 5).with_box("20,24,60,70", 0)
     base = default_config(model)
     run = config_of(base, {"steps": 2, "seed": 3, "size": "48*32"}, frames=5)
     editor = Editor(
@@ -180,11 +207,18 @@ def test_the_command_makes_the_same_video(tmp_path, monkeypatch, model, loads, t
         tmp_path,
     )
     steps = []
-    request = Request(session.path, session.grown(2, False), "a blue square", run)
-    edit = editor(request, lambda *step: steps.append(step))
-    assert [picture.shape for _, picture in steps] == [
-        (160, 480, 3)
-    ] * 2 and "background PSNR" in edit.kept
+
+    def on_step(*step):
+        steps.append(step)
+        other = threading.Thread(target=warnings.warn, args=["of another page's mask"])
+        other.start()
+        other.join()
+
+    request = Request(session.path, session.grown(2, False), "a 'blue'\n\"$HOME\" square", run)
+    edit = editor(request, on_step)
+    assert [picture.shape for _, picture in steps] == [(160, 480, 3)] * 2
+    assert "background PSNR" in edit.kept
+    assert "cropped" in edit.notes[0] and not any("another page" in note for note in edit.notes)
     with zipfile.ZipFile(edit.archive) as archive:
         archive.extractall(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere" / edit.folder.name)
@@ -245,99 +279,17 @@ def test_a_preview_is_the_linear_map_of_latents_to_colours(monkeypatch):
     assert fitted.drawn(np.zeros((1, 5, 3, 5))).shape == (160, 96, 3)
 
 
+def test_a_preview_shows_the_first_the_middle_and_the_last_frame():
+    latents = np.array([-5.0, 10, 120, 30, 300])[:, None, None, None] * np.ones((1, 1, 2, 3))
+    picture = Preview(np.eye(4, 3)).drawn(latents)
+    shown = picture.reshape(160, 3, 320, 3)
+    assert [np.unique(shown[:, number]).tolist() for number in range(3)] == [[0], [120], [255]]
+
+
 def _cells(clip):
     parts = [clip[:1], *(clip[n : n + 4] for n in range(1, len(clip), 4))]
     means = np.stack([part.astype(float).mean(0) for part in parts])
     return means.reshape(len(parts), 5, 8, 3, 8, 3).mean((2, 4))
-
-
-# --- jobs and curves ----------------------------------------------------------------------------
-
-
-def row(number: int) -> Trace:
-    return Trace(0.5, 0.05 * (number > 1), 0.5, 4.0, 1.0, number > 2, True)
-
-
-class Steps:
-    """Work of 4 steps, each of which a test allows."""
-
-    def __init__(self):
-        self.allowed, self.done = threading.Semaphore(0), []
-
-    def __call__(self, request, on_step):
-        for number in range(4):
-            assert self.allowed.acquire(timeout=20)
-            if request == "bad":
-                raise InputError("a bad file")
-            if request == "bug":
-                raise ZeroDivisionError("by nothing")
-            on_step(row(number))
-        self.done.append(request)
-        return f"{request} is made"
-
-    def step(self, job, count=1):
-        for _ in range(count):
-            version = job.wait(-1)
-            self.allowed.release()
-            job.wait(version)
-
-
-def until(job, state):
-    seen = -1
-    while job.progress.state != state:
-        seen = job.wait(seen, 20)
-    return job.progress
-
-
-def test_jobs_run_one_at_a_time_and_others_wait():
-    work = Steps()
-    jobs = Jobs(work)
-    first, second, third = (jobs.submit(name, 4) for name in "abc")
-    until(first, RUNNING)
-    assert (second.progress.state, second.progress.before, third.progress.before) == (WAITING, 1, 2)
-    assert str(third.progress) == "waiting: 2 edits run before this one"
-    assert jobs.unfinished == [first, second, third]
-    jobs.cancel(second)
-    assert until(second, CANCELLED).is_over and third.progress.before == 1
-    assert jobs.unfinished == [first, third]
-    work.step(first, 3)
-    assert str(first.progress).startswith("step 3 of 4, 0 s left")
-    work.allowed.release(10)
-    assert until(first, DONE).result == "a is made"
-    until(third, DONE)
-    assert work.done == ["a", "c"]
-
-
-def test_cancel_takes_a_step_at_most():
-    work = Steps()
-    job = Jobs(work).submit("a", 4)
-    until(job, RUNNING)
-    work.step(job)
-    job.cancel()
-    assert str(job.progress) == "stopping after this step"
-    work.allowed.release()
-    assert len(until(job, CANCELLED).rows) == 1 and work.done == []
-
-
-def test_a_failed_job_stops_no_other(capsys):
-    work = Steps()
-    jobs = Jobs(work)
-    bad, bug, good = (jobs.submit(name, 4) for name in ("bad", "bug", "good"))
-    work.allowed.release(10)
-    assert str(until(bad, FAILED)) == "a bad file"
-    assert str(until(bug, FAILED)) == "internal error: ZeroDivisionError: by nothing"
-    assert "Traceback" in capsys.readouterr().err
-    assert until(good, DONE).result == "good is made"
-
-
-def test_curves_grow():
-    settings = resolve_settings(config("demo"))
-    empty, some = curves.drawn((), settings), curves.drawn([row(n) for n in range(4)], settings)
-    assert empty.count("<svg") == some.count("<svg") == 3
-    assert "polyline" not in empty and some.count("<polyline") == 3
-    assert 'data-steps="4"' in some and "= 0.01" in some and empty.count("<rect") == 3
-    nan = dataclasses.replace(row(0), sigma2=float("nan"), guidance_scale=float("nan"))
-    assert "nan" not in curves.drawn([nan], settings)
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pathlib
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -45,9 +46,16 @@ WIPE = """share => {
 
 
 @pytest.fixture(scope="module")
-def url():
-    with browsing.served("--listen=0.0.0.0", f"--auth={AUTH}") as (url, _):
+def temporary(tmp_path_factory):
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def url(temporary):
+    flags = "--listen=0.0.0.0", f"--auth={AUTH}"
+    with browsing.served(*flags, folder=str(temporary)) as (url, _):
         yield url.replace("0.0.0.0", "127.0.0.1")
+    assert not [path for path in temporary.rglob("*") if path.is_file()]
 
 
 @pytest.fixture
@@ -131,6 +139,18 @@ def test_an_object_is_followed_from_one_box(page):
     page.click("text=Follow the object")
     told(page, "followed between")
     told(page, "in 9 of 9 frames")
+
+
+def test_what_a_page_uploaded_goes_when_it_is_closed(url, temporary, tmp_path):
+    small = clips.examples(tmp_path)[1].video
+    with browsing.page_of(url, auth=AUTH) as page:
+        page.set_input_files("#upload input[type=file]", small)
+        told(page, "nothing is marked yet")
+        (uploaded,) = temporary.rglob(f"gradio/*/{small.name}")
+    end = time.monotonic() + 20
+    while uploaded.exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_small_screen_and_a_bad_file(page, tmp_path):

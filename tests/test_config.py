@@ -20,6 +20,7 @@ GIVEN = {WanConfig: WAN, UMT5Config: UMT5}
 
 FINE = [
     (SampleConfig, {"steps": 1}),
+    (SampleConfig, {"steps": 10_000}),
     (SampleConfig, {"shift": 1e-3}),
     (SampleConfig, {"guidance_scale": 0.0}),
     (SampleConfig, {"guidance_scale_low": 0.0}),
@@ -55,6 +56,7 @@ FINE = [
     (LockConfig, {"cache": "fused", "skip_background": False}),
     (EditConfig, {"dilate": 3, "frame_num": 81, "size": "832*480"}),
     (EditConfig, {"size": "832x480"}),
+    (EditConfig, {"size": "8192*1"}),
     *((EditConfig, {"fit": fit}) for fit in ("crop", "pad", "stretch")),
     (EditConfig, {"context_scale": 0.0}),
     (EditConfig, {"fps": 23.976}),
@@ -67,6 +69,7 @@ FINE = [
 
 BAD = [
     (SampleConfig, "steps", 0),
+    (SampleConfig, "steps", 10_001),
     (SampleConfig, "guidance_scale_low", -0.1),
     (SampleConfig, "boundary", 1.1),
     (SampleConfig, "grid", "wan"),
@@ -119,6 +122,8 @@ BAD = [
     (EditConfig, "context_scale", float("inf")),
     (EditConfig, "size", "832"),
     (EditConfig, "size", "0*480"),
+    (EditConfig, "size", "8192*8193"),
+    (EditConfig, "size", "9" * 5000 + "*480"),
     (EditConfig, "size", "832*-480"),
     (EditConfig, "size", "832*480*3"),
     (EditConfig, "size", "83 2*480"),

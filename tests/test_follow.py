@@ -87,7 +87,16 @@ def test_keyframes_hold_and_both_passes_meet_between_them():
     video = np.concatenate([clip.video[:5], other.video[:4]])
     truth = np.concatenate([clip.mask[:5], other.mask[:4]])
     followed = masks.follow(video, {0: truth[0], 8: truth[8]})
-    assert clips.mean_iou(followed.mask, truth) > 0.8
+    assert clips.mean_iou(followed.mask, truth) > 0.8 and not followed.lost.any()
+
+
+def test_the_shape_changes_evenly_between_keyframes_that_differ():
+    colours = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+    video = np.repeat(colours.repeat(8, axis=0).repeat(8, axis=1)[None], 9, axis=0)
+    large, small = np.zeros((2, 96, 96), bool)
+    large[16:80, 16:80], small[36:60, 36:60] = True, True
+    areas = masks.follow(video, {0: large, 8: small}).mask.sum((1, 2), dtype=int)
+    assert (np.diff(areas) < 0).all(), areas
 
 
 def test_large_frames_are_followed_as_small_ones():

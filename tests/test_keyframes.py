@@ -76,6 +76,7 @@ def test_boxes_of_wrong_syntax(given, problem):
 
 def test_files_as_written():
     assert parse_files(["a.png"]) == {0: "a.png"}
+    assert parse_files(["40:b.png"]) == {40: "b.png"}
     assert parse_files(["gs://b/a.png"]) == {0: "gs://b/a.png"}
     assert parse_files(["40:b.png", "0:gs://b/a.png"]) == {0: "gs://b/a.png", 40: "b.png"}
     with pytest.raises(InputError, match="each of several must be FRAME:FILE"):
@@ -119,7 +120,7 @@ def test_a_shape_at_the_border_stays_in_the_frame():
 def test_shapes_without_a_pixel_in_common_leave_no_frame_empty():
     ring = disc(48, 32, 20) & ~disc(48, 32, 12)
     mask = masks.shapes({0: ring, 4: disc(48, 32, 3)}, 5)
-    assert mask.any(axis=(1, 2)).all()
+    assert mask.any(axis=(1, 2)).all() and mask[3, 32, 48] and not mask[1, 32, 48]
 
 
 def test_spans():

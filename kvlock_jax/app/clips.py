@@ -1,8 +1,10 @@
 """Clips to edit: uploaded files, and the examples."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -65,20 +67,39 @@ def read(path: str | os.PathLike, frames: int = 0, *, largest: int = LARGEST) ->
     Raises:
       InputError: it is no video, is cut or damaged, or too large.
     """
-    name = os.path.basename(path)
-    try:
-        size = os.path.getsize(path)
-    except OSError as error:
-        raise InputError(f"{name}: the upload is gone; choose the file again") from error
+    name, size = os.path.basename(path), check_there(path)
     if size > largest:
         found = f"{size / 1e6:.0f} MB, at most {largest / 1e6:.0f} MB are taken"
         raise InputError(f"{name}: is too large: {found}")
     if frames < 0:
         raise InputError(f"frames must be 0 (all of them) or more, found {frames}")
-    try:
+    with by_name(path):
         return decode.read_video(path, frames or None)
-    except InputError as error:  # of a file the user knows by its name alone
-        raise InputError(str(error).replace(os.fspath(path), name)) from error
+
+
+def check_there(path: str | os.PathLike) -> int:
+    """The bytes of an upload; an InputError where it is gone."""
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        name = os.path.basename(path)
+        raise InputError(f"{name}: the upload is gone; choose the file again") from error
+
+
+def check_picture(path: str | os.PathLike) -> None:
+    """Refuses a file that is gone, or no picture."""
+    check_there(path)
+    with by_name(path):
+        decode.read_image(path)
+
+
+@contextlib.contextmanager
+def by_name(path: str | os.PathLike) -> Iterator[None]:
+    """Tells what is wrong with a file by its name, for the user knows no more of its place."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(os.fspath(path), os.path.basename(path))) from error
 
 
 def _boxed(mask: Mask) -> Mask:

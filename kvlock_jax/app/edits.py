@@ -1,13 +1,15 @@
 """Runs one edit of the page in a folder of its own, which holds all that makes it again."""
 
+import contextlib
 import dataclasses
 import pathlib
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,8 +129,7 @@ class Editor:
 
     def _edit(self, folder: pathlib.Path, request: Request, on_step: OnStep) -> Edit:
         settings = resolve_settings(request.config)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
+        with _noted() as notes:
             names, inputs = self._prepared(folder, request)
             noise = draw_noise(self.model, inputs, jax.random.key(settings.sample.seed))
             ahead = BackgroundCompiler(
@@ -149,7 +150,7 @@ class Editor:
             prompt=request.prompt,
             command=text,
             kept=summarize_metrics(result.metrics),
-            notes=list(dict.fromkeys(str(one.message) for one in caught)),
+            notes=list(dict.fromkeys(notes)),
             picture=thumbnail(result.video[len(result.video) // 2]),
             curves=(_rows(result.trace), settings),
         )
@@ -177,7 +178,7 @@ class Editor:
         self, folder: pathlib.Path, request: Request
     ) -> tuple[dict[str, str], EditInputs]:
         """The inputs, read from copies in the folder as the command will, and the copies' names."""
-        names = {"src_video": f"source{pathlib.Path(request.video).suffix.lower()}"}
+        names = {"src_video": f"source{_suffix(request.video)}"}
         shutil.copyfile(request.video, folder / names["src_video"])
         names["src_mask"] = "mask.mkv"
         limit = request.config.edit.frame_num or None
@@ -185,7 +186,7 @@ class Editor:
         _write_mask(folder / names["src_mask"], request.mask, video)
         pictures = []
         for number, path in enumerate(request.references, 1):
-            pictures.append(f"reference-{number}{pathlib.Path(path).suffix.lower()}")
+            pictures.append(f"reference-{number}{_suffix(path)}")
             shutil.copyfile(path, folder / pictures[-1])
         names["src_ref_images"] = ",".join(pictures)
         inputs = read_inputs(
@@ -196,6 +197,28 @@ class Editor:
             [folder / name for name in pictures],
         )
         return names, inputs
+
+
+def _suffix(path: str) -> str:
+    """A file's suffix, where it is one: names are parted by commas, and stand in commands."""
+    suffix = pathlib.Path(path).suffix.lower()
+    return suffix if re.fullmatch(r"\.[a-z0-9]+", suffix) else ""
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[list[str]]:
+    """Warnings of this thread: others handle the page meanwhile."""
+    notes, thread = [], threading.get_ident()
+
+    def note(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        """Takes a warning."""
+        if threading.get_ident() == thread:
+            notes.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = note
+        yield notes
 
 
 def _write_mask(path: pathlib.Path, mask: Mask, video: Video) -> None:

@@ -1,7 +1,6 @@
 """What the page's events do: from values of its components to values of others."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,13 +8,14 @@ import gradio as gr
 from ml_collections import ConfigDict
 
 from kvlock_jax import lock
-from kvlock_jax.app import curves, fragments
+from kvlock_jax.app import clips, curves, fragments
 from kvlock_jax.app.clips import Example
 from kvlock_jax.app.edits import Edit, Editor
 from kvlock_jax.app.jobs import DONE, Job, Jobs
 from kvlock_jax.app.marks import Marks
 from kvlock_jax.app.request import FIELDS, Request, config_of, problems
 from kvlock_jax.app.session import Session
+from kvlock_jax.app.uploads import Uploads
 from kvlock_jax.app.views import enlarged, scale_of
 from kvlock_jax.checkpoints.registry import Configs
 from kvlock_jax.errors import Error, InputError
@@ -24,8 +24,11 @@ from kvlock_jax.pipeline.settings import resolve_settings
 OUTLINE, TOKENS = "outline of the mask", "tokens that are edited"
 """What is drawn over a frame."""
 
-SHOWN = 8
-"""Values of a result: itself, its four downloads in a row, its command, and the strip of all."""
+OPENED = 8
+"""Values of a clip: itself, its problem, slider, prompt, frames, size, no follow, no corner."""
+
+SHOWN = 9
+"""Values of a result: itself, its downloads (4 in a row), its command, the strip, its length."""
 
 PROBLEMS = ("prompt", *FIELDS)
 """Fields with a problem under them, in the order of `check`."""
@@ -43,6 +46,8 @@ class Studio:
       takes_references: whether the model looks at pictures of the wanted content.
       jobs: queue of edits.
       done: edits that are done, the latest last; they outlive the page that asked for them.
+      served: folders of theirs, which browsers may read.
+      uploads: uploaded files that pages and edits need.
     """
 
     editor: Editor
@@ -52,15 +57,31 @@ class Studio:
     takes_references: bool
     jobs: Jobs = dataclasses.field(init=False)
     done: list[Edit] = dataclasses.field(default_factory=list)
+    served: list[str] = dataclasses.field(default_factory=list)
+    uploads: Uploads = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         def work(request: Request, on_step: Any) -> Edit:
             """Does an edit, and keeps it for every page."""
             edit = self.editor(request, on_step)
+            self.served.append(str(edit.folder))
             self.done.append(edit)
             return edit
 
-        self.jobs = Jobs(work)
+        self.uploads = Uploads(gr.utils.get_upload_folder())
+        self.jobs = Jobs(work, self.uploads.drop)
+
+    def submit(self, request: Request, steps: int) -> Job:
+        """Puts an edit into the queue; its uploads stay until it is over."""
+        files = (request.video, *request.references)
+        self.uploads.hold(request, files)
+        try:
+            for file in files:
+                clips.check_there(file)
+        except Error:
+            self.uploads.drop(request)
+            raise
+        return self.jobs.submit(request, steps)
 
 
 class Handlers:
@@ -69,6 +90,15 @@ class Handlers:
     def __init__(self, studio: Studio):
         self.studio = studio
 
+    def hold(self, files: str | list[str] | None, page: gr.Request) -> None:
+        """Notes what a page uploaded."""
+        given = files if isinstance(files, list) else [files]
+        self.studio.uploads.hold(page.session_hash, filter(None, given))
+
+    def leave(self, page: gr.Request) -> None:
+        """Deletes the uploads of a page that was closed, but those that others need."""
+        self.studio.uploads.drop(page.session_hash)
+
     # -- the clip and its marks ------------------------------------------------------------------
 
     def begin(self) -> list[Any]:
@@ -76,7 +106,7 @@ class Handlers:
 
         So a page that is opened again goes on with the edit that was asked for before.
         """
-        opened = self.open_example(0) if self.studio.examples else [gr.skip()] * 6
+        opened = self.open_example(0) if self.studio.examples else [gr.skip()] * OPENED
         done, unfinished = self.studio.done, self.studio.jobs.unfinished
         job = unfinished[-1] if unfinished else None
         return [*opened, job, *self._shown(done[-1] if done else None)]
@@ -85,40 +115,34 @@ class Handlers:
         """Opens an example, with its mask and a prompt for it."""
         example = self.studio.examples[number]
         session = Session.opened(example.video).with_file(example.mask, 0)
-        return [session, _told(""), _frames(session), example.prompt, 0, ""]
+        return [session, _told(""), _frames(session), example.prompt, 0, "", False, None]
 
-    def open_upload(self, path: str, prompt: str) -> list[Any]:
+    def open_upload(self, path: str, frames: float | None) -> list[Any]:
         """Opens a file; the demo model takes it at its own size and length."""
         is_demo = bool(self.studio.examples)
-        frames, size = (9, "96*96") if is_demo else (gr.skip(), gr.skip())
+        own = (9, "96*96") if is_demo else (gr.skip(), gr.skip())
         try:
-            limit = 9 if is_demo else self.studio.base.edit.frame_num
-            session = Session.opened(path, limit)
+            session = Session.opened(path, 9 if is_demo else int(frames or 0))
         except Error as error:
-            return [None, _told(str(error)), *[gr.skip()] * 4]
-        return [session, _told(""), _frames(session), prompt, frames, size]
+            return [None, _told(str(error)), *[gr.skip()] * (OPENED - 2)]
+        return [session, _told(""), _frames(session), gr.skip(), *own, False, None]
 
     def open_again(self, session: Session | None, frames: float | None) -> list[Any]:
         """Takes another number of frames of the clip; its marks stay where they still fit."""
-        limit = int(frames or 0)
-        if session is None or limit == session.frames:
+        if session is None or int(frames or 0) == session.frames:
             return [gr.skip()] * 3
         try:
-            changed = Session.opened(session.path, limit)
+            changed = session.cut(int(frames or 0))
         except Error as error:
             return [gr.skip(), _told(str(error)), gr.skip()]
-        try:
-            changed = changed.marked(session.marks if session.marks.whole is None else Marks())
-        except Error as error:
-            return [changed, _told(str(error)), _frames(changed)]
         return [changed, _told(""), _frames(changed)]
 
     def look(
         self,
         session: Session | None,
-        number: float,
+        number: float | None,
         kind: str,
-        pixels: float,
+        pixels: float | None,
         inverted: bool,
         size: str,
     ) -> list[Any]:
@@ -129,28 +153,28 @@ class Handlers:
             edit = resolve_settings(config_of(self.studio.base, {"size": size})).edit
         except Error:  # which the field tells
             edit = resolve_settings(self.studio.base).edit
-        options = {"pixels": int(pixels), "inverted": inverted, "as_tokens": kind == TOKENS}
-        view = session.view(int(number), self.studio.configs, edit, **options)
+        options = {"pixels": int(pixels or 0), "inverted": inverted, "as_tokens": kind == TOKENS}
+        view = session.view(session.number(number), self.studio.configs, edit, **options)
         return [view.picture, view.line, _told(view.problem)]
 
-    def mark_box(self, session: Session | None, number: float, box: str) -> list[Any]:
+    def mark_box(self, session: Session | None, number: float | None, box: str) -> list[Any]:
         """Marks a box on a frame."""
-        return _marked(session, lambda one: one.with_box(box, int(number)))
+        return _marked(session, lambda one: one.with_box(box, one.number(number)))
 
     def mark_paint(
-        self, session: Session | None, number: float, painted: Mapping[str, Any] | None
+        self, session: Session | None, number: float | None, painted: Mapping[str, Any] | None
     ) -> list[Any]:
         """Marks what is painted on a frame."""
         layers = (painted or {}).get("layers") or []
-        return _marked(session, lambda one: one.with_paint(layers, int(number)))
+        return _marked(session, lambda one: one.with_paint(layers, one.number(number)))
 
-    def mark_file(self, session: Session | None, number: float, path: str) -> list[Any]:
+    def mark_file(self, session: Session | None, number: float | None, path: str) -> list[Any]:
         """Marks what a mask file shows."""
-        return _marked(session, lambda one: one.with_file(path, int(number)))
+        return _marked(session, lambda one: one.with_file(path, one.number(number)))
 
-    def unmark(self, session: Session | None, number: float) -> list[Any]:
+    def unmark(self, session: Session | None, number: float | None) -> list[Any]:
         """Takes the mark of a frame away."""
-        return _marked(session, lambda one: one.marked(one.marks.without(int(number))))
+        return _marked(session, lambda one: one.marked(one.marks.without(one.number(number))))
 
     def unmark_all(self, session: Session | None) -> list[Any]:
         """Takes all marks away."""
@@ -177,11 +201,11 @@ class Handlers:
         (x0, x1), (y0, y1) = sorted((x, corner[0])), sorted((y, corner[1]))
         return None, f"{x0},{y0},{min(x1 + 1, width)},{min(y1 + 1, height)}"
 
-    def canvas(self, session: Session | None, number: float) -> Any:
+    def canvas(self, session: Session | None, number: float | None) -> Any:
         """The frame to paint on."""
         if session is None:
             return gr.skip()
-        picture = enlarged(session.video.frames[min(int(number), session.last)])
+        picture = enlarged(session.video.frames[session.number(number)])
         return {"background": picture, "layers": [], "composite": picture}
 
     # -- the edit --------------------------------------------------------------------------------
@@ -204,7 +228,7 @@ class Handlers:
     def edit(
         self,
         session: Session | None,
-        pixels: float,
+        pixels: float | None,
         inverted: bool,
         frames: float | None,
         references: list[str] | None,
@@ -220,13 +244,15 @@ class Handlers:
         try:
             if session is None:
                 raise InputError("no clip is open: choose an example or a file")
+            session = session.cut(int(frames or 0))  # as the field says, which was left just now
             config = config_of(self.studio.base, fields, session.frames)
-            mask = session.grown(int(pixels), inverted)
+            mask = session.grown(int(pixels or 0), inverted)
+            for picture in references or ():
+                clips.check_picture(picture)
             request = Request(session.path, mask, prompt, config, tuple(references or ()))
-            steps = resolve_settings(config).sample.steps
+            job = self.studio.submit(request, resolve_settings(config).sample.steps)
         except Error as error:
             return [None, fragments.status(str(error)), *told]
-        job = self.studio.jobs.submit(request, steps)
         return [job, fragments.progress(job, self.studio.jobs.unfinished), *told]
 
     def watch(self, job: Job | None) -> Iterator[list[Any]]:
@@ -260,15 +286,16 @@ class Handlers:
         jobs.cancel(job)
         return fragments.progress(job, jobs.unfinished)
 
-    def pick(self, event: gr.SelectData) -> list[Any]:
-        """Shows an earlier edit."""
-        return self._shown(self.studio.done[::-1][event.index])[:-1]
+    def pick(self, length: int, event: gr.SelectData) -> list[Any]:
+        """Shows an edit of the strip, which may not have the latest edits of other pages."""
+        return self._shown(self.studio.done[length - 1 - event.index])[:-2]
 
     def _shown(self, edit: Edit | None) -> list[Any]:
         """A result with its downloads, and the strip of all, the latest first."""
         if edit is None:
             return [gr.skip()] * SHOWN
-        strip = [(one.picture, one.prompt) for one in self.studio.done[::-1]]
+        done = self.studio.done[:]
+        strip = [(one.picture, one.prompt) for one in reversed(done)]
         files = [str(path) for path in (edit.video, edit.mask, edit.trace, edit.archive)]
         return [
             fragments.result(edit),
@@ -276,15 +303,8 @@ class Handlers:
             *(gr.DownloadButton(value=path) for path in files),
             gr.Textbox(edit.command, visible=True),
             gr.Gallery(strip, visible=True),
+            len(done),
         ]
-
-
-def forget(session: Session | None) -> None:
-    """Deletes the upload of a page that was closed; edits have copies of theirs."""
-    if session is not None:
-        path = pathlib.Path(session.path)
-        if path.is_relative_to(gr.utils.get_upload_folder()):
-            path.unlink(missing_ok=True)
 
 
 def _told(text: str) -> gr.Markdown:

@@ -145,10 +145,14 @@ class Jobs:
     """A queue of jobs, which one thread does in order.
 
     A job goes on whether or not somebody waits for it.
+
+    Args:
+      work: does a job.
+      after: hears of the request of a job when its turn is over, also of one that was cancelled.
     """
 
-    def __init__(self, work: Work):
-        self._work = work
+    def __init__(self, work: Work, after: Callable[[Any], None] = lambda request: None):
+        self._work, self._after = work, after
         self._some = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
         self._current: Job | None = None
@@ -192,6 +196,7 @@ class Jobs:
                 self._count()
             if began:
                 self._do(self._current)
+            self._after(self._current.request)
             with self._some:
                 self._current = None
                 self._count()

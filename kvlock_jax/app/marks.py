@@ -9,6 +9,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image as pillow
 
 from kvlock_jax import lock, masks
+from kvlock_jax.app.clips import by_name
 from kvlock_jax.errors import InputError
 from kvlock_jax.masks.keyframes import check_numbers
 from kvlock_jax.media import room
@@ -43,6 +44,13 @@ class Marks:
         """The marks without that of a frame."""
         left = {key: mark for key, mark in self.keyframes.items() if key != number}
         return dataclasses.replace(self, keyframes=left)
+
+    def within(self, count: int) -> "Marks":
+        """The marks that fit the first frames of the clip."""
+        left = {number: mark for number, mark in self.keyframes.items() if number < count}
+        fits = self.whole is not None and len(self.whole) >= count
+        whole = self.whole[:count] if fits else None
+        return dataclasses.replace(self, keyframes=left, whole=whole)
 
     def __str__(self) -> str:
         if self.whole is not None:
@@ -122,10 +130,8 @@ def from_file(marks: Marks, path: str | os.PathLike, number: int, video: Video) 
     count, *size = video.frames.shape[:3]
     name = os.path.basename(path)
     timeline = Timeline.of(video, None, count) if count > 1 else None
-    try:
+    with by_name(path):
         mask = read_mask(path, count, *size, True, timeline)
-    except InputError as error:
-        raise InputError(str(error).replace(os.fspath(path), name)) from error
     if not mask.any():
         raise InputError(f"mask {name}: is empty, no pixel is over half of white")
     if len(mask) == 1:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from kvlock_jax import lock
 from kvlock_jax.app import clips
-from kvlock_jax.app.handlers import OUTLINE, PROBLEMS, TOKENS, Handlers, Studio, forget
+from kvlock_jax.app.handlers import OUTLINE, PROBLEMS, TOKENS, Handlers, Studio
 from kvlock_jax.app.request import FIELDS
 from kvlock_jax.errors import InputError
 
@@ -27,7 +27,6 @@ def serve(
       InputError: the address or the port cannot be had.
     """
     port = _free_port(listen, port)
-    folders = {studio.editor.folder, *(example.video.parent for example in studio.examples)}
     page = build(studio)
     try:
         _, url, _ = page.launch(
@@ -39,7 +38,6 @@ def serve(
             ssr_mode=False,
             quiet=True,
             prevent_thread_lock=True,
-            allowed_paths=[str(folder) for folder in folders],
             max_file_size=clips.LARGEST,
             footer_links=[],
             css=(_FOLDER / "page.css").read_text("utf-8"),
@@ -48,6 +46,7 @@ def serve(
         )
     except OSError as error:
         raise InputError(f"--listen {listen} --port {port}: {error}") from error
+    page.allowed_paths = studio.served  # of its edits alone: the folder may hold other files
     return url
 
 
@@ -82,8 +81,8 @@ class _Page:
 
     def __init__(self, studio: Studio):
         self.does, base = Handlers(studio), studio.base
-        self.session = gr.State(None, delete_callback=forget)
-        self.corner, self.job = gr.State(None), gr.State(None)
+        self.session, self.job = gr.State(None), gr.State(None)
+        self.corner, self.length = gr.State(None), gr.State(0)
         gr.Markdown("## kvlock: edit the masked part of a video, keep the rest")
         with gr.Row():
             with gr.Column(min_width=320):
@@ -223,40 +222,48 @@ class _Page:
     def wire(self, page: gr.Blocks) -> None:
         """Says which event calls what."""
         opening = [self.session, self.clip_problem, self.frame, self.prompt]
-        opening += [self.frames, self.fields["size"]]
+        opening += [self.frames, self.fields["size"], self.follow, self.corner]
         look = [self.picture, self.line, self.mask_problem]
         looks = [self.session, self.frame, self.kind, self.grow, self.invert, self.fields["size"]]
         marked = [self.session, self.mark_problem]
+        quiet = {"show_progress": "hidden"}
 
         def then_look(event: Any) -> None:
             """Shows the mask after an event."""
-            event.success(self.does.look, looks, look, show_progress="hidden")
+            event.success(self.does.look, looks, look, **quiet)
 
-        for number, button in enumerate(self.examples):
-            then_look(button.click(lambda n=number: self.does.open_example(n), None, opening))
-        opened = self.upload.upload(self.does.open_upload, [self.upload, self.prompt], opening)
-        then_look(opened)
-        again = self.frames.blur(self.does.open_again, [self.session, self.frames], [*opening[:3]])
-        then_look(again)
+        # One after another, or a slow change would undo a quick one that came after it.
+        turns = {"concurrency_id": "session", "concurrency_limit": 1}
+        chosen = [
+            button.click(lambda n=number: self.does.open_example(n), None, opening, **turns)
+            for number, button in enumerate(self.examples)
+        ]
+        uploaded = [self.upload, self.frames]
+        chosen.append(self.upload.upload(self.does.open_upload, uploaded, opening, **turns))
+        held = [self.session, self.frames]
+        again = self.frames.blur(self.does.open_again, held, opening[:3], **turns)
+        for event in (*chosen, again):
+            then_look(event)
         for component in looks[1:]:
-            component.change(
-                self.does.look, looks, look, show_progress="hidden", trigger_mode="always_last"
-            )
+            component.change(self.does.look, looks, look, trigger_mode="always_last", **quiet)
         at = [self.session, self.frame]
         for event in (
-            self.put_box.click(self.does.mark_box, [*at, self.box], marked),
-            self.box.submit(self.does.mark_box, [*at, self.box], marked),
-            self.put_paint.click(self.does.mark_paint, [*at, self.paint], marked),
-            self.mask_file.upload(self.does.mark_file, [*at, self.mask_file], marked),
-            self.remove.click(self.does.unmark, at, marked),
-            self.clear.click(self.does.unmark_all, [self.session], marked),
-            self.follow.change(self.does.set_follow, [self.session, self.follow], marked),
+            self.put_box.click(self.does.mark_box, [*at, self.box], marked, **turns),
+            self.box.submit(self.does.mark_box, [*at, self.box], marked, **turns),
+            self.put_paint.click(self.does.mark_paint, [*at, self.paint], marked, **turns),
+            self.mask_file.upload(self.does.mark_file, [*at, self.mask_file], marked, **turns),
+            self.remove.click(self.does.unmark, at, marked, **turns),
+            self.clear.click(self.does.unmark_all, [self.session], marked, **turns),
+            self.follow.change(self.does.set_follow, [self.session, self.follow], marked, **turns),
         ):
             then_look(event)
         corners = [self.session, self.corner]
         self.picture.select(self.does.click, corners, [self.corner, self.box])
         self.brush_tab.select(self.does.canvas, at, self.paint)
-        self.frame.release(self.does.canvas, at, self.paint)
+        # What is painted is of the frame below it: a new frame, or clip, takes the paint away.
+        for event in chosen:
+            event.success(self.does.canvas, at, self.paint, **quiet)
+        self.frame.change(self.does.canvas, at, self.paint, trigger_mode="always_last", **quiet)
         told = [self.problems[name] for name in PROBLEMS]
         wishes = [self.prompt, *(self.fields[name] for name in FIELDS)]
         self.fields["preset"].input(
@@ -265,22 +272,23 @@ class _Page:
             [self.fields[name] for name in ("preset", "steps", "guidance_scale")],
         )
         for component in wishes:
-            component.change(
-                self.does.told, wishes, told, show_progress="hidden", trigger_mode="always_last"
-            )
-        shown = [self.result, self.downloads, *self.files, self.command, self.strip]
+            component.change(self.does.told, wishes, told, trigger_mode="always_last", **quiet)
+        shown = [self.result, self.downloads, *self.files, self.command, self.strip, self.length]
         asked = [self.session, self.grow, self.invert, self.frames, self.references, *wishes]
         watched = [self.status, self.curves, self.estimate, *shown]
-        quiet = {"show_progress": "hidden"}
         many = {**quiet, "concurrency_limit": None}
         first = page.load(self.does.begin, None, [*opening, self.job, *shown])
         then_look(first)
         resumed = first.then(self.does.watch, self.job, watched, **many)
-        run = self.run.click(self.does.edit, asked, [self.job, self.status, *told], **quiet)
+        answer = [self.job, self.status, *told]
+        run = self.run.click(self.does.edit, asked, answer, **quiet, **turns)
         watching = run.then(self.does.watch, self.job, watched, **many)
         self.run.click(None, cancels=[resumed, watching])
         self.cancel.click(self.does.stop, self.job, self.status, queue=False, **quiet)
-        self.strip.select(self.does.pick, None, shown[:-1])
+        self.strip.select(self.does.pick, self.length, shown[:-2])
+        for files in (self.upload, self.mask_file, self.references):
+            files.upload(self.does.hold, files, **quiet)
+        page.unload(self.does.leave)
 
 
 def _problem() -> gr.Markdown:

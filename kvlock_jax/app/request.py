@@ -69,7 +69,7 @@ def problems(base: ConfigDict, prompt: str, fields: Mapping[str, Any]) -> dict[s
     """What is wrong with the page's fields, by the field's name; nothing where all are good."""
     found = {}
     try:
-        check_prompt(prompt)
+        check_prompt(prompt or "")  # a field that was never filled has none
     except Error as error:
         found["prompt"] = str(error)
     for name, key in FIELDS.items():
@@ -80,11 +80,6 @@ def problems(base: ConfigDict, prompt: str, fields: Mapping[str, Any]) -> dict[s
             resolve_settings(update(base, {key: value}))
         except Error as error:
             found[name] = str(error)
-    if not found:
-        try:  # which fields contradict one another
-            resolve_settings(config_of(base, fields))
-        except Error as error:
-            found["preset"] = str(error)
     return found
 
 

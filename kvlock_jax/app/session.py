@@ -55,6 +55,17 @@ class Session:
         """A clip without marks; an InputError where the file is none."""
         return cls(os.fspath(path), frames, clips.read(path, frames))
 
+    def cut(self, frames: int) -> "Session":
+        """The clip of another number of frames from its start, with the marks that fit it."""
+        if frames == self.frames:
+            return self
+        other = Session.opened(self.path, frames)
+        return other.marked(self.marks.within(len(other.video.frames)))
+
+    def number(self, shown: float | None) -> int:
+        """The number of the frame that is shown for what the slider says, which may be cleared."""
+        return min(max(int(shown or 0), 0), self.last)
+
     @property
     def last(self) -> int:
         """Number of the last frame."""
@@ -109,7 +120,7 @@ class Session:
           inverted: whether it is turned round.
           as_tokens: whether to show the tokens that are edited instead of an outline.
         """
-        number = min(max(int(number), 0), self.last)
+        number = self.number(number)
         image = self.video.frames[number]
         try:
             mask = self.grown(pixels, inverted)

@@ -10,6 +10,7 @@ from kvlock_jax import lock
 from kvlock_jax.checkpoints.registry import Configs
 from kvlock_jax.media import room
 from kvlock_jax.media.fit import Fit
+from kvlock_jax.pipeline import pieces
 from kvlock_jax.pipeline.report import outlined
 from kvlock_jax.shapes import Image, Mask, NewImage
 
@@ -55,7 +56,7 @@ class Tokens:
         """The tokens of a mask, which has the size to work at."""
         fit = Fit(*mask.shape, configs.unit)
         padded = fit.apply_mask(mask)
-        cells = lock.to_latent_mask(padded, configs.vae.strides)
+        cells = pieces.latent_mask(padded, configs.vae.strides)
         tokens = lock.to_token_mask(cells, configs.transformer.patch_size)
         time, *space = configs.unit
         frames, *sides = fit.model_shape

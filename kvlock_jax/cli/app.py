@@ -120,6 +120,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
     resolve_settings(base)
     placed = place(args, contents, many=False)
     with contextlib.ExitStack() as stack:
+        shown = _temporary(stack)
+        os.environ["GRADIO_TEMP_DIR"] = str(shown / "gradio")  # of uploads, and copies of results
         if args.save_dir:
             kept = pathlib.Path(args.save_dir).expanduser()
             try:
@@ -127,9 +129,8 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
             except OSError as error:
                 raise InputError(f"--save_dir {args.save_dir}: {error.strerror}") from error
         else:
-            kept = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvlock-")))
+            kept = _temporary(stack)
         model = load_model(args, contents, placed, keep_in_memory=args.keep_in_memory)
-        shown = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvlock-")))
         editor = Editor(
             model=model,
             own=config(name),
@@ -149,6 +150,12 @@ def _command(args: argparse.Namespace, others: list[str]) -> None:
         url = page.serve(studio, **about)
         say("page", f"{url}, ready after {time.perf_counter() - start:.1f} s; Ctrl-C ends it")
         page.wait()
+
+
+def _temporary(stack: contextlib.ExitStack) -> pathlib.Path:
+    """A folder that goes when the command ends, even if an edit still writes into it."""
+    folder = tempfile.TemporaryDirectory(prefix="kvlock-", ignore_cleanup_errors=True)
+    return pathlib.Path(stack.enter_context(folder)).resolve()
 
 
 def model_arguments(args: argparse.Namespace) -> list[str]:

@@ -13,6 +13,12 @@ from ml_collections import ConfigDict, config_dict
 
 from kvlock_jax.settings.fields import from_config_dict, require
 
+MOST_STEPS = 10_000
+"""Solver steps of a run, at most: ten for each timestep that the models were trained on."""
+
+LARGEST_SIDE = 8192
+"""Pixels of a side to work at, at most: XLA ends the process where a frame does not fit memory."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -54,6 +60,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, self, "steps", "at least 1")
+        require(self.steps <= MOST_STEPS, self, "steps", f"at most {MOST_STEPS}")
         require(0 < self.shift < math.inf, self, "shift", "over 0, and finite")
         for name in ("guidance_scale", "guidance_scale_low"):
             require(0 <= getattr(self, name) < math.inf, self, name, "0 or more, and finite")
@@ -200,6 +207,11 @@ class LockConfig:
         return self.enabled or self.background != "model"
 
 
+def _is_whole(text: str) -> bool:
+    """Whether a text is a whole number over 0, of any length."""
+    return text.isascii() and text.isdecimal() and bool(text.strip("0"))
+
+
 FITS = ("crop", "pad", "stretch")
 """Ways of `media.fit.Resize` to bring a video to a size of another shape."""
 
@@ -249,8 +261,10 @@ class EditConfig:
         require(self.frame_num >= 0, self, "frame_num", "0 or more frames")
         require(0 <= self.fps < math.inf, self, "fps", "over 0 frames per second, or 0 for 16")
         sides = self._sides if self.size else ["1", "1"]
-        is_size = len(sides) == 2 and all(side.isdecimal() and int(side) > 0 for side in sides)
+        is_size = len(sides) == 2 and all(_is_whole(side) for side in sides)
         require(is_size, self, "size", "width*height, such as 832*480")
+        is_held = all(len(side) < 9 and int(side) <= LARGEST_SIDE for side in sides)
+        require(is_held, self, "size", f"of at most {LARGEST_SIDE} pixels a side")
         require(self.fit in FITS, self, "fit", "'crop', 'pad' or 'stretch'")
 
     @property
