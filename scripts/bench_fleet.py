@@ -3,8 +3,9 @@
     python scripts/bench_fleet.py --rounds 3
 
 Prints medians of wall times, of one replica beside the command without Ray, and of two replicas of
-one thread each beside one; and checks that all made the same videos. The nodes are processes of
-their own, and run before the clock starts, as a cluster does.
+one thread each beside one; and the pace once each replica has done an edit, which leaves out what
+starting and compiling take. Checks that all made the same videos. The node is a process of its own,
+and runs before the clock starts, as a cluster does.
 """
 
 import argparse
@@ -47,17 +48,23 @@ def write_manifest(folder: pathlib.Path, steps: int) -> None:
     (folder / "edits.jsonl").write_text("\n".join(lines))
 
 
-def batch(folder: pathlib.Path, flags: str, threads: str = "") -> float:
-    """Seconds of one run of the command."""
+def batch(
+    folder: pathlib.Path, flags: str, threads: str = "", replicas: int = 1
+) -> tuple[float, float]:
+    """Seconds of one run of the command, and edits an hour once each replica has done one."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         start = time.monotonic()
         given = f"batch --manifest {folder}/edits.jsonl --save_dir {out} {flags}".split()
         command = [sys.executable, "-m", "kvlock_jax.cli.main", *given]
-        environment = {**os.environ, "XLA_FLAGS": threads}
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        environment = {**os.environ, "XLA_FLAGS": threads, "PYTHONUNBUFFERED": "1"}
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, **pipes) as run:
+            done = [time.monotonic() for line in run.stderr if f" of {EDITS}: " in line]
         took = time.monotonic() - start
+        if run.returncode or len(done) != EDITS:
+            raise RuntimeError(f"the command ended with {run.returncode}, {len(done)} edits")
         compare(folder, pathlib.Path(out), threads)
-    return took
+    return took, (EDITS - replicas) * 3600 / (done[-1] - done[replicas - 1])
 
 
 def compare(folder: pathlib.Path, out: pathlib.Path, threads: str) -> None:
@@ -73,25 +80,24 @@ def compare(folder: pathlib.Path, out: pathlib.Path, threads: str) -> None:
 
 @contextlib.contextmanager
 def nodes(replicas: int, threads: str):
-    """A cluster of a head, which reads and writes, and of nodes with room for a replica each."""
+    """A cluster of one node with room for some replicas."""
     kept = os.environ.get("XLA_FLAGS", "")
     os.environ |= {"XLA_FLAGS": threads, "RAY_AUTH_MODE": "disabled"}
-    cluster = Cluster(True, head_node_args={"num_cpus": 2, "object_store_memory": STORE})
+    head = {"num_cpus": 1, "resources": {"room": replicas}, "object_store_memory": STORE}
+    cluster = Cluster(True, head_node_args=head)
     try:
-        for _ in range(replicas):
-            cluster.add_node(num_cpus=0, resources={"room": 1}, object_store_memory=STORE)
-        cluster.wait_for_nodes()
         yield cluster.address
     finally:
         os.environ["XLA_FLAGS"] = kept
         cluster.shutdown()
 
 
-def on_ray(folder: pathlib.Path, replicas: int, threads: str = "") -> float:
-    """Seconds of one run on a cluster."""
+def on_ray(folder: pathlib.Path, replicas: int, threads: str = "") -> tuple[float, float]:
+    """`batch` on a cluster."""
     with nodes(replicas, threads) as address:
         room = """--ray_resources {"room":1}"""
-        return batch(folder, f"--ray {address} --replicas {replicas} {room}", threads)
+        flags = f"--ray {address} --replicas {replicas} {room} --dtype float32 --batch_size 1"
+        return batch(folder, flags, threads, replicas)
 
 
 def main() -> None:
@@ -114,19 +120,27 @@ def main() -> None:
                 on_ray, folder, 1, ONE_THREAD
             )
             ways["--ray, two of one thread"] = functools.partial(on_ray, folder, 2, ONE_THREAD)
-        taken: dict[str, list[float]] = {name: [] for name in ways}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(args.rounds):
             for name, way in ways.items():
                 taken[name].append(way())
-                print(f"{name}: {taken[name][-1]:.1f} s", flush=True)
-        medians = {name: statistics.median(times) for name, times in taken.items()}
-        for name, median in medians.items():
-            print(f"{name}: {median:.1f} s, {EDITS * 3600 / median:.0f} edits an hour")
-        pairs = list(medians.values())
+                print(f"{name}: {taken[name][-1][0]:.1f} s", flush=True)
+        medians = []
+        for name, runs in taken.items():
+            medians.append([statistics.median(column) for column in zip(*runs, strict=True)])
+            print(f"{name}: {medians[-1][0]:.1f} s, then {medians[-1][1]:.0f} edits an hour")
         if args.only != "replicas":
-            print(f"one replica / kvlock batch: {pairs[1] / pairs[0]:.2f} of the wall time")
+            (plain, pace), (ray_, other) = medians[:2]
+            print(
+                f"one replica / kvlock batch: {ray_ / plain:.2f} of the time, "
+                f"{other / pace:.2f} of the pace"
+            )
         if args.only != "overhead":
-            print(f"two replicas / one: {pairs[-2] / pairs[-1]:.2f} times the edits an hour")
+            (one, pace), (two, other) = medians[-2:]
+            print(
+                f"two replicas / one: {one / two:.2f} of the speed of all, "
+                f"{other / pace:.2f} of the pace"
+            )
 
 
 if __name__ == "__main__":

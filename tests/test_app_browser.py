@@ -111,7 +111,7 @@ def test_an_example_is_edited_in_the_browser(page, tmp_path):
     again, first = (json.loads((folder / n).read_text()) for n in ("again.json", "trace.json"))
     for name in ("steps", "metrics"):  # of the frames before they are written
         assert again[name] == first[name]
-    # Equal but for x264, which was seen to write the same frames differently, once in dozens of runs
+    # Equal but for x264, which once in dozens of runs wrote the same frames differently.
     off = np.abs(decode.read_video(folder / "edit.mp4").frames.astype(int) - own)
     assert off.max() <= 16 and off.mean() < 1
 
