@@ -5,12 +5,14 @@
 Prints medians of wall times, of one replica beside the command without Ray, and of two replicas of
 one thread each beside one; and the pace once each replica has done an edit, which leaves out what
 starting and compiling take. Checks that all made the same videos. The node is a process of its own,
-and runs before the clock starts, as a cluster does.
+and runs before the clock starts, as a cluster does. The limit of two replicas is what two commands
+without Ray reach side by side, which share the memory of one machine.
 """
 
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import ray
@@ -78,6 +81,30 @@ def compare(folder: pathlib.Path, out: pathlib.Path, threads: str) -> None:
         print(f"{different} of {EDITS} videos differ from those of the first run")
 
 
+def limit(folder: pathlib.Path) -> float:
+    """How much faster two commands of one thread each go together than one alone."""
+    alone = pace(folder, [""])
+    together = pace(folder, [f"--num_shards 2 --shard_index {n}" for n in range(2)])
+    return together / alone
+
+
+def pace(folder: pathlib.Path, parts: list[str]) -> float:
+    """Edits an hour of some commands of one thread, side by side, once each has done one."""
+    with tempfile.TemporaryDirectory(dir=folder) as out, ThreadPoolExecutor(2) as pool:
+
+        def done(flags: str) -> list[float]:
+            """When each edit of a command was done."""
+            given = f"batch --manifest {folder}/edits.jsonl --save_dir {out} {flags}".split()
+            command = [sys.executable, "-m", "kvlock_jax.cli.main", *given]
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+            environment = {**os.environ, "XLA_FLAGS": ONE_THREAD}
+            with subprocess.Popen(command, env=environment, **pipes) as run:
+                return [time.monotonic() for line in run.stderr if line.endswith(" done\n")]
+
+        times = sorted(itertools.chain(*pool.map(done, parts)))
+    return (EDITS - len(parts)) * 3600 / (times[-1] - times[len(parts) - 1])
+
+
 @contextlib.contextmanager
 def nodes(replicas: int, threads: str):
     """A cluster of one node with room for some replicas."""
@@ -105,12 +132,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--only", choices=("overhead", "replicas"))
+    parser.add_argument("--only", choices=("overhead", "replicas", "limit"))
     args = parser.parse_args()
     print(f"Ray {ray.__version__}, {os.cpu_count()} CPUs, {EDITS} edits of {args.steps} steps")
     with tempfile.TemporaryDirectory() as made:
         folder = pathlib.Path(made)
         write_manifest(folder, args.steps)
+        if args.only in (None, "limit"):
+            found = statistics.median(limit(folder) for _ in range(args.rounds))
+            print(f"limit: two commands / one, without Ray: {found:.2f} of the pace")
+        if args.only == "limit":
+            return
         ways = {}
         if args.only != "replicas":
             ways["kvlock batch"] = functools.partial(batch, folder, "")
