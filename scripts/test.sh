@@ -32,4 +32,4 @@ ruff check "${folders[@]}"
 ruff format --check "${folders[@]}"
 # loadfile: fixtures that take long belong to a module, and are made once. Not reordered: files of
 # few tests are not the short ones here, and would come last, on one core.
-python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations=25 "$@"

@@ -1,5 +1,6 @@
 """Eight CPU devices, quick compilation, strict dtype promotion, and fixtures that modules share."""
 
+import asyncio
 import gc
 import os
 import re
@@ -207,6 +208,14 @@ def fails(kvlock, folder, loads):
         return errors
 
     return run
+
+
+@pytest.fixture(scope="module")
+def swept():
+    """Collects an event loop that a module's libraries left open, while its filters ignore it."""
+    yield
+    asyncio.set_event_loop(None)
+    gc.collect()
 
 
 @pytest.fixture

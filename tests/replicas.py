@@ -18,6 +18,9 @@ from kvlock_jax.batch.cluster import Replicas
 from kvlock_jax.batch.resume import find_work
 from kvlock_jax.parallel.mesh import make_mesh
 
+POISON = "edit-39"
+"""The edit over which `poisoned` dies."""
+
 
 @functools.cache
 def demo():
@@ -43,7 +46,7 @@ def slowly(model, inputs, settings, keys):
 
 
 def poisoned(model, inputs, settings, keys):
-    if any(given.prompt == "a starsssss" for given in inputs):
+    if any(given.prompt == "a star" + 39 * "s" for given in inputs):
         os._exit(1)
     return batches.runner(model, inputs, settings, keys)
 

@@ -19,6 +19,7 @@ import browsing
 
 REASON = browsing.missing()
 pytestmark = [
+    pytest.mark.usefixtures("swept"),
     pytest.mark.skipif(bool(REASON), reason=f"no browser test: {REASON}"),
     pytest.mark.filterwarnings("ignore"),  # of Gradio, Playwright and what they import
 ]

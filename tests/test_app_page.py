@@ -23,7 +23,10 @@ from kvlock_jax.errors import InputError
 from kvlock_jax.pipeline.load import default_config
 from kvlock_jax.runtime.compile_cache import Compiler
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of Gradio and what it imports
+pytestmark = [
+    pytest.mark.usefixtures("swept"),
+    pytest.mark.filterwarnings("ignore"),  # of Gradio and what it imports
+]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,10 @@ from kvlock_jax.batch.cluster import Replicas
 from kvlock_jax.batch.resume import find_work
 from kvlock_jax.media import decode
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray, and of forks beside JAX's threads
+pytestmark = [
+    pytest.mark.usefixtures("swept"),
+    pytest.mark.filterwarnings("ignore"),  # of Ray, and of forks beside JAX's threads
+]
 
 STORE = 80_000_000  # bytes of a node's object store: as few as Ray takes
 
@@ -105,35 +108,27 @@ def test_a_node_dies_another_joins_and_all_is_as_on_one_machine(nodes, tmp_path)
     assert again.finished == set(good)  # for either kind of run
 
 
-def test_an_edit_that_kills_its_process_twice_stops_no_other(nodes, tmp_path):
-    manifest, _ = batches.forty(tmp_path)
-    manifest.write_text("\n".join(manifest.read_text().splitlines()[:8]))
-    with holding(nodes, 1, chip=1):
-        work = find_work(batches.job(manifest, tmp_path / "fleet"))
-        summary = cluster.run(
-            work, Replicas(replicas.nothing, {"chip": 1}, runner=replicas.poisoned)
-        )
-    assert (summary.done, summary.failed) == (6, 2)
-    assert "2 processes died over it" in (tmp_path / "fleet" / "failed.jsonl").read_text()
-    assert set(frames(tmp_path / "fleet")) == {f"edit-0{n}" for n in (0, 1, 2, 4, 6, 7)}
-
-
-def test_a_driver_is_killed_and_another_run_does_the_rest(nodes, tmp_path):
+def test_a_driver_is_killed_and_another_run_does_the_rest_but_what_kills_its_process(
+    nodes, tmp_path
+):
     manifest, good = batches.forty(tmp_path)
     batches.do(manifest, tmp_path / "plain")
     with holding(nodes, 1, chip=1):
-        given = [nodes.address, str(manifest), str(tmp_path / "fleet")]
-        driver = subprocess.Popen(
-            [sys.executable, replicas.__file__, *given], stdout=subprocess.PIPE
-        )
+        command = [sys.executable, replicas.__file__, nodes.address, manifest, tmp_path / "fleet"]
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE)
         for _ in range(5):
             assert driver.stdout.readline().startswith(b"ended edit-")
         driver.send_signal(signal.SIGKILL)
         driver.wait()
+        driver.stdout.close()
         work = find_work(batches.job(manifest, tmp_path / "fleet"))
         assert 5 <= len(work.finished) <= 12
-        summary = cluster.run(work, Replicas(replicas.nothing, {"chip": 1}, runner=batches.runner))
-    assert summary.done + summary.skipped == len(good) and summary.skipped == len(work.finished)
+        deadly = Replicas(replicas.nothing, {"chip": 1}, runner=replicas.poisoned)
+        summary = cluster.run(work, deadly)
+    assert summary.done + summary.skipped == len(good) - 1
+    assert summary.skipped == len(work.finished) and summary.failed == 7
+    assert "2 processes died over it" in (tmp_path / "fleet" / "failed.jsonl").read_text()
+    (tmp_path / "plain" / f"{replicas.POISON}.mkv").unlink()
     assert_same(tmp_path / "fleet", tmp_path / "plain")
 
 
