@@ -11,9 +11,9 @@ from kvlock_jax.errors import HostError
 
 
 class Group:
-    def __init__(self, replica, began, seconds, edits):
+    def __init__(self, replica, began, seconds, edits, failed=""):
         self.replica, self.began = replica, began
-        self.requests, self.failures = edits, ()
+        self.requests, self.failures = edits, failed
         self.seconds = {"read": 1.0, "edit": seconds, "write": 0.5}
 
 
@@ -63,7 +63,7 @@ def test_what_a_run_tells():
     progress.on_end(request, type("Failure", (), {"reason": "no such file"}))
     assert told[0].startswith("a done (0 failed, ") and told[0].endswith("s left)")
     assert told[1].startswith("a failed: no such file (1 failed, ") and " 0 s left" in told[1]
-    for group in (("x", 0.0, 10.0, "ab"), ("x", 15.0, 5.0, "c"), ("y", 5.0, 20.0, "de")):
+    for group in (("x", 0.0, 10.0, "abf", "f"), ("x", 15.0, 5.0, "c"), ("y", 5.0, 20.0, "de")):
         progress.on_group(Group(*group))
     assert progress.lines() == [
         ("replica", "x: 3 edits, 540 an hour, busy 75%"),
@@ -113,8 +113,9 @@ def test_what_kills_twice_is_given_up_alone():
     (first, error, last), seen = attempts(Tries(), "abc", "b")
     assert (first, last) == ("A", "C") and str(error) == "3 processes died over it"
     assert seen == ["abc", "abc", "a", "b", "a", "c"]
-    done, seen = attempts(Tries(), "ab", "")
-    assert done == ["A", "B"] and seen == ["ab"]
+    tries = Tries()
+    done, seen = attempts(tries, "ab", "")
+    assert done == ["A", "B"] and seen == ["ab"] and tries.begin("name") == 0
 
 
 def test_a_node_that_dies_is_no_fault_of_its_work():

@@ -19,6 +19,8 @@ from ray.cluster_utils import Cluster
 
 from kvlock_jax.batch import cluster, runner
 from kvlock_jax.batch.cluster import Replicas
+from kvlock_jax.batch.lease import Share
+from kvlock_jax.batch.reader import Reader
 from kvlock_jax.batch.resume import find_work
 from kvlock_jax.media import decode
 
@@ -72,6 +74,57 @@ def assert_same(folder, other):
     for name, video in one.items():
         np.testing.assert_array_equal(video, two[name], err_msg=name)
     assert not [path for path in folder.iterdir() if path.name.startswith(".kvlock")]
+
+
+class Alone:
+    """A ledger of one process."""
+
+    def __init__(self, ledger):
+        pass
+
+    def begin(self, work):
+        return 0
+
+    def end(self, work):
+        pass
+
+
+def test_a_row_is_the_work_of_a_group_without_what_is_finished(tmp_path):
+    manifest, good = batches.forty(tmp_path)
+    lines = manifest.read_text().splitlines()
+    manifest.write_text(lines[0])
+    batches.do(manifest, tmp_path / "out")
+    manifest.write_text("\n".join(lines))
+    work = find_work(batches.job(manifest, tmp_path / "out", batch_size=40))
+    rows = [cluster._of_one(work, group) for group in work.pending]
+    missing = [request.id for row in rows for request in row.missing]
+    assert "edit-00" in {request.id for row in rows for group in row.groups for request in group}
+    assert "edit-00" not in missing and set(good) - {"edit-00"} < set(missing)
+
+
+def test_a_writer_that_may_not_write_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_Tries", Alone)
+    manifest, _ = batches.forty(tmp_path)
+    out = tmp_path / "out"
+    work = find_work(batches.job(manifest, out))
+    work = cluster._of_one(work, work.pending[0])
+    (readings,) = (Reader().read(group) for group in work.groups)
+    outcomes = runner.outcomes(batches.runner, replicas.nothing, readings, work.job.unit)
+    row = {"number": 0, "work": work, "outcomes": outcomes, "stop": None}
+    row |= {"replica": "here", "began": 0.0, "read": 1.0, "edit": 2.0}
+    share = Share(str(out), str(out / "run.lease"), str(out / "stage"))
+    ended = cluster._write(None, share, row)
+    assert "does not see this folder" in ended.stop and ended.requests == ()
+    out.mkdir()
+    ended = cluster._write(None, share, row)
+    assert "the run's lease is gone" in ended.stop and list(out.iterdir()) == []
+    (out / "run.lease").touch()
+    ended = cluster._write(None, share, row)
+    assert ended.stop is None and [request.id for request in ended.requests] == ["edit-00"]
+    assert ended.seconds.keys() == {"read", "edit", "write"} and ended.failures == ()
+    assert {path.name for path in out.iterdir()} >= {"edit-00.mkv", "edit-00.json"}
+    assert not list((out / "stage").iterdir())
+    assert cluster._write(None, share, {**row, "stop": "no weights"}).stop == "no weights"
 
 
 def test_a_node_dies_another_joins_and_all_is_as_on_one_machine(nodes, tmp_path):

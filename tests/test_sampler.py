@@ -33,9 +33,11 @@ from loops import (
 
 from kvlock_jax import lock
 from kvlock_jax.grid import Grid
+from kvlock_jax.lock import X0Window
 from kvlock_jax.sampling import solvers
 from kvlock_jax.sampling.edits import Edits
 from kvlock_jax.sampling.loop import Program, Trace, advance, sample
+from kvlock_jax.sampling.stepwise import _estimate
 
 PRESETS = {
     "kvlock": {},
@@ -303,6 +305,13 @@ def test_step_by_step_is_the_loop(preset):
     size = advance._cache_size()
     run(make_fake(), make_edits(), settings, solvers.euler(STEPS + 1, SHIFT), on_step=nobody)
     assert advance._cache_size() == size  # a step is the same program in a run of any length
+
+
+def test_an_estimate_is_of_the_video_alone():
+    cells = np.arange(GRID.tokens * 4, dtype=np.float32).reshape(1, *GRID.space, 1)
+    window = lock.push(X0Window.zeros(3, GRID.split(cells).shape), GRID.split(cells + 1))
+    window = lock.push(window, GRID.split(cells))
+    np.testing.assert_array_equal(_estimate(window, GRID, 2), cells[:, 2:])
 
 
 log: list[tuple[str, float]] = []
