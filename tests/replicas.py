@@ -11,9 +11,11 @@ import time
 
 import batches
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import kvlock_jax as kvl
-from kvlock_jax.batch import cluster, runner
+from kvlock_jax.batch import cluster
 from kvlock_jax.batch.cluster import Replicas
 from kvlock_jax.batch.resume import find_work
 from kvlock_jax.parallel.mesh import make_mesh
@@ -27,17 +29,17 @@ def demo():
     return kvl.load("demo")
 
 
-def over_frames(folder):
-    return kvl.load(folder, mesh=make_mesh(frames=8))
-
-
-def losing_a_host(folder, model, inputs, settings, keys):
-    """Edits, of which the first loses the second host."""
+def on_two_hosts(folder, model, inputs, settings, keys):
+    """Edits on eight devices of two processes, of which the second dies once."""
     mark = pathlib.Path(folder) / "lost"
     if jax.process_index() == 1 and not mark.exists():
         mark.touch()
         os._exit(1)
-    return runner.run_group(model, inputs, settings, keys)
+    mesh = make_mesh(frames=8)
+    spread = jax.NamedSharding(mesh, jax.P("frames"))
+    ones = jax.make_array_from_callback((8,), spread, lambda _: np.ones(1, np.float32))
+    assert float(jax.jit(jnp.sum)(ones)) == 8 and jax.process_count() == 2
+    return batches.runner(model, inputs, settings, keys)
 
 
 def slowly(model, inputs, settings, keys):
