@@ -118,7 +118,8 @@ def main() -> None:
     lines = [introduction, "", "![Foreground against background](evidence/pareto.png)"]
     for name, table in tables.items():
         regime = REGIMES[name]
-        count = min(len(columns["edit"]) for columns in table.values())
+        counts = sorted({len(columns["edit"]) for columns in table.values()})
+        count = " to ".join(dict.fromkeys(map(str, (counts[0], counts[-1]))))
         lines += ["", f"## {name}: {regime.about}", ""]
         lines += [f"Guidance {regime.guidance:g}, {count} edits in each arm.", ""]
         lines += [*values(table), "", "Paired differences, with intervals of 95%:", ""]
