@@ -18,6 +18,7 @@ import kvlock_jax as kvl
 from kvlock_jax.batch import cluster
 from kvlock_jax.batch.cluster import Replicas
 from kvlock_jax.batch.resume import find_work
+from kvlock_jax.errors import InputError
 from kvlock_jax.parallel.mesh import make_mesh
 
 POISON = "edit-39"
@@ -51,6 +52,10 @@ def poisoned(model, inputs, settings, keys):
     if any(given.prompt == "a star" + 39 * "s" for given in inputs):
         os._exit(1)
     return batches.runner(model, inputs, settings, keys)
+
+
+def refuse():
+    raise InputError("no such mesh")
 
 
 def nothing():

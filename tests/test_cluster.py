@@ -21,6 +21,7 @@ from kvlock_jax.batch.cluster import Replicas
 from kvlock_jax.batch.lease import Share
 from kvlock_jax.batch.reader import Reader
 from kvlock_jax.batch.resume import find_work
+from kvlock_jax.errors import InputError
 from kvlock_jax.media import decode
 
 pytestmark = [
@@ -166,6 +167,10 @@ def test_a_driver_is_killed_and_another_run_does_the_rest_but_what_kills_its_pro
     manifest, good = batches.forty(tmp_path)
     batches.do(manifest, tmp_path / "plain")
     with holding(nodes, 1, chip=1):
+        one = Replicas(replicas.nothing, {"chip": 1})
+        assert cluster.ask(one, os.getpid) != os.getpid() and cluster.resources() == {"CPU": 1}
+        with pytest.raises(InputError, match="^no such mesh$"):
+            cluster.ask(one, replicas.refuse)
         command = [sys.executable, replicas.__file__, nodes.address, manifest, tmp_path / "fleet"]
         driver = subprocess.Popen(command, stdout=subprocess.PIPE)
         for _ in range(5):

@@ -22,7 +22,7 @@ import jax
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvlock_jax.batch import runner
@@ -31,10 +31,10 @@ from kvlock_jax.batch.ledger import Ledger, guarded
 from kvlock_jax.batch.manifest import Failure, Request, reason
 from kvlock_jax.batch.publisher import OnEnd, Outcome, Publisher, staging
 from kvlock_jax.batch.reader import Reader, Reading
-from kvlock_jax.batch.replica import Host, Replicas, Team, end_process, is_lost
+from kvlock_jax.batch.replica import Host, Replicas, Team, causes, end_process, is_lost
 from kvlock_jax.batch.resume import Work
 from kvlock_jax.batch.runner import Summary
-from kvlock_jax.errors import Error, InputError
+from kvlock_jax.errors import InputError
 from kvlock_jax.media import storage
 
 _IN_FLIGHT = 2  # groups at a replica: the one that runs, and the next
@@ -105,10 +105,8 @@ def ask(replicas: Replicas, question: Callable[[], Any]) -> Any:
       Error: as the question does.
     """
     options = {**replicas.host_options, "max_calls": 1}  # its process gives the devices back
-    try:
+    with causes():
         return ray.get(ray.remote(**options)(lambda: question()).remote())
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Error) else error) from None
 
 
 def run(
@@ -266,8 +264,9 @@ class _Replica:
         try:
             outcomes = guarded(self._tries, name, row.pop("readings"), done, not_done)
         except Exception as error:
-            if self._team and (is_lost(error) or not self._team.is_whole()):
-                if not self._team.is_whole():
+            is_whole = self._team is None or self._team.is_whole()
+            if self._team and (is_lost(error) or not is_whole):
+                if not is_whole:
                     self._tries.end(name)  # the edit is not at fault
                 self._team.close()
                 end_process()

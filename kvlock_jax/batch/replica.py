@@ -132,7 +132,7 @@ class Team:
     def outcomes(self, group: Sequence[Reading], unit: tuple[int, int, int]) -> list[Outcome]:
         """Runs a group on all hosts."""
         shared = ray.put(group)
-        with _causes():
+        with causes():
             return ray.get([host.outcomes.remote(shared, unit) for host in self._hosts])[0]
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ def is_lost(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _causes() -> Iterator[None]:
+def causes() -> Iterator[None]:
     """Raises what another process raised as it raised it."""
     try:
         yield
