@@ -169,7 +169,7 @@ def test_a_driver_is_killed_and_another_run_does_the_rest_but_what_kills_its_pro
     with holding(nodes, 1, chip=1):
         one = Replicas(replicas.nothing, {"chip": 1})
         assert cluster.ask(one, os.getpid) != os.getpid() and cluster.resources() == {"CPU": 1}
-        with pytest.raises(InputError, match="^no such mesh$"):
+        with pytest.raises(InputError, match=r"^no such mesh$"):
             cluster.ask(one, replicas.refuse)
         command = [sys.executable, replicas.__file__, nodes.address, manifest, tmp_path / "fleet"]
         driver = subprocess.Popen(command, stdout=subprocess.PIPE)
