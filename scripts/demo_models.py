@@ -23,7 +23,7 @@ TRANSFORMER = WanConfig(
 )
 VACE = dataclasses.replace(TRANSFORMER, vace_layers=(0, 2, 4))
 TEXT_ENCODER = UMT5Config(
-    vocab_size=3 + 1 + len(SHAPES) + len(COLOURS),  # pad, end, unknown; "a"
+    vocab_size=3 + 2 + len(SHAPES) + len(COLOURS),  # pad, end, unknown; "a", "and"
     d_model=64,
     d_kv=16,
     d_ff=128,
@@ -31,12 +31,22 @@ TEXT_ENCODER = UMT5Config(
     num_heads=4,
 )
 TEXT_LEN = 8
-WORDS = ("a", *COLOURS, *SHAPES)
+WORDS = ("a", *COLOURS, *SHAPES, "and")
 
 
 def text_encoder() -> UMT5Encoder:
-    """A small text encoder with random weights, enough to distinguish a dozen words."""
-    return UMT5Encoder(TEXT_ENCODER, rngs=nnx.Rngs(7))
+    """A small text encoder with random weights, enough to distinguish a dozen words.
+
+    Three of its heads look at the word before, the next one, and the one before last: so a word's
+    context tells which words it belongs to, and which object of two comes first.
+    """
+    encoder = UMT5Encoder(TEXT_ENCODER, rngs=nnx.Rngs(7))
+    attention = encoder.block.layer[0].SelfAttention
+    table = attention.relative_attention_bias.embedding
+    after = TEXT_ENCODER.relative_attention_num_buckets // 2  # the buckets of words after it
+    for head, bucket in enumerate((1, after + 1, 2)):
+        table[...] = table[...].at[..., bucket, head].set(6.0)
+    return encoder
 
 
 def save_params(path: pathlib.Path, state: nnx.State) -> None:

@@ -4,8 +4,9 @@
     python scripts/study.py --edits 96 --regimes few_steps --arms kvlock,cfg
 
 An arm is a preset, or one with other settings: `NAME=PRESET:KEY=VALUE+KEY=VALUE`, where keys are
-of `config.kvlock`, or `omega`, a multiple of the regime's guidance. Rows go to
-docs/evidence/REGIME.csv, one for each edit; `study_page.py` makes the page of them.
+of `config.kvlock`, or `omega`, a multiple of the regime's guidance, or `sigma2`, what takes the
+place of the statistic (`Arm`). Rows go to docs/evidence/REGIME.csv, one for each edit;
+`study_page.py` makes the page of them. Two commands at once must not share a regime.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 from study_cases import FIRST_SEED, REGIMES, Case, Regime, case_of
+from study_loop import Rule, Watched, recorded, typical
 from study_measures import Measures, measure
 
 import kvlock_jax as kvl
@@ -26,26 +28,73 @@ from kvlock_jax.pipeline.api import run_batch
 from kvlock_jax.pipeline.encode import draw_noise
 from kvlock_jax.pipeline.inputs import read_inputs
 from kvlock_jax.pipeline.overrides import apply_overrides
-from kvlock_jax.pipeline.settings import resolve_settings
+from kvlock_jax.pipeline.settings import Settings, resolve_settings
 
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "evidence"
 BATCH = 16
 LATE = 0.4  # of the steps, over which signals are averaged: kappa's share as published
+_LATE = "hard_lock:rescale_uncond=True+adapt_guidance=True+kappa=0.4"
 ARMS = [
     *("cfg", "kvlock", "hard_lock", "kv_only", "omega_only", "s_only", "s_omega"),
     *("fixed_half", "global_detection", "kvlock_anchor", "cfg_zero_star", "apg", "fast"),
     # Lower guidance without a lock, and with one: what a schedule must beat.
     *("cfg_half=cfg:omega=0.5", "hard_lock_half=hard_lock:omega=0.5"),
-    # The published schedule over the same shares of any run, and one with tau of 50 steps raised.
+    # Guidance that falls late, by no statistic: s*, a lock of the background, and a part of omega.
+    f"late_half={_LATE}+omega_floor=0.5+omega_ceiling=0.5",
+    f"late_quarter={_LATE}+omega_floor=0.25+omega_ceiling=0.25",
+    # The published schedule over the same shares of any run.
     "kvlock_scaled=kvlock:kappa=0.4+window=0.2",
-    # Guidance that falls late, by no statistic: s*, a lock of the background, half of omega.
-    "late_half=hard_lock:rescale_uncond=True+adapt_guidance=True+omega_floor=0.5"
-    "+omega_ceiling=0.5+kappa=0.4",
+    # Does it matter which edit is adapted to, or the level alone?
+    *("kvlock_other=kvlock:sigma2=other", "kvlock_mean=kvlock:sigma2=mean"),
+    "kvlock_level=kvlock:sigma2=level",
+    f"late_direct={_LATE}+sigma2=direct+tau=0.02+omega_floor=0.25+omega_ceiling=1.0",
+    f"late_inverse={_LATE}+sigma2=inverse+tau=0.02+omega_floor=0.25+omega_ceiling=1.0",
 ]
 """The arms: METHOD.md section 9's table, controls, and candidates."""
 
-SIGNALS = ("sigma2", "sigma2_max", "sigma2_global", "x0_change")
-"""Signals of a run that may tell failed edits: of late steps, inside the mask but for the third."""
+SIGNALS = ("sigma2", "sigma2_max", "sigma2_global", "x0_change", "guidance_gap")
+"""Signals of a run that may tell failed edits: of late steps, inside the mask but for the third.
+
+The last is of the first late step, and costs a pass more, so some arms alone have it.
+"""
+
+GAPPED = ("cfg", "kvlock", "hard_lock")
+
+_REPLAYS = ("other", "mean", "level", "direct", "inverse")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """An arm, read from its text.
+
+    Attributes:
+      name: short name.
+      preset: name of a preset.
+      changes: settings of `config.kvlock` by name; shares of `kappa` and `window` become steps.
+      omega: multiple of the regime's guidance.
+      sigma2: what takes the place of an edit's own statistic: `"other"`, the course that the next
+        edit had in the arm `kvlock`; `"mean"`, the mean course there; `"level"`, none: alpha and
+        omega are the means of that arm; `"direct"`, its ratio to the mean of a batch, in units of
+        0.01; `"inverse"`, one over that ratio. Empty for its own.
+    """
+
+    name: str
+    preset: str
+    changes: dict[str, str]
+    omega: float = 1.0
+    sigma2: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> "Arm":
+        """The arm of a text."""
+        name = name_of(text)
+        text = text[len(name) + 1 :] if "=" in text.partition(":")[0] else text
+        preset, _, rest = text.partition(":")
+        changes = dict(change.split("=", 1) for change in rest.split("+") if change)
+        omega, sigma2 = float(changes.pop("omega", 1)), changes.pop("sigma2", "")
+        if sigma2 not in ("", *_REPLAYS):
+            raise ValueError(f"sigma2 must be one of {', '.join(_REPLAYS)}, found {sigma2!r}")
+        return cls(name, preset, changes, omega, sigma2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,33 +128,71 @@ def name_of(arm: str) -> str:
     return arm.partition("=")[0] if "=" in arm.partition(":")[0] else arm
 
 
-def settings_of(regime: Regime, arm: str):
-    """The settings of an arm in a regime; shares of `kappa` and `window` become steps."""
-    text = arm.partition("=")[2] if "=" in arm.partition(":")[0] else arm
-    preset, _, changes = text.partition(":")
+def settings_of(regime: Regime, arm: Arm, past: "Past") -> Settings:
+    """The settings of an arm in a regime."""
     config = kvl.config("demo")
-    config.preset = preset
+    config.preset = arm.preset
     config.sample.steps = regime.steps
-    config.sample.guidance_scale = config.sample.guidance_scale_low = regime.guidance
+    scale = arm.omega * regime.guidance
+    config.sample.guidance_scale = config.sample.guidance_scale_low = scale
     config.edit.context_scale = regime.context_scale
-    flags = []
-    for change in filter(None, changes.split("+")):
-        key, _, value = change.partition("=")
-        if key == "omega":
-            scale = float(value) * regime.guidance
-            config.sample.guidance_scale = config.sample.guidance_scale_low = scale
-            continue
-        if key in ("kappa", "window"):
-            value = str(max(2, round(float(value) * regime.steps)))
-        flags.append(f"--config.kvlock.{key}={value}")
+    changes = dict(arm.changes)
+    if arm.sigma2 == "level":
+        alpha, omega = past.levels()
+        level = omega / regime.guidance
+        changes |= {"adapt_fusion_ratio": False, "fusion_ratio": alpha}
+        changes |= {"omega_floor": level, "omega_ceiling": level}
+    for key in {"kappa", "window"} & set(changes):
+        changes[key] = str(max(2, round(float(changes[key]) * regime.steps)))
+    flags = [f"--config.kvlock.{key}={value}" for key, value in changes.items()]
     return resolve_settings(apply_overrides(config, flags))
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What the arm `kvlock` did in a regime: courses of sigma2 in `folder`, means in its rows."""
+
+    folder: pathlib.Path
+    rows: pathlib.Path
+
+    def record(self, cases: list[Case], sigma2: np.ndarray) -> None:
+        """Keeps the courses of a batch, steps x edits."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for case, course in zip(cases, sigma2.T, strict=True):
+            np.save(self.folder / f"{case.number}.npy", course)
+
+    def rule(self, kind: str, cases: list[Case]) -> Rule | None:
+        """The rule of an arm's `sigma2`."""
+        if kind in ("", "level"):
+            return None
+        if kind in ("direct", "inverse"):
+            return typical(0.01, 1 if kind == "direct" else -1)
+        courses = {int(path.stem): np.load(path) for path in self.folder.glob("*.npy")}
+        if not courses:
+            raise ValueError(
+                "the courses of the arm kvlock are gone: remove its rows, run it again"
+            )
+        if kind == "mean":
+            mean = np.mean(list(courses.values()), axis=0)
+            return recorded(np.repeat(mean[:, None], len(cases), axis=1))
+        numbers = sorted(courses)
+        following = dict(zip(numbers, [*numbers[1:], numbers[0]], strict=True))
+        return recorded(np.stack([courses[following[c.number]] for c in cases], axis=1))
+
+    def levels(self) -> tuple[float, float]:
+        """The arm's mean alpha and omega."""
+        with self.rows.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["arm"] == "kvlock"]
+        return tuple(
+            float(np.mean([float(row[key]) for row in rows])) for key in ("alpha", "omega")
+        )
 
 
 class Signals:
     """Hears of the steps of a batch, and keeps what may tell failed edits."""
 
     def __init__(self, steps: int, window: int, masks: np.ndarray):
-        self._first, self._window = steps - max(2, round(LATE * steps)), window
+        self.first, self._window = steps - max(2, round(LATE * steps)), window
         self._masks = masks[..., None]  # edits T H W 1
         self._estimates: list[np.ndarray] = []
         self._rows: list[tuple[np.ndarray, ...]] = []
@@ -114,7 +201,7 @@ class Signals:
         """Hears of a step."""
         before = self._estimates[-1] if self._estimates else None
         self._estimates = [*self._estimates, step.estimate()][-self._window :]
-        if step.number < self._first or before is None:
+        if step.number < self.first or before is None:
             return
         variance = np.var(self._estimates, axis=0, ddof=1)
         change = (self._estimates[-1] - before) ** 2
@@ -127,15 +214,15 @@ class Signals:
         self._rows.append(tuple(means))
 
     def of_edits(self) -> list[tuple[float, ...]]:
-        """The signals of each edit, in the order of `SIGNALS`."""
+        """The signals of each edit, in the order of `SIGNALS`, but for the last."""
         local, whole, change = (np.array(x) for x in zip(*self._rows, strict=True))
         columns = (local.mean(0), local.max(0), whole.mean(0), change.mean(0))
         return [tuple(map(float, row)) for row in zip(*columns, strict=True)]
 
 
-def run_arm(model, regime: Regime, arm: str, cases: list[Case]) -> list[Row]:
+def run_arm(model, regime: Regime, arm: Arm, cases: list[Case], past: Past) -> list[Row]:
     """Edits some cases as one batch."""
-    settings = settings_of(regime, arm)
+    settings = settings_of(regime, arm, past)
     inputs = [read_inputs(c.video, c.mask, c.prompt, settings.edit) for c in cases]
     keys = [edit_key(FIRST_SEED, str(c.number)) for c in cases]
     noise = np.concatenate([draw_noise(model, i, k) for i, k in zip(inputs, keys, strict=True)])
@@ -143,15 +230,20 @@ def run_arm(model, regime: Regime, arm: str, cases: list[Case]) -> list[Row]:
     masks = np.stack([np.asarray(lock.to_latent_mask(jnp.asarray(c.mask), strides)) for c in cases])
     signals = Signals(settings.sample.steps, settings.lock.window, masks)
     start = time.perf_counter()
-    results = run_batch(model, inputs, [settings] * len(cases), noise, on_step=signals.on_step)
+    at = signals.first if arm.name in GAPPED else None
+    with Watched(past.rule(arm.sigma2, cases), at) as watched:
+        results = run_batch(model, inputs, [settings] * len(cases), noise, on_step=signals.on_step)
     seconds = (time.perf_counter() - start) / len(cases)
+    if arm.name == "kvlock":
+        past.record(cases, np.stack([result.trace.sigma2 for result in results], axis=1))
+    gaps = np.full(len(cases), np.nan) if watched.gap is None else watched.gap
     rows = []
-    for case, result, found in zip(cases, results, signals.of_edits(), strict=True):
+    for case, result, found, gap in zip(cases, results, signals.of_edits(), gaps, strict=True):
         late = np.asarray(result.trace.scheduled)
         omega = float(np.asarray(result.trace.guidance_scale)[late].mean())
         alpha = float(np.asarray(result.trace.fusion_ratio)[late].mean())
         done = measure(case, result.video)
-        rows.append(Row(name_of(arm), case.number, done, omega, alpha, found, seconds))
+        rows.append(Row(arm.name, case.number, done, omega, alpha, (*found, float(gap)), seconds))
     return rows
 
 
@@ -182,23 +274,25 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=96)
     parser.add_argument("--regimes", default=",".join(REGIMES))
     parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--dtype", default="bfloat16", help="to compute in (default bfloat16)")
     parser.add_argument("--folder", type=pathlib.Path, default=FOLDER)
+    parser.add_argument("--courses", type=pathlib.Path, default=pathlib.Path("runs/courses"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    model = kvl.load("demo")
+    model = kvl.load("demo", dtype=args.dtype)
     for name in args.regimes.split(","):
         regime, path = REGIMES[name], args.folder / f"{name}.csv"
-        done = finished(path)
+        done, past = finished(path), Past(args.courses / name, path)
         cases = [case_of(regime, number) for number in range(args.edits)]
-        for arm in args.arms.split(","):
-            missing = [case for case in cases if (name_of(arm), case.number) not in done]
+        for arm in map(Arm.of, args.arms.split(",")):
+            missing = [case for case in cases if (arm.name, case.number) not in done]
             right = []
             for first in range(0, len(missing), BATCH):
-                rows = run_arm(model, regime, arm, missing[first : first + BATCH])
+                rows = run_arm(model, regime, arm, missing[first : first + BATCH], past)
                 append(path, rows)
                 right += [row.right for row in rows]
             if right:
-                print(f"{name} {name_of(arm)}: {np.mean(right):.0%} right", flush=True)
+                print(f"{name} {arm.name}: {np.mean(right):.0%} right", flush=True)
 
 
 if __name__ == "__main__":

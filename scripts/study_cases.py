@@ -6,7 +6,6 @@ are paired. Even numbers are for choosing settings by, odd ones for reporting.
 """
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -15,9 +14,16 @@ from kvlock_jax.demo.world import (
     SHAPES,
     SIZE,
     Scene,
+    Thing,
+    caption,
+    centres_of,
+    post_cover,
+    random_pair,
     random_scene,
     render,
+    render_background,
     shape_cover,
+    with_post,
 )
 
 FIRST_SEED = 930_000_000  # training never comes near, nor does `eval_demo.py`
@@ -32,31 +38,56 @@ class Regime:
       steps: of a run.
       guidance: omega_0.
       margin: px of the mask's box round the object, on each side.
-      opened: what the prompt leaves open, `"colour"` or nothing.
+      scene: `"one"` object; `"post"`, one behind a post; `"beside"`, one of two; `"both"` of two.
+      still: whether the mask is one box for all frames, which gives no motion away.
+      opened: whether the prompt leaves the colour open.
       context_scale: 0 makes VACE weights text-to-video.
-      others: further objects in the clip, which are kept.
     """
 
     about: str
     steps: int
     guidance: float = 4.0
     margin: int = 4
-    opened: str = ""
+    scene: str = "one"
+    still: bool = False
+    opened: bool = False
     context_scale: float = 1.0
-    others: int = 0
 
 
 REGIMES = {
     "few_steps": Regime("6 steps", 6),
     "tight_mask": Regime("a mask 1 px wider than the object, 12 steps", 12, margin=1),
-    "loose_mask": Regime("a mask 16 px wider than the object, 12 steps", 12, margin=16),
-    "strong_guidance": Regime("guidance 10, 20 steps", 20, guidance=10.0),
-    "two_objects": Regime("a second object beside the mask, 20 steps", 20, others=1),
-    "open_prompt": Regime("the prompt leaves the colour open, 25 steps", 25, opened="colour"),
-    "text_to_video": Regime("no context: a text-to-video model, 25 steps", 25, context_scale=0.0),
+    "loose_mask": Regime("a mask 12 px wider than the way of the object", 12, 4.0, 12, still=True),
+    "open_prompt": Regime("the prompt leaves the colour open", 12, opened=True),
+    "strong_guidance": Regime("guidance 10", 16, 10.0),
+    "post": Regime("a post stands in front", 16, 4.0, 6, "post", still=True),
+    "beside": Regime("one of two objects, both in the prompt", 16, 4.0, 6, "beside", still=True),
+    "both": Regime("two objects, whose colours the prompt must not mix up", 16, 4.0, 6, "both"),
+    "text_to_video": Regime("no context: a text-to-video model", 25, context_scale=0.0),
     "plain": Regime("50 steps, as published", 50),
 }
 """Regimes by name, the quick ones first."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """An object that an edit should put into a clip.
+
+    Attributes:
+      thing: the object, whose place and size are free within a few pixels.
+      centres: its centre (x, y) in every frame.
+      mask: frames of the part of the mask that it belongs into.
+      front: share of each pixel that lies behind other things, 0-1.
+      behind: frames without it.
+      open_colour: whether any colour is right.
+    """
+
+    thing: Thing
+    centres: np.ndarray
+    mask: np.ndarray
+    front: np.ndarray
+    behind: np.ndarray
+    open_colour: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,55 +96,83 @@ class Case:
 
     Attributes:
       number: in its regime.
-      target: what the clip should show inside the mask.
+      targets: what the clip should show inside the mask.
       prompt: text that says so.
       video: frames of the clip.
-      mask: frames of the mask, a box round the object.
-      truth: frames of the clip with the target in it.
-      open_colour: whether any colour is right.
+      mask: frames of the mask.
+      truth: frames of the clip with the targets in it.
     """
 
     number: int
-    target: Scene
+    targets: tuple[Target, ...]
     prompt: str
     video: np.ndarray
     mask: np.ndarray
     truth: np.ndarray
-    open_colour: bool
 
 
 def case_of(regime: Regime, number: int) -> Case:
     """The edit of a number."""
+    seed = FIRST_SEED + number
     rng = np.random.default_rng([FIRST_SEED, number])
-    scene = random_scene(FIRST_SEED + number, held_out=True)
-    target = dataclasses.replace(
-        scene,
-        shape=str(rng.choice([s for s in SHAPES if s != scene.shape])),
-        colour=str(rng.choice([c for c in COLOURS if c != scene.colour])),
-    )
-    video, truth = render(scene).video, render(target).video
-    mask = box(scene, regime.margin)
-    for _ in range(regime.others):
-        video, truth = (_with_another(frames, scene, mask, number) for frames in (video, truth))
-    prompt = f"a {target.shape}" if regime.opened == "colour" else target.caption
-    return Case(number, target, prompt, video, mask, truth, regime.opened == "colour")
+    is_pair = regime.scene in ("beside", "both")
+    scene = random_pair(seed, held_out=True) if is_pair else random_scene(seed, held_out=True)
+    scene = with_post(scene, seed) if regime.scene == "post" else scene
+    edited = 1 + (regime.scene == "both")
+    before = things_of(scene)
+    wanted = list(before)
+    for place in range(edited):
+        taken = {thing.colour for thing in (*before, *wanted)}
+        new = {
+            "shape": str(rng.choice([s for s in SHAPES if s != before[place].shape])),
+            "colour": str(rng.choice([c for c in COLOURS if c not in taken])),
+        }
+        wanted[place] = dataclasses.replace(before[place], **new)
+    after = scene_of(scene, wanted)
+    masks = [box(thing, scene.frames, regime) for thing in before[:edited]]
+    if edited == 2:  # what lies in both belongs to neither
+        masks = [masks[0] & ~masks[1], masks[1] & ~masks[0]]
+    targets = tuple(_target(after, place, masks[place], regime.opened) for place in range(edited))
+    mask = np.any([box(thing, scene.frames, regime) for thing in before[:edited]], axis=0)
+    prompt = caption(after.shape) if regime.opened else after.caption
+    return Case(number, targets, prompt, render(scene).video, mask, render(after).video)
 
 
-def box(scene: Scene, margin: int) -> np.ndarray:
-    """A square round the object in each frame, `margin` px wider on each side."""
+def things_of(scene: Scene) -> list[Thing]:
+    """The objects of a scene."""
+    names = [field.name for field in dataclasses.fields(Thing)]
+    first = Thing(**{name: getattr(scene, name) for name in names})
+    return [first, scene.other] if scene.other else [first]
+
+
+def scene_of(scene: Scene, things: list[Thing]) -> Scene:
+    """The scene with other objects."""
+    other = things[1] if len(things) > 1 else None
+    return dataclasses.replace(scene, **dataclasses.asdict(things[0]), other=other)
+
+
+def box(thing: Thing, frames: int, regime: Regime) -> np.ndarray:
+    """A square round an object in each frame, or round its whole way."""
     y, x = np.mgrid[:SIZE, :SIZE]
-    reach = scene.radius + margin
-    return np.stack([np.maximum(abs(x - cx), abs(y - cy)) <= reach for cx, cy in scene.centres])
+    reach = thing.radius + regime.margin
+    centres = centres_of(thing, frames)
+    mask = np.stack([np.maximum(abs(x - cx), abs(y - cy)) <= reach for cx, cy in centres])
+    return np.broadcast_to(mask.any(0), mask.shape) if regime.still else mask
 
 
-def _with_another(frames: np.ndarray, scene: Scene, mask: np.ndarray, number: int) -> np.ndarray:
-    """The frames with a small object that stands in the corner farthest from the mask."""
-    rng = np.random.default_rng([FIRST_SEED, number, 1])
-    radius = 13.0
-    low, high = radius + 1, SIZE - 2 - radius
-    corners = [(x, y) for x in (low, high) for y in (low, high)]
-    centre = max(corners, key=lambda at: min(math.dist(at, c) for c in scene.centres))
-    shape, colour = str(rng.choice(SHAPES)), COLOURS[str(rng.choice(list(COLOURS)))]
-    cover = shape_cover(shape, radius, centre)[..., None]
-    drawn = np.rint((1 - cover) * frames + cover * np.array(colour)).astype(np.uint8)
-    return np.where(mask[..., None], frames, drawn)
+def _target(scene: Scene, place: int, mask: np.ndarray, open_colour: bool) -> Target:
+    """One of a scene's objects, as a target."""
+    things = things_of(scene)
+    centres = centres_of(things[place], scene.frames)
+    clear = np.broadcast_to(1 - post_cover(scene), mask.shape)
+    for thing in things[place + 1 :]:
+        covers = [shape_cover(thing.shape, thing.radius, at) for at in centres_of(thing, len(mask))]
+        clear = clear * (1 - np.stack(covers))
+    behind = _without(scene, place)
+    return Target(things[place], centres, mask, 1 - clear, behind, open_colour)
+
+
+def _without(scene: Scene, place: int) -> np.ndarray:
+    """The frames of a scene without one of its objects."""
+    left = [thing for number, thing in enumerate(things_of(scene)) if number != place]
+    return render(scene_of(scene, left)).video if left else render_background(scene)

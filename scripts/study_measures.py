@@ -3,14 +3,14 @@
 import dataclasses
 
 import numpy as np
-from study_cases import Case
+from study_cases import Case, Target
 
 from kvlock_jax.demo.judge import judge
-from kvlock_jax.demo.world import COLOURS, SIZE, render_background, shape_cover
+from kvlock_jax.demo.world import COLOURS, SIZE, shape_cover
 from kvlock_jax.evaluate import metrics
 
 _RADII = np.arange(-3.0, 3.5, 1.0)  # px from the target's radius, of the nearest valid render
-_SHIFTS = [(x, y) for y in range(-3, 4) for x in range(-3, 4)]  # px from the target's centres
+_REACH = 3  # px from the target's centres, likewise
 _DRAWS = 2000
 
 
@@ -19,9 +19,9 @@ class Measures:
     """The measures of one edit; PSNR in dB, errors in levels of 255.
 
     Attributes:
-      right: whether the judge sees the target inside the mask: its shape, and its colour where the
-        prompt gives one.
-      truth_psnr: inside the mask, to the clip with the target rendered into it.
+      right: whether the judge sees every target in its part of the mask: its shape, and its colour
+        where the prompt gives one.
+      truth_psnr: inside the mask, to the clip with the targets rendered into it.
       nearest_psnr: inside the mask, to the nearest valid render: its radius and path are free, and
         its colour where the prompt leaves that open.
       flicker: mean change from frame to frame inside the object, which has one colour.
@@ -41,18 +41,29 @@ class Measures:
 
 def measure(case: Case, edited: np.ndarray) -> Measures:
     """Measures an edit."""
-    verdict = judge(edited, case.mask)
-    colour = case.open_colour or verdict.colour == case.target.colour
-    nearest, cover = _nearest(case, edited)
+    fits = [_nearest(target, edited) for target in case.targets]
+    wanted, found = (
+        np.concatenate(pixels)
+        for pixels in (
+            [fit.wanted for fit in fits],
+            [edited[target.mask] for target in case.targets],
+        )
+    )
     return Measures(
-        right=bool(verdict.shape == case.target.shape and colour),
+        right=all(_is_right(target, edited) for target in case.targets),
         truth_psnr=_psnr(case.truth[case.mask], edited[case.mask]),
-        nearest_psnr=_psnr(nearest[case.mask], edited[case.mask]),
-        flicker=_flicker(edited, cover),
+        nearest_psnr=_psnr(wanted, found),
+        flicker=float(np.nanmean([_flicker(edited, fit.cover) for fit in fits])),
         background_psnr=metrics.background_psnr(case.video, edited, case.mask),
         background_ssim=metrics.background_ssim(case.video, edited, case.mask),
         ring_error=metrics.ring_error(case.video, edited, case.mask),
     )
+
+
+def _is_right(target: Target, edited: np.ndarray) -> bool:
+    verdict = judge(_uncovered(edited, target.front > 0), target.mask)
+    colour = target.open_colour or verdict.colour == target.thing.colour
+    return bool(verdict.shape == target.thing.shape and colour)
 
 
 def _psnr(wanted: np.ndarray, found: np.ndarray) -> float:
@@ -60,42 +71,61 @@ def _psnr(wanted: np.ndarray, found: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-3)))
 
 
-def _nearest(case: Case, edited: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The valid render that is nearest inside the mask, and the cover of its object."""
-    names = list(COLOURS) if case.open_colour else [case.target.colour]
-    behind = render_background(case.target).astype(np.float32)
-    outside = ~case.mask[..., None]
+def _uncovered(video: np.ndarray, front: np.ndarray) -> np.ndarray:
+    """The video with covered pixels blended from those on their left and right: a post is thin."""
+    found, x = video.copy(), np.arange(video.shape[2])
+    for frame, row in np.argwhere(front.any(-1) & ~front.all(-1)):
+        known = ~front[frame, row]
+        for channel in range(3):
+            line = np.interp(x, x[known], video[frame, row, known, channel])
+            found[frame, row, :, channel] = np.rint(line)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fit:
+    """The valid render that is nearest inside a target's mask."""
+
+    wanted: np.ndarray  # its pixels there
+    cover: np.ndarray  # frames of the share of each pixel that its object covers
+
+
+def _nearest(target: Target, edited: np.ndarray) -> _Fit:
+    names = list(COLOURS) if target.open_colour else [target.thing.colour]
     middle = len(edited) // 2
-    best: tuple = (np.inf,)
-    for name in names:
-        colour = np.asarray(COLOURS[name], np.float32)
-        for change in _RADII:
-            radius = case.target.radius + change
-            error, _, _ = _placed(case, edited, behind, colour, radius, middle)
-            best = min(best, (error, name, radius))
-    _, name, radius = best
-    colour = np.asarray(COLOURS[name], np.float32)
-    frames = range(len(edited))
-    placed = [_placed(case, edited, behind, colour, radius, number) for number in frames]
-    video = np.stack([frame for _, frame, _ in placed])
-    return np.where(outside, edited, video), np.stack([cover for *_, cover in placed])
+    tried = [
+        (_placed(target, edited, name, target.thing.radius + change, middle)[0], name, change)
+        for name in names
+        for change in _RADII
+    ]
+    _, name, change = min(tried)
+    radius = target.thing.radius + change
+    cover = np.stack(
+        [_placed(target, edited, name, radius, number)[1] for number in range(len(edited))]
+    )
+    mixed = target.behind + cover[..., None] * (np.asarray(COLOURS[name]) - target.behind)
+    return _Fit(np.clip(np.rint(mixed), 0, 255)[target.mask], cover)
 
 
-def _placed(case, edited, behind, colour, radius, number) -> tuple[float, np.ndarray, np.ndarray]:
-    """The error, the frame and the cover of an object where it fits a frame best."""
-    mask, found = case.mask[number], edited[number][case.mask[number]].astype(np.float32)
-    x, y = case.target.centres[number]
-    back = behind[number][mask]
-    best: tuple = (np.inf, None)
-    for shift in _SHIFTS:
-        cover = shape_cover(case.target.shape, radius, (x + shift[0], y + shift[1]), SIZE)
-        inside = cover[mask][:, None]
-        error = float(((back + inside * (colour - back) - found) ** 2).mean())
-        if error < best[0]:
-            best = (error, cover)
-    error, cover = best
-    frame = behind[number] + cover[..., None] * (colour - behind[number])
-    return error, np.clip(np.rint(frame), 0, 255).astype(np.uint8), cover
+def _placed(
+    target: Target, edited: np.ndarray, name: str, radius: float, number: int
+) -> tuple[float, np.ndarray]:
+    """The error and the cover of an object of a colour and size where it fits a frame best."""
+    mask = target.mask[number]
+    back = target.behind[number][mask].astype(np.float32)
+    found = edited[number][mask].astype(np.float32) - back
+    change = np.asarray(COLOURS[name], np.float32) - back
+    centre = target.centres[number] + _REACH
+    wide = shape_cover(target.thing.shape, radius, centre, SIZE + 2 * _REACH)
+    # All shifts of the object at once: windows of one picture of it.
+    covers = np.lib.stride_tricks.sliding_window_view(wide, (SIZE, SIZE))
+    covers = covers * (1 - target.front[number])
+    inside = covers[:, :, mask]
+    # mean |inside change - found|^2 multiplied out
+    errors = inside**2 @ (change**2).sum(-1) - 2 * inside @ (change * found).sum(-1)
+    errors = (errors + (found**2).sum()) / found.size
+    best = np.unravel_index(errors.argmin(), errors.shape)
+    return float(errors[best]), covers[best]
 
 
 def _flicker(edited: np.ndarray, cover: np.ndarray) -> float:

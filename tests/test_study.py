@@ -10,19 +10,25 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts"))
 
 import study
 import study_cases
+import study_loop
 import study_measures
 from study_cases import REGIMES, case_of
 
+from kvlock_jax.sampling import loop
 
-@pytest.mark.parametrize("name", ["few_steps", "two_objects", "open_prompt"])
+
+@pytest.mark.parametrize("name", ["few_steps", "open_prompt", "post", "beside", "both"])
 def test_the_truth_of_an_edit_is_right(name):
     case = case_of(REGIMES[name], 3)
     assert (case.truth == case.video)[~case.mask].all()
-    assert case.prompt.endswith(case.target.shape)
-    assert (case.target.colour in case.prompt) == (name != "open_prompt")
+    for target in case.targets:
+        assert target.thing.shape in case.prompt and target.mask.any()
+        assert (target.thing.colour in case.prompt) == (name != "open_prompt")
+        assert not (target.mask & ~case.mask).any()
+    assert len(case.targets) == 1 + (name == "both")
     best = study_measures.measure(case, case.truth)
     assert best.right and best.background_psnr == np.inf and best.ring_error == 0
-    assert best.truth_psnr > 60 and best.nearest_psnr > 40 and best.flicker < 1
+    assert best.truth_psnr > 60 and best.nearest_psnr > 38 and best.flicker < 1
     kept = study_measures.measure(case, case.video)  # an edit that does nothing
     assert not kept.right and kept.nearest_psnr < 20
 
@@ -35,25 +41,83 @@ def test_a_moved_object_is_near_a_valid_render_alone():
     assert found.right and found.nearest_psnr > found.truth_psnr + 3
 
 
-def test_other_objects_lie_off_the_mask():
-    one, two = (case_of(REGIMES[name], 5) for name in ("few_steps", "two_objects"))
-    changed = (one.video != two.video).any(-1)
-    assert changed.any() and not (changed & two.mask).any()
+def test_an_edit_of_two_objects_is_wrong_where_their_colours_are_swapped():
+    case = case_of(REGIMES["both"], 3)
+    one, two = (target.thing for target in case.targets)
+    swapped = case.truth.copy()
+    for target, other in zip(case.targets, (two, one), strict=True):
+        colour = np.array(study_measures.COLOURS[target.thing.colour])
+        inside = (case.truth == colour).all(-1) & target.mask
+        swapped[inside] = study_measures.COLOURS[other.colour]
+    assert not study_measures.measure(case, swapped).right
+    half = np.where(case.targets[0].mask[..., None], case.truth, swapped)
+    assert not study_measures.measure(case, half).right
 
 
-def test_arms():
-    assert [study.name_of(arm) for arm in ("cfg", "cfg:omega=2", "a=cfg:omega=2")] == [
-        "cfg",
-        "cfg:omega=2",
-        "a",
-    ]
-    assert len({study.name_of(arm) for arm in study.ARMS}) == len(study.ARMS) >= 13
-    regime = REGIMES["strong_guidance"]
-    halved = study.settings_of(regime, "cfg_half=cfg:omega=0.5")
-    assert halved.sample.guidance_scale == 5 and halved.sample.steps == 20
-    late = study.settings_of(regime, study.ARMS[-1])
-    assert (late.lock.kappa, late.lock.omega_floor, late.lock.omega_ceiling) == (8, 0.5, 0.5)
-    assert late.lock.background == "source" and late.lock.rescale_uncond
+def test_a_still_mask_does_not_move():
+    mask = case_of(REGIMES["post"], 2).mask
+    assert (mask == mask[:1]).all()
+    moving = case_of(REGIMES["few_steps"], 2).mask
+    assert (moving != moving[:1]).any()
+
+
+def test_arms(tmp_path):
+    names = [study.name_of(arm) for arm in ("cfg", "cfg:omega=2", "a=cfg:omega=2")]
+    assert names == ["cfg", "cfg:omega=2", "a"]
+    arms = [study.Arm.of(text) for text in study.ARMS]
+    assert len({arm.name for arm in arms}) == len(arms) >= 13
+    regime, arms = REGIMES["strong_guidance"], {arm.name: arm for arm in arms}
+    past = study.Past(tmp_path, tmp_path / "rows.csv")
+    halved = study.settings_of(regime, arms["cfg_half"], past)
+    assert halved.sample.guidance_scale == 5 and halved.sample.steps == regime.steps
+    late = study.settings_of(regime, arms["late_half"], past).lock
+    assert (late.kappa, late.omega_floor, late.omega_ceiling) == (6, 0.5, 0.5)
+    assert late.background == "source" and late.rescale_uncond
+    (tmp_path / "rows.csv").write_text("arm,alpha,omega\nkvlock,1,8\nkvlock,0.5,12\ncfg,0,10\n")
+    level = study.settings_of(regime, arms["kvlock_level"], past).lock
+    assert (level.fusion_ratio, level.adapt_fusion_ratio, level.omega_floor) == (0.75, False, 1)
+    assert level.omega_ceiling == 1 and level.adapt_guidance
+    with pytest.raises(ValueError, match="sigma2 must be one of"):
+        study.Arm.of("a=cfg:sigma2=none")
+
+
+def test_replayed_courses_are_of_another_edit_or_of_all(tmp_path):
+    past = study.Past(tmp_path / "courses", tmp_path / "rows.csv")
+    cases = [case_of(REGIMES["few_steps"], number) for number in range(3)]
+    with pytest.raises(ValueError, match="run it again"):
+        past.rule("other", cases)
+    past.record(cases, np.array([[1.0, 2, 3], [4, 5, 6]]))
+    own = np.zeros(2)
+    assert list(past.rule("other", cases[1:])(1, own)) == [6, 4]
+    assert list(past.rule("mean", cases[1:])(0, own)) == [2, 2]
+    assert past.rule("", cases) is None and past.rule("level", cases) is None
+    assert list(past.rule("direct", cases)(0, np.array([1.0, 3]))) == [0.005, 0.015]
+    np.testing.assert_allclose(past.rule("inverse", cases)(0, np.array([1.0, 3])), [0.02, 0.02 / 3])
+
+
+def test_a_run_follows_what_is_replayed(monkeypatch):
+    import kvlock_jax as kvl
+
+    model, regime = kvl.load("demo"), study_cases.Regime("quick", 4)
+    cases = [case_of(regime, number) for number in range(2)]
+    config = study.settings_of(regime, study.Arm.of("kvlock"), None)
+    run, before = study.run_batch, loop.advance
+    traces = []
+    monkeypatch.setattr(study, "run_batch", lambda *a, **k: traces.extend(run(*a, **k)) or traces)
+
+    class Past:
+        def rule(self, kind, cases):
+            return study_loop.recorded(np.array([[0, 0], [0, 0.005], [0.005, 0.1], [0.02, 0]]))
+
+        def record(self, cases, sigma2):
+            assert sigma2.shape == (4, 2)
+
+    rows = study.run_arm(model, regime, study.Arm.of("kvlock"), cases, Past())
+    assert loop.advance is before and config.sample.steps == 4
+    one, two = (result.trace for result in traces)
+    np.testing.assert_allclose(one.guidance_scale, [4, 4, 2, 8])
+    np.testing.assert_allclose(two.fusion_ratio, [0, 0, 1, 0])
+    assert all(np.isfinite(row.signals).all() and row.signals[-1] > 0 for row in rows)
 
 
 def test_statistics():
@@ -86,7 +150,9 @@ def test_signals_are_of_late_steps():
 
 def test_rows_are_written_and_found_again(tmp_path):
     measures = study_measures.Measures(True, 1.0, 2.0, 3.0, 4.0, 0.5, 6.0)
-    rows = [study.Row("cfg", n, measures, 4.0, 0.0, (1.0, 2.0, 3.0, 4.0), 0.1) for n in range(2)]
+    rows = [
+        study.Row("cfg", n, measures, 4.0, 0.0, (1.0, 2.0, 3.0, 4.0, 5.0), 0.1) for n in range(2)
+    ]
     study.append(tmp_path / "a.csv", rows[:1])
     study.append(tmp_path / "a.csv", rows[1:])
     assert study.finished(tmp_path / "a.csv") == {("cfg", 0), ("cfg", 1)}

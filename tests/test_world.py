@@ -171,3 +171,40 @@ def test_longer_clips_begin_as_short_ones_and_bounce():
     assert clip.video.shape == (12, 96, 96, 3) and clip.mask.shape == (12, 96, 96)
     edges = [clip.mask[:, 0], clip.mask[:, -1], clip.mask[:, :, 0], clip.mask[:, :, -1]]
     assert not np.any(edges)
+
+
+def test_pairs_have_two_objects_in_the_order_of_their_caption():
+    firsts = set()
+    for seed in SEEDS:
+        scene = world.random_pair(seed)
+        other = scene.other
+        assert other is not None and scene.colour != other.colour
+        clip, frames = world.render(scene), world.FRAMES
+        for thing in (scene, other):
+            low = thing.radius + 1
+            centres = world.centres_of(thing, frames)
+            assert (centres >= low - 1e-6).all() and (centres <= world.SIZE - 1 - low + 1e-6).all()
+            colour = (clip.video == np.array(world.COLOURS[thing.colour])).all(-1)
+            assert colour.sum((1, 2)).min() > 50
+        left = min((scene, other), key=lambda thing: world.centres_of(thing, frames)[4, 0])
+        assert clip.caption.startswith(f"a {left.colour} {left.shape} and a ")
+        firsts.add(left is scene)
+        alone = world.render(dataclasses.replace(scene, other=None))
+        assert (alone.mask == clip.mask).all()
+    assert firsts == {True, False}
+
+
+def test_a_post_stands_still_in_front():
+    for seed in SEEDS:
+        scene = world.with_post(world.random_scene(seed), seed)
+        left, right = scene.post
+        cover = world.post_cover(scene)
+        assert 6 <= right - left <= 10 and cover.sum() == pytest.approx(right - left, abs=1e-3)
+        clip, background = world.render(scene).video, world.render_background(scene)
+        post = cover == 1
+        assert (clip[:, :, post] == clip[0, 0, post][0]).all()
+        assert (background[:, :, post] == clip[:, :, post]).all()
+        plain = world.render(dataclasses.replace(scene, post=None)).video
+        assert (plain[:, :, cover == 0] == clip[:, :, cover == 0]).all()
+        x = scene.centres[:, 0]
+        assert x.min() - 10 <= (left + right) / 2 <= x.max() + 10

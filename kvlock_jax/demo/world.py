@@ -1,8 +1,10 @@
-"""The demo world: a coloured shape moving in a line over a softened, panning photograph.
+"""The demo world: coloured shapes moving in lines over a softened, panning photograph.
 
 A clip is a function of its `Scene`, and a `Scene` of its seed. So a data set is a range of
 integers, and the ground truth of an edit is
-`render(dataclasses.replace(scene, colour=..., shape=...))`.
+`render(dataclasses.replace(scene, colour=..., shape=...))`. Most scenes have one object
+(`random_scene`); in `random_pair` a second one comes near it, and in both a post may stand in
+front.
 """
 
 import dataclasses
@@ -28,6 +30,10 @@ HELD_OUT_PHOTOS = ("camera", "chelsea")
 
 _PHOTO_FILE = pathlib.Path(__file__).parent / "photos" / "photos.npz"
 _RADII = (18.0, 24.0)  # half the object's extent, px: smaller ones do not survive a small VAE
+_PAIR_RADII = (14.0, 19.0)  # of two objects, which have to share the frame
+_PAIR_MIDDLES = ((18.0, 34.0), (61.0, 77.0))  # x of their centres half-way through the clip, px
+_POST_WIDTHS = (6.0, 10.0)  # px
+_POST = 62.0  # grey
 _SPEED = 2.0  # px per frame at most
 _MIDDLE = (32.0, 64.0)  # where the object's centre may be half-way through the clip, px
 _PAN = 8.0  # px at most over the whole clip, along each axis
@@ -38,6 +44,17 @@ _GREY = 112.0
 # other; the colours' differ by 155 or more, and white is at 250.
 _CONTRAST = 0.6
 _SATURATION = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """A further object of a scene; fields as in `Scene`."""
+
+    shape: str
+    colour: str
+    radius: float
+    start: tuple[float, float]
+    velocity: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +78,33 @@ class Scene:
     """Whether the photo is flipped left to right before it is cropped."""
     frames: int = FRAMES
     """Length of the clip."""
+    other: Thing | None = None
+    """A second object, which passes in front of the first where they meet."""
+    post: tuple[float, float] | None = None
+    """Left and right edge of an upright post in front of everything, which does not move; px."""
 
     @property
     def centres(self) -> Float[np.ndarray, "frames 2"]:
         """The object's centre (x, y) in every frame; it bounces off the frame's border."""
-        line = np.asarray(self.start) + np.arange(self.frames)[:, None] * np.asarray(self.velocity)
-        low = self.radius + _EDGE
-        room = SIZE - 1 - 2 * low
-        folded = low + room - np.abs((line - low) % (2 * room) - room)
-        # Lines that do not bounce keep all their bits.
-        return np.where(np.abs(folded - line) < 1e-9, line, folded)
+        return centres_of(self, self.frames)
 
     @property
     def caption(self) -> str:
-        """The sentence that describes the scene."""
-        return caption(self.shape, self.colour)
+        """The sentence that describes the scene; of two objects, the left one comes first."""
+        if self.other is None:
+            return caption(self.shape, self.colour)
+        both = sorted((self, self.other), key=lambda thing: centres_of(thing, FRAMES)[:, 0].mean())
+        return " and ".join(caption(thing.shape, thing.colour) for thing in both)
+
+
+def centres_of(thing: Thing | Scene, frames: int) -> Float[np.ndarray, "frames 2"]:
+    """An object's centre (x, y) in every frame; it bounces off the frame's border."""
+    line = np.asarray(thing.start) + np.arange(frames)[:, None] * np.asarray(thing.velocity)
+    low = thing.radius + _EDGE
+    room = SIZE - 1 - 2 * low
+    folded = low + room - np.abs((line - low) % (2 * room) - room)
+    # Lines that do not bounce keep all their bits.
+    return np.where(np.abs(folded - line) < 1e-9, line, folded)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,13 +113,16 @@ class Clip:
 
     video: UInt8[np.ndarray, "frames height width 3"]
     mask: Bool[np.ndarray, "frames height width"]
-    """The pixels that the object covers, even in part."""
+    """The pixels that the (first) object covers, even in part."""
     caption: str
 
 
-def caption(shape: str, colour: str) -> str:
-    """The only kind of sentence in the demo's language, such as "a red circle"."""
-    return f"a {colour} {shape}"
+def caption(shape: str, colour: str = "") -> str:
+    """What the demo's language calls an object: "a red circle", or "a circle" of any colour.
+
+    A sentence is one of them, or two, joined by "and": what is on the left comes first.
+    """
+    return " ".join(filter(None, ("a", colour, shape)))
 
 
 def random_scene(seed: int, *, held_out: bool = False, frames: int = FRAMES) -> Scene:
@@ -126,18 +158,72 @@ def random_scene(seed: int, *, held_out: bool = False, frames: int = FRAMES) -> 
     )
 
 
+def random_pair(seed: int, *, held_out: bool = False) -> Scene:
+    """The scene of a seed with a second object beside the first, either of them on the left.
+
+    Both are smaller than that of `random_scene`, have colours of their own, and may meet.
+    """
+    scene = random_scene(seed, held_out=held_out)
+    rng = np.random.default_rng([seed, 7])
+    colours = [str(name) for name in rng.choice(list(COLOURS), 2, replace=False)]
+    things = []
+    for colour, (low, high) in zip(colours, _PAIR_MIDDLES, strict=True):
+        radius = rng.uniform(*_PAIR_RADII)
+        speed, angle = rng.uniform(0, _SPEED), rng.uniform(0, 2 * np.pi)
+        velocity = speed * np.array([np.cos(angle), np.sin(angle)])
+        half_way = (FRAMES - 1) / 2 * velocity
+        margin = radius + _EDGE + np.abs(half_way)
+        least = np.maximum(margin, (low, _PAIR_MIDDLES[0][0]))
+        most = np.minimum(SIZE - 1 - margin, (high, _PAIR_MIDDLES[1][1]))
+        middle = rng.uniform(np.minimum(least, most), most)
+        start = _pair(middle - half_way)
+        things.append(Thing(str(rng.choice(SHAPES)), colour, float(radius), start, _pair(velocity)))
+    first, other = things if rng.integers(2) else things[::-1]
+    return dataclasses.replace(scene, **dataclasses.asdict(first), other=other)
+
+
+def with_post(scene: Scene, seed: int) -> Scene:
+    """The scene with a post in front of the object's way."""
+    rng = np.random.default_rng([seed, 8])
+    width = rng.uniform(*_POST_WIDTHS)
+    middle = rng.uniform(scene.centres[:, 0].min(), scene.centres[:, 0].max())
+    return dataclasses.replace(scene, post=_pair(middle + np.array([-0.5, 0.5]) * width))
+
+
 def render(scene: Scene) -> Clip:
-    """The clip of a scene: `(1 - c) background + c colour`, with `c` the object's cover."""
-    cover = np.stack([shape_cover(scene.shape, scene.radius, centre) for centre in scene.centres])
-    alpha = cover[..., None]
-    colour = np.asarray(COLOURS[scene.colour], np.float32)
-    video = (1 - alpha) * _background(scene) + alpha * colour
-    return Clip(video=_to_uint8(video), mask=cover > 0, caption=scene.caption)
+    """The clip of a scene: `(1 - c) background + c colour`, with `c` an object's cover."""
+    video, covers = _background(scene), []
+    for thing in filter(None, (scene, scene.other)):
+        centres = centres_of(thing, scene.frames)
+        cover = np.stack([shape_cover(thing.shape, thing.radius, centre) for centre in centres])
+        video = _drawn(video, cover, np.asarray(COLOURS[thing.colour], np.float32))
+        covers.append(cover)
+    video = _with_post(video, scene)
+    return Clip(video=_to_uint8(video), mask=covers[0] > 0, caption=scene.caption)
 
 
 def render_background(scene: Scene) -> UInt8[np.ndarray, "frames height width 3"]:
-    """The same clip without the object."""
-    return _to_uint8(_background(scene))
+    """The same clip without objects."""
+    return _to_uint8(_with_post(_background(scene), scene))
+
+
+def post_cover(scene: Scene) -> Float[np.ndarray, "width"]:
+    """The share of each column of pixels that the post covers, 0-1."""
+    if scene.post is None:
+        return np.zeros(SIZE, np.float32)
+    left, right = scene.post
+    x = np.arange(SIZE, dtype=np.float32)
+    return np.clip(np.minimum(x + 0.5 - left, right - (x - 0.5)), 0, 1)
+
+
+def _drawn(video: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    alpha = cover[..., None]
+    return (1 - alpha) * video + alpha * colour
+
+
+def _with_post(video: np.ndarray, scene: Scene) -> np.ndarray:
+    cover = np.broadcast_to(post_cover(scene), video.shape[:-1])
+    return _drawn(video, cover, np.float32(_POST)) if scene.post else video
 
 
 def shape_cover(
