@@ -3,6 +3,7 @@
     python scripts/export_demo.py --vae runs/decoder/params.npz --dit runs/dit [--vace runs/vace]
         --dst FOLDER
     python scripts/export_demo.py --vae runs/long/params.npz --dst FOLDER   # the VAE of one alone
+    python scripts/export_demo.py --vace runs/pairs --dst FOLDER            # all but the VAE of one
 
 Diffusers itself makes the folder (it is in the `test` extra), so the layout is its own and it loads
 there too.
@@ -53,27 +54,63 @@ def publish(module: torch.nn.Module, state: nnx.State, table: Table) -> None:
     module.load_state_dict(target, strict=False)
 
 
+def published_encoder() -> transformers.UMT5EncoderModel:
+    """The text encoder, as published ones are."""
+    text = demo_models.TEXT_ENCODER
+    encoder = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=text.vocab_size,
+            d_model=text.d_model,
+            d_kv=text.d_kv,
+            d_ff=text.d_ff,
+            num_layers=text.num_layers,
+            num_heads=text.num_heads,
+        )
+    )
+    publish(encoder, nnx.state(demo_models.text_encoder()), layout.UMT5)
+    return encoder.half()
+
+
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """Writes the tokenizer as `text.Tokenizer` reads it."""
+    with tempfile.TemporaryDirectory() as made:
+        write_word_tokenizer(made, demo_models.WORDS, demo_models.TEXT_LEN)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((pathlib.Path(made) / name).read_bytes())
+
+
+def replace(folder: pathlib.Path, published: type, state: nnx.State, table: Table) -> None:
+    """Replaces the weights of a model in an exported folder, and keeps its config."""
+    config = (folder / "config.json").read_bytes()  # Diffusers would name this machine's folder
+    model = published.from_pretrained(folder).float()
+    publish(model, state, table)
+    model.half().save_pretrained(folder)
+    (folder / "config.json").write_bytes(config)
+
+
 def main() -> None:
     """Parses the flags and exports."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=pathlib.Path, required=True)
+    parser.add_argument("--vae", type=pathlib.Path)
     parser.add_argument("--dit", type=pathlib.Path, help="the run's folder")
     parser.add_argument("--vace", type=pathlib.Path, help="the run's folder, to export it as VACE")
     parser.add_argument("--dst", type=pathlib.Path, required=True)
     flags = parser.parse_args()
 
-    sizes, text = demo_models.VAE, demo_models.TEXT_ENCODER
+    if flags.vae is None:
+        params = nnx.state(
+            nnx.eval_shape(lambda: wan_transformer(demo_models.VACE, rngs=nnx.Rngs(0)))
+        )
+        trained = demo_models.load_params(flags.vace / "params.npz", params)
+        replace(flags.dst / "transformer", WanVACETransformer3DModel, trained, layout.WAN)
+        published_encoder().save_pretrained(flags.dst / "text_encoder")
+        write_tokenizer(flags.dst / "tokenizer")
+        return
+    sizes = demo_models.VAE
     params = nnx.state(nnx.eval_shape(lambda: WanVAE(sizes, rngs=nnx.Rngs(0))))
     trained_vae = demo_models.load_params(flags.vae, params)
     if flags.dit is None:
-        folder = flags.dst / "vae"
-        vae, config = (
-            AutoencoderKLWan.from_pretrained(folder),
-            (folder / "config.json").read_bytes(),
-        )
-        publish(vae.float(), trained_vae, layout.VAE)
-        vae.half().save_pretrained(folder)
-        (folder / "config.json").write_bytes(config)  # Diffusers would name this machine's folder
+        replace(flags.dst / "vae", AutoencoderKLWan, trained_vae, layout.VAE)
         return
     if flags.vace:
         wan, run = demo_models.VACE, flags.vace
@@ -109,18 +146,6 @@ def main() -> None:
     trained = demo_models.load_params(run / "params.npz", params)
     publish(transformer, trained, layout.WAN)
 
-    encoder = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(
-            vocab_size=text.vocab_size,
-            d_model=text.d_model,
-            d_kv=text.d_kv,
-            d_ff=text.d_ff,
-            num_layers=text.num_layers,
-            num_heads=text.num_heads,
-        )
-    )
-    publish(encoder, nnx.state(demo_models.text_encoder()), layout.UMT5)
-
     with tempfile.TemporaryDirectory() as folder:
         write_word_tokenizer(folder, demo_models.WORDS, demo_models.TEXT_LEN)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -128,7 +153,7 @@ def main() -> None:
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         )
-        models = [m.half() for m in (encoder, vae, transformer)]
+        models = [published_encoder(), vae.half(), transformer.half()]
         whole = pipeline(
             tokenizer=tokenizer,
             text_encoder=models[0],
@@ -137,9 +162,7 @@ def main() -> None:
             scheduler=scheduler,
         )
         whole.save_pretrained(flags.dst)
-        for name in ("tokenizer.json", "tokenizer_config.json"):  # ours, as `text.Tokenizer` reads
-            source = pathlib.Path(folder) / name
-            (flags.dst / "tokenizer" / name).write_bytes(source.read_bytes())
+        write_tokenizer(flags.dst / "tokenizer")
     size = sum(p.stat().st_size for p in flags.dst.rglob("*") if p.is_file())
     print(f"{flags.dst}: {size / 1e6:.1f} MB")
 

@@ -41,7 +41,8 @@ ARMS = [
     *("cfg_half=cfg:omega=0.5", "hard_lock_half=hard_lock:omega=0.5"),
     # Guidance that falls late, by no statistic: s*, a lock of the background, and a part of omega.
     f"late_half={_LATE}+omega_floor=0.5+omega_ceiling=0.5",
-    f"late_quarter={_LATE}+omega_floor=0.25+omega_ceiling=0.25",
+    f"late_one={_LATE}+omega_floor=one+omega_ceiling=one",
+    f"late_one_long={_LATE.replace('0.4', '0.6')}+omega_floor=one+omega_ceiling=one",
     # The published schedule over the same shares of any run.
     "kvlock_scaled=kvlock:kappa=0.4+window=0.2",
     # Does it matter which edit is adapted to, or the level alone?
@@ -70,7 +71,8 @@ class Arm:
     Attributes:
       name: short name.
       preset: name of a preset.
-      changes: settings of `config.kvlock` by name; shares of `kappa` and `window` become steps.
+      changes: settings of `config.kvlock` by name; shares of `kappa` and `window` become steps,
+        and `one` the part of the guidance scale at which omega is 1.
       omega: multiple of the regime's guidance.
       sigma2: what takes the place of an edit's own statistic: `"other"`, the course that the next
         edit had in the arm `kvlock`; `"mean"`, the mean course there; `"level"`, none: alpha and
@@ -142,6 +144,7 @@ def settings_of(regime: Regime, arm: Arm, past: "Past") -> Settings:
         level = omega / regime.guidance
         changes |= {"adapt_fusion_ratio": False, "fusion_ratio": alpha}
         changes |= {"omega_floor": level, "omega_ceiling": level}
+    changes = {key: 1 / scale if value == "one" else value for key, value in changes.items()}
     for key in {"kappa", "window"} & set(changes):
         changes[key] = str(max(2, round(float(changes[key]) * regime.steps)))
     flags = [f"--config.kvlock.{key}={value}" for key, value in changes.items()]
@@ -259,6 +262,10 @@ def append(path: pathlib.Path, rows: list[Row]) -> None:
     """Adds rows to a file, all or none of them."""
     cells = [row.cells() for row in rows]
     is_new = not path.exists()
+    if not is_new:
+        with path.open(newline="") as file:
+            if next(csv.reader(file)) != list(cells[0]):
+                raise ValueError(f"{path} has other columns: remove it")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(cells[0]), lineterminator="\n")
         if is_new:

@@ -55,7 +55,7 @@ class Regime:
 
 
 REGIMES = {
-    "few_steps": Regime("6 steps", 6),
+    "few_steps": Regime("4 steps", 4),
     "tight_mask": Regime("a mask 1 px wider than the object, 12 steps", 12, margin=1),
     "loose_mask": Regime("a mask 12 px wider than the way of the object", 12, 4.0, 12, still=True),
     "open_prompt": Regime("the prompt leaves the colour open", 12, opened=True),

@@ -12,6 +12,7 @@ import study
 import study_cases
 import study_loop
 import study_measures
+import study_page
 from study_cases import REGIMES, case_of
 
 from kvlock_jax.sampling import loop
@@ -73,6 +74,8 @@ def test_arms(tmp_path):
     late = study.settings_of(regime, arms["late_half"], past).lock
     assert (late.kappa, late.omega_floor, late.omega_ceiling) == (6, 0.5, 0.5)
     assert late.background == "source" and late.rescale_uncond
+    last = study.settings_of(regime, arms["late_one_long"], past).lock
+    assert (last.kappa, last.omega_floor, last.omega_ceiling) == (10, 0.1, 0.1)
     (tmp_path / "rows.csv").write_text("arm,alpha,omega\nkvlock,1,8\nkvlock,0.5,12\ncfg,0,10\n")
     level = study.settings_of(regime, arms["kvlock_level"], past).lock
     assert (level.fusion_ratio, level.adapt_fusion_ratio, level.omega_floor) == (0.75, False, 1)
@@ -158,3 +161,64 @@ def test_rows_are_written_and_found_again(tmp_path):
     assert study.finished(tmp_path / "a.csv") == {("cfg", 0), ("cfg", 1)}
     assert study.finished(tmp_path / "b.csv") == set()
     assert study_cases.FIRST_SEED > 910_000_048  # of `eval_demo.py`
+
+
+def test_rows_of_other_columns_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("arm,edit,right\ncfg,0,1\n")
+    measures = study_measures.Measures(True, 1.0, 2.0, 3.0, 4.0, 0.5, 6.0)
+    rows = [study.Row("cfg", 1, measures, 4.0, 0.0, (1.0, 2.0, 3.0, 4.0, 5.0), 0.1)]
+    with pytest.raises(ValueError, match="other columns: remove it"):
+        study.append(tmp_path / "a.csv", rows)
+
+
+def rows_of(arm, gain, rights):
+    nan = float("nan")
+    for edit, right in enumerate(rights):
+        psnr = 20 + gain + edit % 2
+        measures = study_measures.Measures(right, psnr, psnr, 1.0, 30 + gain, 0.9, 2.0)
+        signals = (float(not right), 1.0, 1.0, 1.0, 2.0 if arm == "cfg" else nan)
+        yield study.Row(arm, edit, measures, 4.0, 0.0, signals, 0.1)
+
+
+def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
+    arms = {"cfg": 0, "hard_lock": 1, "kvlock": -1, "kvlock_other": -1.5, "late_half": 2}
+    rights = [True, False] * 4
+    for arm, gain in arms.items():
+        study.append(tmp_path / "few_steps.csv", list(rows_of(arm, gain, rights)))
+    scale = "changed,steps,solver,shift,guidance,window,low,median,high,edits\n"
+    scale += ",25,unipc,3.0,4.0,10,0.01,0.02,0.03,8\nsteps,50,unipc,3.0,4.0,10,0.04,0.05,0.06,8\n"
+    (tmp_path / "scale.csv").write_text(scale)
+    spread = [f"few_steps,{n},{int(right)},{2 - right}" for n, right in enumerate(rights)]
+    (tmp_path / "spread.csv").write_text("\n".join(["regime,edit,right,spread", *spread, ""]))
+    (tmp_path / "intro.md").write_text("# A head\n")
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(
+        sys, "argv", ["study_page.py", "--folder", str(tmp_path), "--page", str(page)]
+    )
+    study_page.main()
+    text = page.read_text()
+    assert text.startswith("# A head\n") and (tmp_path / "pareto.png").stat().st_size > 1000
+    # late_half on the odd edits, which are all wrong, and its gains over cfg.
+    assert "| few_steps | 0% | 0 (0 to 0) | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in text
+    assert "| few_steps | nearest | 0.50 (0.50 to 0.50) |  |" in text  # kvlock - kvlock_other
+    assert "| few_steps | late_half | -3.00 (-3.00 to -3.00) |" in text  # the best level
+    assert "| **50** | unipc | 3.0 | 4.0 | 10 | 0.05 | 0.04 to 0.06 | 2.50 |" in text
+    assert "| few_steps | 50% | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in text
+    assert "| cfg | 50% | 1.00 (1.00 to 1.00) | 0.50 (0.50 to 0.50) |" in text  # detectors
+
+
+def test_examples_to_train_on_are_described_by_their_captions():
+    import train_demo_pairs as pairs
+
+    kinds = set()
+    for seed in range(120):
+        found = pairs.example(seed)
+        names, shares = found.prompts()
+        assert set(names) <= set(pairs.NUMBERS) and sum(shares) == pytest.approx(1)
+        assert names[0] == found.scene.caption and found.mask.shape == (9, 96, 96)
+        covered = found.mask[pairs.render(found.scene).mask].mean()
+        assert covered == (found.kind != "none")
+        kinds.add((found.kind, found.scene.other is not None, found.scene.post is not None))
+    assert {kind for kind, *_ in kinds} == set(pairs.ONE_MASKED) | set(pairs.TWO_MASKED)
+    held_out = pairs.example(3, held_out=True, kind="both")
+    assert held_out.scene.other and held_out.scene.photo in ("camera", "chelsea")
