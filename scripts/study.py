@@ -15,6 +15,7 @@ import dataclasses
 import pathlib
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from study_cases import FIRST_SEED, REGIMES, Case, Regime, case_of
@@ -24,6 +25,7 @@ from study_measures import Measures, measure
 import kvlock_jax as kvl
 from kvlock_jax import lock
 from kvlock_jax.batch.runner import edit_key
+from kvlock_jax.errors import SamplingError
 from kvlock_jax.pipeline.api import run_batch
 from kvlock_jax.pipeline.encode import draw_noise
 from kvlock_jax.pipeline.inputs import read_inputs
@@ -32,6 +34,7 @@ from kvlock_jax.pipeline.settings import Settings, resolve_settings
 
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "evidence"
 BATCH = 16
+TAU = 0.01  # published
 LATE = 0.4  # of the steps, over which signals are averaged: kappa's share as published
 _LATE = "hard_lock:rescale_uncond=True+adapt_guidance=True+kappa=0.4"
 ARMS = [
@@ -39,19 +42,26 @@ ARMS = [
     *("fixed_half", "global_detection", "kvlock_anchor", "cfg_zero_star", "apg", "fast"),
     # Lower guidance without a lock, and with one: what a schedule must beat.
     *("cfg_half=cfg:omega=0.5", "hard_lock_half=hard_lock:omega=0.5"),
+    "hard_lock_s=hard_lock:rescale_uncond=True",
     # Guidance that falls late, by no statistic: s*, a lock of the background, and a part of omega.
     f"late_half={_LATE}+omega_floor=0.5+omega_ceiling=0.5",
     f"late_one={_LATE}+omega_floor=one+omega_ceiling=one",
     f"late_one_long={_LATE.replace('0.4', '0.6')}+omega_floor=one+omega_ceiling=one",
     # The published schedule over the same shares of any run.
     "kvlock_scaled=kvlock:kappa=0.4+window=0.2",
-    # Does it matter which edit is adapted to, or the level alone?
+    # Does it matter which edit is adapted to, or the level alone? `_other`: that of another edit.
     *("kvlock_other=kvlock:sigma2=other", "kvlock_mean=kvlock:sigma2=mean"),
     "kvlock_level=kvlock:sigma2=level",
-    f"late_direct={_LATE}+sigma2=direct+tau=0.02+omega_floor=0.25+omega_ceiling=1.0",
-    f"late_inverse={_LATE}+sigma2=inverse+tau=0.02+omega_floor=0.25+omega_ceiling=1.0",
+    *(f"kvlock_{kind}=kvlock:sigma2={kind}" for kind in ("direct", "direct_other")),
+    *(
+        f"late_{kind}={_LATE}+sigma2={kind}+tau=0.02+omega_floor=0.25+omega_ceiling=1.0"
+        for kind in ("direct", "direct_other", "inverse", "inverse_other")
+    ),
 ]
 """The arms: METHOD.md section 9's table, controls, and candidates."""
+
+FIRST_READY = 2
+"""The first step that has a statistic."""
 
 SIGNALS = ("sigma2", "sigma2_max", "sigma2_global", "x0_change", "guidance_gap")
 """Signals of a run that may tell failed edits: of late steps, inside the mask but for the third.
@@ -59,9 +69,13 @@ SIGNALS = ("sigma2", "sigma2_max", "sigma2_global", "x0_change", "guidance_gap")
 The last is of the first late step, and costs a pass more, so some arms alone have it.
 """
 
+TRUTH = "truth"
+"""The arm that no model edits: the wanted clips through the VAE."""
+
 GAPPED = ("cfg", "kvlock", "hard_lock")
 
-_REPLAYS = ("other", "mean", "level", "direct", "inverse")
+_RATIOS = {"direct": (1, 0), "direct_other": (1, 1), "inverse": (-1, 0), "inverse_other": (-1, 1)}
+_REPLAYS = ("other", "mean", "level", *_RATIOS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +90,9 @@ class Arm:
       omega: multiple of the regime's guidance.
       sigma2: what takes the place of an edit's own statistic: `"other"`, the course that the next
         edit had in the arm `kvlock`; `"mean"`, the mean course there; `"level"`, none: alpha and
-        omega are the means of that arm; `"direct"`, its ratio to the mean of a batch, in units of
-        0.01; `"inverse"`, one over that ratio. Empty for its own.
+        omega are the means of that arm; `"direct"`, its ratio to what is usual in the batch, times
+        0.01; `"inverse"`, one over that ratio; with `_other`, that of another edit. Empty for its
+        own.
     """
 
     name: str
@@ -101,20 +116,25 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An edit of an arm: what was measured, what the run did, and signals of failure."""
+    """An edit of an arm: what was measured, what the run did, and signals of failure.
+
+    Omega and alpha are means of the scheduled steps that have a statistic; `adapts` is the share of
+    those in which the statistic is under 2 tau, so that the schedules do not take their bounds.
+    """
 
     arm: str
     edit: int
     measures: Measures
     omega: float
     alpha: float
+    adapts: float
     signals: tuple[float, ...]
     seconds: float
 
     def cells(self) -> dict[str, str]:
         """The row's values by their columns."""
         measured = dataclasses.asdict(self.measures)
-        values = {"omega": self.omega, "alpha": self.alpha}
+        values = {"omega": self.omega, "alpha": self.alpha, "adapts": self.adapts}
         values |= dict(zip(SIGNALS, self.signals, strict=True)) | {"seconds": self.seconds}
         numbers = {name: f"{value:.5g}" for name, value in (measured | values).items()}
         return {"arm": self.arm, "edit": str(self.edit), **numbers, "right": str(int(self.right))}
@@ -144,6 +164,7 @@ def settings_of(regime: Regime, arm: Arm, past: "Past") -> Settings:
         level = omega / regime.guidance
         changes |= {"adapt_fusion_ratio": False, "fusion_ratio": alpha}
         changes |= {"omega_floor": level, "omega_ceiling": level}
+        changes["kappa"] = min(0.4, 1 - FIRST_READY / regime.steps)
     changes = {key: 1 / scale if value == "one" else value for key, value in changes.items()}
     for key in {"kappa", "window"} & set(changes):
         changes[key] = str(max(2, round(float(changes[key]) * regime.steps)))
@@ -168,15 +189,13 @@ class Past:
         """The rule of an arm's `sigma2`."""
         if kind in ("", "level"):
             return None
-        if kind in ("direct", "inverse"):
-            return typical(0.01, 1 if kind == "direct" else -1)
+        if kind in _RATIOS:
+            return typical(TAU, *_RATIOS[kind])
         courses = {int(path.stem): np.load(path) for path in self.folder.glob("*.npy")}
-        if not courses:
-            raise ValueError(
-                "the courses of the arm kvlock are gone: remove its rows, run it again"
-            )
-        if kind == "mean":
-            mean = np.mean(list(courses.values()), axis=0)
+        if not courses or len(courses) < len(self._edits("kvlock")):
+            raise ValueError("courses of the arm kvlock are gone: remove its rows, run it again")
+        if kind == "mean":  # of what acts: the schedules take 2 tau for all above it
+            mean = np.nanmean([np.minimum(c, 2 * TAU) for c in courses.values()], axis=0)
             return recorded(np.repeat(mean[:, None], len(cases), axis=1))
         numbers = sorted(courses)
         following = dict(zip(numbers, [*numbers[1:], numbers[0]], strict=True))
@@ -184,11 +203,17 @@ class Past:
 
     def levels(self) -> tuple[float, float]:
         """The arm's mean alpha and omega."""
-        with self.rows.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["arm"] == "kvlock"]
+        rows = self._edits("kvlock")
         return tuple(
             float(np.mean([float(row[key]) for row in rows])) for key in ("alpha", "omega")
         )
+
+    def _edits(self, arm: str) -> list[dict[str, str]]:
+        """The rows of an arm."""
+        if not self.rows.exists():
+            return []
+        with self.rows.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if row["arm"] == arm]
 
 
 class Signals:
@@ -238,15 +263,53 @@ def run_arm(model, regime: Regime, arm: Arm, cases: list[Case], past: Past) -> l
         results = run_batch(model, inputs, [settings] * len(cases), noise, on_step=signals.on_step)
     seconds = (time.perf_counter() - start) / len(cases)
     if arm.name == "kvlock":
-        past.record(cases, np.stack([result.trace.sigma2 for result in results], axis=1))
+        lost = np.full(regime.steps, np.nan)
+        done = [lost if isinstance(one, SamplingError) else one.trace.sigma2 for one in results]
+        past.record(cases, np.stack(done, axis=1))
     gaps = np.full(len(cases), np.nan) if watched.gap is None else watched.gap
     rows = []
     for case, result, found, gap in zip(cases, results, signals.of_edits(), gaps, strict=True):
-        late = np.asarray(result.trace.scheduled)
-        omega = float(np.asarray(result.trace.guidance_scale)[late].mean())
-        alpha = float(np.asarray(result.trace.fusion_ratio)[late].mean())
+        if isinstance(result, SamplingError):
+            rows.append(Row(arm.name, case.number, LOST, *_nans(3), (*found, float(gap)), seconds))
+            continue
+        late = np.asarray(result.trace.scheduled) & (np.arange(regime.steps) >= FIRST_READY)
+        omega, alpha, sigma2 = (
+            np.asarray(values)[late]
+            for values in (
+                result.trace.guidance_scale,
+                result.trace.fusion_ratio,
+                result.trace.sigma2,
+            )
+        )
+        did = (float(omega.mean()), float(alpha.mean()))
+        adapts = float((sigma2 < 2 * settings.lock.tau).mean())
+        signal = (*found, float(gap))
         done = measure(case, result.video)
-        rows.append(Row(arm.name, case.number, done, omega, alpha, (*found, float(gap)), seconds))
+        rows.append(Row(arm.name, case.number, done, *did, adapts, signal, seconds))
+    return rows
+
+
+def _nans(count: int) -> tuple[float, ...]:
+    return (float("nan"),) * count
+
+
+LOST = Measures(False, *_nans(6))
+"""The measures of an edit that diverged."""
+
+
+def truth_rows(model, cases: list[Case]) -> list[Row]:
+    """The rows of the arm `truth`: the clips with their targets, through the VAE and back.
+
+    No edit can be expected to come nearer to a valid render.
+    """
+    encode, decode = jax.jit(lambda vae, x: vae.encode(x)), jax.jit(lambda vae, z: vae.decode(z))
+    vae, rows = model.checkpoint.vae, []
+    for case in cases:
+        video = jnp.asarray(case.truth[None], jnp.float32) / 127.5 - 1
+        decoded = np.asarray(decode(vae, encode(vae, video)), np.float32)[0]
+        video = np.clip(np.rint((decoded + 1) * 127.5), 0, 255).astype(np.uint8)
+        rest = (*_nans(3), _nans(len(SIGNALS)), *_nans(1))
+        rows.append(Row(TRUTH, case.number, measure(case, video), *rest))
     return rows
 
 
@@ -291,6 +354,8 @@ def main() -> None:
         regime, path = REGIMES[name], args.folder / f"{name}.csv"
         done, past = finished(path), Past(args.courses / name, path)
         cases = [case_of(regime, number) for number in range(args.edits)]
+        if bare := [case for case in cases if (TRUTH, case.number) not in done]:
+            append(path, truth_rows(model, bare))
         for arm in map(Arm.of, args.arms.split(",")):
             missing = [case for case in cases if (arm.name, case.number) not in done]
             right = []

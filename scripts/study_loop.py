@@ -27,15 +27,16 @@ def recorded(course: np.ndarray) -> Rule:
     return lambda number, sigma2: course[number]
 
 
-def typical(tau: float, power: int) -> Rule:
+def typical(tau: float, power: int, shift: int = 0) -> Rule:
     """The rule under which edits of the usual sigma2 have tau, the others by their ratio to it.
 
-    With power 1 an edit of twice the batch's mean has 2 tau, with -1 it has tau / 2.
+    With power 1 an edit of twice the batch's geometric mean has 2 tau, with -1 it has tau / 2. With
+    a shift each edit has the ratio of another one of the batch.
     """
 
     def rule(number: int, sigma2: np.ndarray) -> np.ndarray:
-        usual = sigma2.mean()
-        return tau * (np.maximum(sigma2, 1e-12) / max(usual, 1e-12)) ** power
+        logarithm = np.log(np.maximum(sigma2, 1e-12))
+        return tau * np.exp(power * np.roll(logarithm - np.nanmean(logarithm), shift))
 
     return rule
 

@@ -10,7 +10,7 @@ from kvlock_jax.demo.world import COLOURS, SIZE, shape_cover
 from kvlock_jax.evaluate import metrics
 
 _RADII = np.arange(-3.0, 3.5, 1.0)  # px from the target's radius, of the nearest valid render
-_REACH = 3  # px from the target's centres, likewise
+_FINER = (1.0, 0.5, 0.25)  # px by which places and sizes are refined, after each other
 _DRAWS = 2000
 
 
@@ -53,7 +53,7 @@ def measure(case: Case, edited: np.ndarray) -> Measures:
         right=all(_is_right(target, edited) for target in case.targets),
         truth_psnr=_psnr(case.truth[case.mask], edited[case.mask]),
         nearest_psnr=_psnr(wanted, found),
-        flicker=float(np.nanmean([_flicker(edited, fit.cover) for fit in fits])),
+        flicker=float(np.max([_flicker(edited, fit.cover) for fit in fits])),
         background_psnr=metrics.background_psnr(case.video, edited, case.mask),
         background_ssim=metrics.background_ssim(case.video, edited, case.mask),
         ring_error=metrics.ring_error(case.video, edited, case.mask),
@@ -94,38 +94,90 @@ def _nearest(target: Target, edited: np.ndarray) -> _Fit:
     names = list(COLOURS) if target.open_colour else [target.thing.colour]
     middle = len(edited) // 2
     tried = [
-        (_placed(target, edited, name, target.thing.radius + change, middle)[0], name, change)
+        _Frame(target, edited, name, middle).coarse(float(target.thing.radius + change))
         for name in names
         for change in _RADII
     ]
-    _, name, change = min(tried)
-    radius = target.thing.radius + change
-    cover = np.stack(
-        [_placed(target, edited, name, radius, number)[1] for number in range(len(edited))]
+    best = min(tried, key=lambda placed: placed.error)
+    radius = best.frame.refined(best, sizes=True).radius
+    frames = [_Frame(target, edited, best.frame.name, number) for number in range(len(edited))]
+    placed = [frame.refined(frame.coarse(radius)) for frame in frames]
+    cover = np.stack([one.frame.whole_cover(one) for one in placed])
+    mixed = target.behind + cover[..., None] * (
+        np.asarray(COLOURS[best.frame.name]) - target.behind
     )
-    mixed = target.behind + cover[..., None] * (np.asarray(COLOURS[name]) - target.behind)
     return _Fit(np.clip(np.rint(mixed), 0, 255)[target.mask], cover)
 
 
-def _placed(
-    target: Target, edited: np.ndarray, name: str, radius: float, number: int
-) -> tuple[float, np.ndarray]:
-    """The error and the cover of an object of a colour and size where it fits a frame best."""
-    mask = target.mask[number]
-    back = target.behind[number][mask].astype(np.float32)
-    found = edited[number][mask].astype(np.float32) - back
-    change = np.asarray(COLOURS[name], np.float32) - back
-    centre = target.centres[number] + _REACH
-    wide = shape_cover(target.thing.shape, radius, centre, SIZE + 2 * _REACH)
-    # All shifts of the object at once: windows of one picture of it.
-    covers = np.lib.stride_tricks.sliding_window_view(wide, (SIZE, SIZE))
-    covers = covers * (1 - target.front[number])
-    inside = covers[:, :, mask]
-    # mean |inside change - found|^2 multiplied out
-    errors = inside**2 @ (change**2).sum(-1) - 2 * inside @ (change * found).sum(-1)
-    errors = (errors + (found**2).sum()) / found.size
-    best = np.unravel_index(errors.argmin(), errors.shape)
-    return float(errors[best]), covers[best]
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Placed:
+    """An object of a radius at a centre (x, y) in a frame; the mean square error in the mask."""
+
+    frame: "_Frame"
+    error: float
+    radius: float
+    centre: tuple[float, float]
+
+
+class _Frame:
+    """A frame of an edit, and how well objects of a colour fit into it."""
+
+    def __init__(self, target: Target, edited: np.ndarray, name: str, number: int):
+        self.name, self._reach, self._shape = name, target.reach, target.thing.shape
+        self._centre = tuple(map(float, target.centres[number]))
+        self._front, mask = target.front[number], target.mask[number]
+        y, x = np.nonzero(mask)
+        # A square round the mask, all that is looked at.
+        self._low = (int(x.min()), int(y.min()))
+        self._side = int(max(x.max() - x.min(), y.max() - y.min())) + 1
+        self._inside = (y - self._low[1], x - self._low[0])
+        self._clear = 1 - self._front[mask]
+        back = target.behind[number][mask].astype(np.float32)
+        self._found = edited[number][mask].astype(np.float32) - back
+        self._change = np.asarray(COLOURS[name], np.float32) - back
+
+    def whole_cover(self, placed: _Placed) -> np.ndarray:
+        """The share of each pixel of the frame that an object covers, 0-1."""
+        return shape_cover(self._shape, placed.radius, placed.centre, SIZE) * (1 - self._front)
+
+    def at(self, radius: float, centre: tuple[float, float]) -> _Placed:
+        """An object there."""
+        near = (centre[0] - self._low[0], centre[1] - self._low[1])
+        cover = shape_cover(self._shape, radius, near, self._side)[self._inside] * self._clear
+        error = np.square(cover[:, None] * self._change - self._found).mean()
+        return _Placed(self, float(error), radius, centre)
+
+    def coarse(self, radius: float) -> _Placed:
+        """The object that fits best among centres at every second pixel."""
+        reach = self._reach + self._reach % 2
+        wide = tuple(c - low + reach for c, low in zip(self._centre, self._low, strict=True))
+        # All shifts of the object at once: windows of one picture of it.
+        picture = shape_cover(self._shape, radius, wide, self._side + 2 * reach)
+        side = (self._side, self._side)
+        covers = np.lib.stride_tricks.sliding_window_view(picture, side)[::2, ::2]
+        inside = covers[:, :, *self._inside] * self._clear
+        # sum |inside change - found|^2 multiplied out, without what all have in common
+        errors = inside**2 @ np.square(self._change).sum(-1)
+        errors -= 2 * inside @ (self._change * self._found).sum(-1)
+        y, x = np.unravel_index(errors.argmin(), errors.shape)
+        # The window at 0 shows the object `reach` px to the right.
+        x, y = (c + reach - 2 * float(at) for c, at in zip(self._centre, (x, y), strict=True))
+        return self.at(radius, (x, y))
+
+    def refined(self, placed: _Placed, sizes: bool = False) -> _Placed:
+        """The object moved, and with `sizes` grown, to where it fits best."""
+        for step in _FINER:
+            x, y = placed.centre
+            shifts = (-step, 0.0, step)
+            sized = (0.0,) if not sizes or step == 1 else shifts
+            tried = [
+                self.at(placed.radius + change, (x + dx, y + dy))
+                for change in sized
+                for dx in shifts
+                for dy in shifts
+            ]
+            placed = min([placed, *tried], key=lambda one: one.error)
+        return placed
 
 
 def _flicker(edited: np.ndarray, cover: np.ndarray) -> float:
@@ -147,6 +199,18 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     draws = np.random.default_rng(seed).integers(0, len(known), (_DRAWS, len(known)))
     low, high = np.percentile(known[draws].mean(axis=1), [2.5, 97.5])
     return float(known.mean()), float(low), float(high)
+
+
+def share_interval(ones: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
+    """The difference of two paired shares, and its interval of 95% (Agresti and Min, 2005).
+
+    Unlike a bootstrap's, it has a width where all pairs are equal.
+    """
+    gains, losses = int((ones > others).sum()), int((ones < others).sum())
+    count = len(ones) + 2
+    middle = (gains - losses) / count
+    width = 1.96 * np.sqrt(gains + losses + 1 - (gains - losses) ** 2 / count) / count
+    return (gains - losses) / len(ones), middle - width, middle + width
 
 
 def auroc(scores: np.ndarray, failed: np.ndarray) -> float:

@@ -58,7 +58,7 @@ def section(name: str, table: Table) -> list[str]:
     lines = [f"## {name}: {regime.about}", ""]
     lines += [f"{regime.steps} steps, guidance {regime.guidance:g}, {count} edits of each arm.", ""]
     lines += [*values(table), "", "Paired differences, with intervals of 95%:", ""]
-    lines += [*differences(table), "", "AUROC of signals for wrong edits:", ""]
+    lines += [*differences(table), "", "AUROC of signals for failed edits:", ""]
     return lines + detectors(table)
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--page", type=pathlib.Path, default=FOLDER.parent / "evidence.md")
     args = parser.parse_args()
     paths = {name: args.folder / f"{name}.csv" for name in REGIMES}
-    tables = {name: read(path) for name, path in paths.items() if path.exists()}
+    tables = {name: read(path, REGIMES[name]) for name, path in paths.items() if path.exists()}
     introduction = (args.folder / "intro.md").read_text(encoding="utf-8").rstrip()
     lines = [introduction, "", "![Foreground against background](evidence/pareto.png)"]
     lines += ["", f"## {OURS} against the baselines", "", "Odd edits alone.", ""]

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from study import BATCH, FOLDER, LATE, Arm, Signals, settings_of
 from study_cases import FIRST_SEED, REGIMES, Case, Regime, case_of
-from study_measures import measure
 
 import kvlock_jax as kvl
 from kvlock_jax import lock
@@ -114,9 +113,8 @@ def spread(model, edits: int) -> list[dict]:
             variance = np.var(heard, axis=0, ddof=1)
             weights = np.broadcast_to(masks, variance.shape)
             found = np.average(variance, axis=(1, 2, 3, 4), weights=weights)
-            for case, is_right, value in zip(batch, right, found, strict=True):
-                edit = {"regime": name, "edit": case.number, "right": int(is_right)}
-                rows.append(edit | {"spread": f"{value:.5g}"})
+            for case, value in zip(batch, found, strict=True):
+                rows.append({"regime": name, "edit": case.number, "spread": f"{value:.5g}"})
         print(f"spread over seeds: {name}", flush=True)
     return rows
 

@@ -5,22 +5,40 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-from study import ARMS, SIGNALS, name_of
-from study_measures import auroc_interval, interval
+from study import ARMS, SIGNALS, TRUTH, name_of
+from study_cases import Regime
+from study_measures import auroc_interval, interval, share_interval
 
-SHOWN = ("right", "truth_psnr", "nearest_psnr", "flicker", "background_psnr", "ring_error", "omega")
-HEADS = ("right", "truth", "nearest", "flicker", "background", "ring", "omega")
+SHOWN = (
+    "right",
+    "failed",
+    "truth_psnr",
+    "nearest_psnr",
+    "flicker",
+    "background_psnr",
+    "ring_error",
+    "omega",
+    "adapts",
+)
+HEADS = ("right", "failed", "truth", "nearest", "flicker", "background", "ring", "omega", "adapts")
 AGAINST = ("cfg", "hard_lock", "kvlock")
 COMPARED = ("right", "nearest_psnr", "background_psnr")
-LEVELS = ("cfg", "cfg_half", "hard_lock", "hard_lock_half", "late_half", "late_one")
+LEVELS = (
+    *("cfg", "cfg_half", "s_only", "cfg_zero_star", "apg", "hard_lock", "hard_lock_half"),
+    *("hard_lock_s", "fast", "late_half", "late_one", "late_one_long"),
+)
 """Arms whose guidance follows no statistic: the best of them is what a schedule must beat."""
+
+FLAW = 3.0
+"""dB under the arm `truth` from which on an edit counts as failed, even if it is judged right."""
 
 PAIRS = (
     ("kvlock", "kvlock_other"),
     ("kvlock", "kvlock_mean"),
     ("kvlock", "kvlock_level"),
-    ("late_direct", "late_half"),
-    ("late_inverse", "late_half"),
+    ("kvlock_direct", "kvlock_direct_other"),
+    ("late_direct", "late_direct_other"),
+    ("late_inverse", "late_inverse_other"),
 )
 """Arms that adapt to an edit's own statistic, and controls that do not."""
 
@@ -28,16 +46,30 @@ Table = dict[str, dict[str, np.ndarray]]
 """Columns by name, of each arm, in the order of edits."""
 
 
-def read(path: pathlib.Path) -> Table:
-    """The rows of a regime."""
+def read(path: pathlib.Path, regime: Regime) -> Table:
+    """The rows of a regime; the column `failed` is made of them (`FLAW`)."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    arms = [name for name in map(name_of, ARMS) if any(row["arm"] == name for row in rows)]
+    arms = [
+        name for name in (TRUTH, *map(name_of, ARMS)) if any(row["arm"] == name for row in rows)
+    ]
     table = {}
     for arm in arms:
         own = sorted((row for row in rows if row["arm"] == arm), key=lambda row: int(row["edit"]))
         names = [name for name in own[0] if name != "arm"]
         table[arm] = {name: np.array([float(row[name]) for row in own]) for name in names}
+    best = table.get(TRUTH)
+    if best is not None:  # without edits that the judge cannot see even in the truth
+        unseen = best["edit"][best["right"] < 0.5]
+        for arm, columns in table.items():
+            keep = ~np.isin(columns["edit"], unseen)
+            table[arm] = {name: column[keep] for name, column in columns.items()}
+        best = table[TRUTH]
+    for columns in table.values():
+        columns["failed"] = columns["right"] < 0.5
+        if best is not None and regime.context_scale > 0:  # a model without context sees no source
+            at = np.searchsorted(best["edit"], columns["edit"])
+            columns["failed"] |= columns["nearest_psnr"] < best["nearest_psnr"][at] - FLAW
     return table
 
 
@@ -50,8 +82,9 @@ def values(table: Table) -> list[str]:
     """A table of means by arm."""
     lines = ["| arm | " + " | ".join(HEADS) + " |", "|---" * (len(HEADS) + 1) + "|"]
     for arm, columns in table.items():
-        cells = [f"{100 * columns['right'].mean():.0f}%"]
-        cells += [f"{np.nanmean(columns[name]):.2f}" for name in SHOWN[1:]]
+        cells = [f"{100 * columns[name].mean():.0f}%" for name in SHOWN[:2]]
+        cells += ["" if np.isnan(columns[name]).all() else f"{np.nanmean(columns[name]):.2f}"
+                  for name in SHOWN[2:]]  # fmt: skip
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 
@@ -69,6 +102,8 @@ def paired(table: Table, arm: str, other: str, name: str) -> tuple[float, float,
     """The difference of an arm to another one over the edits that both have."""
     one, two = table[arm], table[other]
     _, first, second = np.intersect1d(one["edit"], two["edit"], return_indices=True)
+    if name == "right":
+        return share_interval(one[name][first], two[name][second])
     return interval(one[name][first] - two[name][second])
 
 
@@ -85,7 +120,7 @@ def differences(table: Table) -> list[str]:
     """A table of paired differences to the baselines, with intervals."""
     heads = [f"{name.split('_')[0]} - {other}" for other in AGAINST for name in COMPARED]
     lines = ["| arm | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for arm in table:
+    for arm in (arm for arm in table if arm != TRUTH):
         cells = []
         for other in AGAINST:
             for name in COMPARED:
@@ -95,18 +130,18 @@ def differences(table: Table) -> list[str]:
 
 
 def detectors(table: Table) -> list[str]:
-    """How well signals tell wrong edits from right ones, for arms in which both occur."""
-    lines = ["| arm | wrong | " + " | ".join(SIGNALS) + " |", "|---" * (len(SIGNALS) + 2) + "|"]
+    """How well signals tell failed edits from others, for arms in which both occur."""
+    lines = ["| arm | failed | " + " | ".join(SIGNALS) + " |", "|---" * (len(SIGNALS) + 2) + "|"]
     for arm, columns in table.items():
-        wrong = columns["right"] < 0.5
-        if 0.05 < wrong.mean() < 0.95:
+        wrong = columns["failed"]
+        if arm != TRUTH and 0.05 < wrong.mean() < 0.95:
             known = [np.isfinite(columns[name]).any() for name in SIGNALS]
             found = [
                 cell(*auroc_interval(columns[name], wrong)) if is_known else ""
                 for name, is_known in zip(SIGNALS, known, strict=True)
             ]
             lines.append(f"| {arm} | {100 * wrong.mean():.0f}% | " + " | ".join(found) + " |")
-    return lines if len(lines) > 2 else ["No arm is wrong in 5 to 95% of these edits."]
+    return lines if len(lines) > 2 else ["No arm fails in 5 to 95% of these edits."]
 
 
 def overview(tables: dict[str, Table], arm: str) -> list[str]:
@@ -124,21 +159,34 @@ def overview(tables: dict[str, Table], arm: str) -> list[str]:
 
 
 def adapting(tables: dict[str, Table]) -> list[str]:
-    """Arms that adapt to an edit's own statistic less their controls, in every regime."""
+    """Arms that adapt to an edit's own statistic less their controls, in every regime.
+
+    A cell is empty where the published schedule takes its bounds in nearly all steps: then it and
+    its replays are one and the same.
+    """
     heads = [f"{one} - {two}" for one, two in PAIRS]
     lines = ["| regime | measure | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for regime, table in tables.items():
         for name in COMPARED[:2]:
-            cells = [difference(table, one, two, name) for one, two in PAIRS]
+            cells = [
+                difference(table, one, two, name) if _differs(table, one, two) else ""
+                for one, two in PAIRS
+            ]
             if any(cells):
                 head = f"| {regime} | {name.split('_')[0]} | "
                 lines.append(head + " | ".join(cells) + " |")
     return lines
 
 
+def _differs(table: Table, one: str, two: str) -> bool:
+    """Whether an arm and its control can differ at all."""
+    replays = two in ("kvlock_other", "kvlock_mean", "kvlock_level")
+    return not replays or one not in table or table[one]["adapts"].mean() > 0.02
+
+
 def levels(tables: dict[str, Table]) -> list[str]:
     """The best guidance without a statistic, chosen by the even edits; others against it."""
-    others = ("kvlock", "kvlock_scaled", "late_direct", "late_inverse")
+    others = ("kvlock", "kvlock_scaled", "kvlock_direct", "late_direct", "late_inverse")
     heads = [f"nearest of {other} - it" for other in others]
     lines = ["| regime | best | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for regime, table in tables.items():
@@ -174,13 +222,16 @@ def scale(path: pathlib.Path) -> list[str]:
 
 def spread(path: pathlib.Path, tables: dict[str, Table]) -> list[str]:
     """The spread over seeds as a detector, beside sigma2 of the same edits."""
-    rows, lines = list(rows_of(path)), ["| regime | wrong | spread over seeds | sigma2 |"]
+    rows, lines = list(rows_of(path)), ["| regime | failed | spread over seeds | sigma2 |"]
     lines.append("|---" * 4 + "|")
     for regime in dict.fromkeys(row["regime"] for row in rows):
-        own = [row for row in rows if row["regime"] == regime]
-        wrong = np.array([row["right"] == "0" for row in own])
-        found = cell(*auroc_interval(np.array([float(row["spread"]) for row in own]), wrong))
         plain = tables.get(regime, {}).get("cfg")
-        same = "" if plain is None else cell(*auroc_interval(plain["sigma2"], plain["right"] < 0.5))
-        lines.append(f"| {regime} | {100 * wrong.mean():.0f}% | {found} | {same} |")
+        if plain is None:
+            continue
+        found = {int(row["edit"]): float(row["spread"]) for row in rows if row["regime"] == regime}
+        keep = np.isin(plain["edit"], list(found))
+        wrong, sigma2 = plain["failed"][keep], plain["sigma2"][keep]
+        values = np.array([found[int(edit)] for edit in plain["edit"][keep]])
+        spread_cell, same = (cell(*auroc_interval(x, wrong)) for x in (values, sigma2))
+        lines.append(f"| {regime} | {100 * wrong.mean():.0f}% | {spread_cell} | {same} |")
     return lines

@@ -42,6 +42,22 @@ def test_a_moved_object_is_near_a_valid_render_alone():
     assert found.right and found.nearest_psnr > found.truth_psnr + 3
 
 
+@pytest.mark.parametrize("shift", [(0.5, 0.25), (5.0, -4.0)])
+def test_a_valid_object_elsewhere_in_a_still_mask_is_found(shift):
+    regime = REGIMES["loose_mask"]
+    case = case_of(regime, 1)
+    (target,) = case.targets
+    assert 12 <= target.reach <= 16
+    video = target.behind.astype(float)
+    colour = np.array(study_measures.COLOURS[target.thing.colour])
+    for frame, centre in zip(video, target.centres, strict=True):
+        shape, radius = target.thing.shape, target.thing.radius + 0.5
+        cover = study_measures.shape_cover(shape, radius, tuple(centre + shift))[..., None]
+        frame[:] = (1 - cover) * frame + cover * colour
+    found = study_measures.measure(case, np.rint(video).astype(np.uint8))
+    assert found.right and found.nearest_psnr > 38 > 32 > found.truth_psnr
+
+
 def test_an_edit_of_two_objects_is_wrong_where_their_colours_are_swapped():
     case = case_of(REGIMES["both"], 3)
     one, two = (target.thing for target in case.targets)
@@ -79,7 +95,9 @@ def test_arms(tmp_path):
     (tmp_path / "rows.csv").write_text("arm,alpha,omega\nkvlock,1,8\nkvlock,0.5,12\ncfg,0,10\n")
     level = study.settings_of(regime, arms["kvlock_level"], past).lock
     assert (level.fusion_ratio, level.adapt_fusion_ratio, level.omega_floor) == (0.75, False, 1)
-    assert level.omega_ceiling == 1 and level.adapt_guidance
+    assert level.omega_ceiling == 1 and level.adapt_guidance and level.kappa == 6
+    short = study.settings_of(study_cases.Regime("", 4), arms["kvlock_level"], past).lock
+    assert short.kappa == 2  # the steps that have a statistic
     with pytest.raises(ValueError, match="sigma2 must be one of"):
         study.Arm.of("a=cfg:sigma2=none")
 
@@ -89,13 +107,20 @@ def test_replayed_courses_are_of_another_edit_or_of_all(tmp_path):
     cases = [case_of(REGIMES["few_steps"], number) for number in range(3)]
     with pytest.raises(ValueError, match="run it again"):
         past.rule("other", cases)
-    past.record(cases, np.array([[1.0, 2, 3], [4, 5, 6]]))
+    past.record(cases, np.array([[0.01, 0.02, 0.06], [4, 5, 6]]))
     own = np.zeros(2)
     assert list(past.rule("other", cases[1:])(1, own)) == [6, 4]
-    assert list(past.rule("mean", cases[1:])(0, own)) == [2, 2]
+    np.testing.assert_allclose(past.rule("mean", cases[1:])(0, own), 0.05 / 3)
     assert past.rule("", cases) is None and past.rule("level", cases) is None
-    assert list(past.rule("direct", cases)(0, np.array([1.0, 3]))) == [0.005, 0.015]
-    np.testing.assert_allclose(past.rule("inverse", cases)(0, np.array([1.0, 3])), [0.02, 0.02 / 3])
+    sigma2 = np.array([1.0, 4])  # 2 is usual
+    wanted = {"direct": [0.5, 2], "direct_other": [2, 0.5], "inverse": [2, 0.5]}
+    wanted["inverse_other"] = [0.5, 2]
+    for kind, ratios in wanted.items():
+        found = past.rule(kind, cases)(0, sigma2)
+        np.testing.assert_allclose(found, np.array(ratios) / 100)
+    (tmp_path / "rows.csv").write_text("arm,edit\n" + "kvlock,0\n" * 4)
+    with pytest.raises(ValueError, match="run it again"):
+        past.rule("mean", cases)
 
 
 def test_a_run_follows_what_is_replayed(monkeypatch):
@@ -131,6 +156,10 @@ def test_statistics():
     mean, low, high = study_measures.interval(np.arange(100.0))
     assert mean == 49.5 and 43 < low < 46 and 53 < high < 56
     assert np.isnan(study_measures.auroc_interval(scores, np.zeros(4, bool))).all()
+    equal = study_measures.share_interval(np.ones(48), np.ones(48))
+    np.testing.assert_allclose(equal, [0, -1.96 / 50, 1.96 / 50])
+    difference, low, high = study_measures.share_interval(np.ones(40), np.repeat([0.0, 1], 20))
+    assert difference == 0.5 and 0.3 < low < 0.36 and 0.6 < high < 0.65
 
 
 def test_signals_are_of_late_steps():
@@ -154,7 +183,8 @@ def test_signals_are_of_late_steps():
 def test_rows_are_written_and_found_again(tmp_path):
     measures = study_measures.Measures(True, 1.0, 2.0, 3.0, 4.0, 0.5, 6.0)
     rows = [
-        study.Row("cfg", n, measures, 4.0, 0.0, (1.0, 2.0, 3.0, 4.0, 5.0), 0.1) for n in range(2)
+        study.Row("cfg", n, measures, 4.0, 0.0, 1.0, (1.0, 2.0, 3.0, 4.0, 5.0), 0.1)
+        for n in range(2)
     ]
     study.append(tmp_path / "a.csv", rows[:1])
     study.append(tmp_path / "a.csv", rows[1:])
@@ -166,7 +196,7 @@ def test_rows_are_written_and_found_again(tmp_path):
 def test_rows_of_other_columns_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("arm,edit,right\ncfg,0,1\n")
     measures = study_measures.Measures(True, 1.0, 2.0, 3.0, 4.0, 0.5, 6.0)
-    rows = [study.Row("cfg", 1, measures, 4.0, 0.0, (1.0, 2.0, 3.0, 4.0, 5.0), 0.1)]
+    rows = [study.Row("cfg", 1, measures, 4.0, 0.0, 1.0, (1.0, 2.0, 3.0, 4.0, 5.0), 0.1)]
     with pytest.raises(ValueError, match="other columns: remove it"):
         study.append(tmp_path / "a.csv", rows)
 
@@ -177,7 +207,7 @@ def rows_of(arm, gain, rights):
         psnr = 20 + gain + edit % 2
         measures = study_measures.Measures(right, psnr, psnr, 1.0, 30 + gain, 0.9, 2.0)
         signals = (float(not right), 1.0, 1.0, 1.0, 2.0 if arm == "cfg" else nan)
-        yield study.Row(arm, edit, measures, 4.0, 0.0, signals, 0.1)
+        yield study.Row(arm, edit, measures, 4.0, 0.0, 1.0, signals, 0.1)
 
 
 def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
@@ -188,8 +218,8 @@ def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
     scale = "changed,steps,solver,shift,guidance,window,low,median,high,edits\n"
     scale += ",25,unipc,3.0,4.0,10,0.01,0.02,0.03,8\nsteps,50,unipc,3.0,4.0,10,0.04,0.05,0.06,8\n"
     (tmp_path / "scale.csv").write_text(scale)
-    spread = [f"few_steps,{n},{int(right)},{2 - right}" for n, right in enumerate(rights)]
-    (tmp_path / "spread.csv").write_text("\n".join(["regime,edit,right,spread", *spread, ""]))
+    spread = [f"few_steps,{n},{2 - right}" for n, right in enumerate(rights)]
+    (tmp_path / "spread.csv").write_text("\n".join(["regime,edit,spread", *spread, ""]))
     (tmp_path / "intro.md").write_text("# A head\n")
     page = tmp_path / "page.md"
     monkeypatch.setattr(
@@ -199,7 +229,7 @@ def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
     text = page.read_text()
     assert text.startswith("# A head\n") and (tmp_path / "pareto.png").stat().st_size > 1000
     # late_half on the odd edits, which are all wrong, and its gains over cfg.
-    assert "| few_steps | 0% | 0 (0 to 0) | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in text
+    assert "| few_steps | 0% | 0 (-33 to 33) | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in text
     assert "| few_steps | nearest | 0.50 (0.50 to 0.50) |  |" in text  # kvlock - kvlock_other
     assert "| few_steps | late_half | -3.00 (-3.00 to -3.00) |" in text  # the best level
     assert "| **50** | unipc | 3.0 | 4.0 | 10 | 0.05 | 0.04 to 0.06 | 2.50 |" in text
