@@ -29,8 +29,8 @@ LEVELS = (
 )
 """Arms whose guidance follows no statistic: the best of them is what a schedule must beat."""
 
-FLAW = 3.0
-"""dB under the arm `truth` from which on an edit counts as failed, even if it is judged right."""
+FLAW = 6.0
+"""dB under the arm `truth`, twice its error, from which on an edit counts as failed."""
 
 PAIRS = (
     ("kvlock", "kvlock_other"),
