@@ -164,10 +164,11 @@ def settings_of(regime: Regime, arm: Arm, past: "Past") -> Settings:
         level = omega / regime.guidance
         changes |= {"adapt_fusion_ratio": False, "fusion_ratio": alpha}
         changes |= {"omega_floor": level, "omega_ceiling": level}
-        changes["kappa"] = min(0.4, 1 - FIRST_READY / regime.steps)
     changes = {key: 1 / scale if value == "one" else value for key, value in changes.items()}
     for key in {"kappa", "window"} & set(changes):
         changes[key] = str(max(2, round(float(changes[key]) * regime.steps)))
+    if arm.sigma2 == "level":  # the steps of `kvlock` that have a statistic
+        changes["kappa"] = min(lock.preset("kvlock", scale).kappa, regime.steps - FIRST_READY)
     flags = [f"--config.kvlock.{key}={value}" for key, value in changes.items()]
     return resolve_settings(apply_overrides(config, flags))
 

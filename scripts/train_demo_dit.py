@@ -12,7 +12,7 @@ import functools
 import pathlib
 import tempfile
 
-from training import average, fit  # isort: skip  (makes the devices before JAX starts)
+from training import adamw, average, fit, noised  # isort: skip  (makes the devices before JAX starts)
 
 import demo_models
 import jax
@@ -107,22 +107,12 @@ def main() -> None:
     dit = WanTransformer(sizes, dtype=jnp.bfloat16, unroll=sizes.num_layers, rngs=nnx.Rngs(1))
     dit.proj_out.kernel[...] = jnp.zeros_like(dit.proj_out.kernel[...])
     graph, params = nnx.split(dit)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, flags.rate, 300, flags.steps, flags.rate / 50
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
-    )
+    optimizer = adamw(flags.rate, flags.steps)
 
     def velocity(params, z, sigma, text):
         model = nnx.merge(graph, params)
         condition = model.condition(text, GRID)
         return GRID.join(model(GRID.split(z), 1000 * sigma, condition))
-
-    def noised(x, sigma, key):
-        eps = jax.random.normal(key, x.shape)
-        s = sigma[:, None, None, None, None]
-        return (1 - s) * x + s * eps, eps - x
 
     def loss_fn(params, batch, key):
         x, prompt, mask = batch

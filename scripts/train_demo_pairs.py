@@ -14,7 +14,7 @@ import dataclasses
 import pathlib
 import tempfile
 
-from training import average, fit  # isort: skip  (makes the devices before JAX starts)
+from training import adamw, average, fit, noised  # isort: skip  (makes the devices before JAX starts)
 
 import demo_models
 import jax
@@ -186,22 +186,12 @@ def main() -> None:
             for path, value in nnx.to_flat_state(params)
         ]
     )
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, flags.rate, 300, flags.steps, flags.rate / 50
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
-    )
+    optimizer = adamw(flags.rate, flags.steps)
 
     def velocity(params, z, sigma, text, control, scale):
         model = nnx.merge(graph, params)
         shown = VACEContext(text, GRID.split(control), scale)
         return GRID.join(model(GRID.split(z), 1000 * sigma, model.condition(shown, GRID)))
-
-    def noised(x, sigma, key):
-        eps = jax.random.normal(key, x.shape)
-        s = sigma[:, None, None, None, None]
-        return (1 - s) * x + s * eps, eps - x
 
     def control_of(inactive, mask):
         reactive = jnp.broadcast_to(blank, inactive.shape)

@@ -16,6 +16,7 @@ os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={os.
 
 import jax
 import jax.numpy as jnp
+import optax
 import orbax.checkpoint as ocp
 
 State = dict[str, Any]
@@ -30,6 +31,20 @@ def average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
     ramp = (1.0 + step) / (10.0 + step)
     d = jnp.minimum(decay, ramp)
     return jax.tree.map(lambda a, b: a + (1 - d) * (b - a), ema, params)
+
+
+def adamw(rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW of the transformers: 300 steps of warm-up, then down to a fiftieth of the rate."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, 300, steps, rate / 50)
+    step = optax.adamw(schedule, b2=0.99, weight_decay=0.01)
+    return optax.chain(optax.clip_by_global_norm(1.0), step)
+
+
+def noised(x: jax.Array, sigma: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Latents `B T H W C` at noise levels `B`, and the velocities there."""
+    eps = jax.random.normal(key, x.shape)
+    s = sigma[:, None, None, None, None]
+    return (1 - s) * x + s * eps, eps - x
 
 
 def prefetch(make: Callable[[int], Any], start: int, stop: int, depth: int = 4) -> Iterator[Any]:

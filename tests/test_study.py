@@ -95,9 +95,11 @@ def test_arms(tmp_path):
     (tmp_path / "rows.csv").write_text("arm,alpha,omega\nkvlock,1,8\nkvlock,0.5,12\ncfg,0,10\n")
     level = study.settings_of(regime, arms["kvlock_level"], past).lock
     assert (level.fusion_ratio, level.adapt_fusion_ratio, level.omega_floor) == (0.75, False, 1)
-    assert level.omega_ceiling == 1 and level.adapt_guidance and level.kappa == 6
+    assert level.omega_ceiling == 1 and level.adapt_guidance and level.kappa == 14
     short = study.settings_of(study_cases.Regime("", 4), arms["kvlock_level"], past).lock
     assert short.kappa == 2  # the steps that have a statistic
+    plain = study.settings_of(REGIMES["plain"], arms["kvlock_level"], past).lock
+    assert plain.kappa == 20
     with pytest.raises(ValueError, match="sigma2 must be one of"):
         study.Arm.of("a=cfg:sigma2=none")
 
