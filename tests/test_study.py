@@ -1,5 +1,6 @@
 """The cases, measures, arms and statistics of the study of presets."""
 
+import dataclasses
 import pathlib
 import sys
 
@@ -13,6 +14,7 @@ import study_cases
 import study_loop
 import study_measures
 import study_page
+import study_tables
 from study_cases import REGIMES, case_of
 
 from kvlock_jax.sampling import loop
@@ -56,6 +58,11 @@ def test_a_valid_object_elsewhere_in_a_still_mask_is_found(shift):
         frame[:] = (1 - cover) * frame + cover * colour
     found = study_measures.measure(case, np.rint(video).astype(np.uint8))
     assert found.right and found.nearest_psnr > 38 > 32 > found.truth_psnr
+
+
+def test_a_post_hides_no_truth_from_the_judge():
+    cases = [case_of(REGIMES["post"], number) for number in range(8)]
+    assert sum(study_measures.measure(case, case.truth).right for case in cases) == 8
 
 
 def test_an_edit_of_two_objects_is_wrong_where_their_colours_are_swapped():
@@ -239,6 +246,24 @@ def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
     assert "| cfg | 50% | 1.00 (1.00 to 1.00) | 0.50 (0.50 to 0.50) |" in text  # detectors
 
 
+def test_edits_fail_against_their_truth_and_saturated_replays_say_nothing(tmp_path):
+    path, rights = tmp_path / "few_steps.csv", [True] * 4
+    seen = list(rows_of(study_tables.TRUTH, 8, [*rights[:3], False]))
+    for rows in (seen, list(rows_of("cfg", 5, rights)), list(rows_of("hard_lock", 0, rights))):
+        study.append(path, rows)
+    for arm, adapts in (("kvlock", 0.0), ("kvlock_other", 1.0)):
+        rows = [dataclasses.replace(row, adapts=adapts) for row in rows_of(arm, 0, rights)]
+        study.append(path, rows)
+    table = study_tables.read(path, REGIMES["few_steps"])
+    assert list(table["cfg"]["edit"]) == [0, 1, 2]  # the judge does not see the truth of the fourth
+    assert not table["cfg"]["failed"].any() and table["hard_lock"]["failed"].all()
+    free = study_tables.read(path, REGIMES["text_to_video"])
+    assert not free["hard_lock"]["failed"].any()
+    assert len(study_tables.adapting({"few_steps": table})) == 2  # the head alone
+    table["kvlock"]["adapts"] += 0.5
+    assert len(study_tables.adapting({"few_steps": table})) == 4
+
+
 def test_examples_to_train_on_are_described_by_their_captions():
     import train_demo_pairs as pairs
 
@@ -247,6 +272,7 @@ def test_examples_to_train_on_are_described_by_their_captions():
         found = pairs.example(seed)
         names, shares = found.prompts()
         assert set(names) <= set(pairs.NUMBERS) and sum(shares) == pytest.approx(1)
+        assert len(names) == (4 if found.scene.other and found.kind not in ("both", "all") else 2)
         assert names[0] == found.scene.caption and found.mask.shape == (9, 96, 96)
         covered = found.mask[pairs.render(found.scene).mask].mean()
         assert covered == (found.kind != "none")
