@@ -40,11 +40,13 @@ _LATE = "hard_lock:rescale_uncond=True+adapt_guidance=True+kappa=0.4"
 ARMS = [
     *("cfg", "kvlock", "hard_lock", "kv_only", "omega_only", "s_only", "s_omega"),
     *("fixed_half", "global_detection", "kvlock_anchor", "cfg_zero_star", "apg", "fast"),
+    # APG without its momentum, which has few steps to swing in.
+    "apg_still=apg:apg_momentum=0",
     # Lower guidance without a lock, and with one: what a schedule must beat.
     *("cfg_half=cfg:omega=0.5", "hard_lock_half=hard_lock:omega=0.5"),
     "hard_lock_s=hard_lock:rescale_uncond=True",
     # Guidance that falls late, by no statistic: s*, a lock of the background, and a part of omega.
-    f"late_half={_LATE}+omega_floor=0.5+omega_ceiling=0.5",
+    "eased",
     f"late_one={_LATE}+omega_floor=one+omega_ceiling=one",
     f"late_one_long={_LATE.replace('0.4', '0.6')}+omega_floor=one+omega_ceiling=one",
     # The published schedule over the same shares of any run.

@@ -60,12 +60,12 @@ REGIMES = {
     "text_to_video": Regime("no context: a text-to-video model", 25, context_scale=0.0),
     "few_steps": Regime("4 steps", 4),
     "open_prompt": Regime("the prompt leaves the colour open", 12, opened=True),
-    "loose_mask": Regime("a mask 12 px wider than the way of the object", 12, 4.0, 12, still=True),
-    "post": Regime("a post stands in front", 16, 4.0, 6, "post", still=True),
-    "both": Regime("two objects, whose colours the prompt must not mix up", 16, 4.0, 6, "both"),
-    "strong_guidance": Regime("guidance 10", 16, 10.0),
-    "beside": Regime("one of two objects, both in the prompt", 16, 4.0, 6, "beside", still=True),
-    "tight_mask": Regime("a mask 1 px wider than the object", 12, margin=1),
+    "loose_mask": Regime("a mask 12 px wider than the way of the object", 8, 4.0, 12, still=True),
+    "post": Regime("a post stands in front", 8, 4.0, 6, "post", still=True),
+    "both": Regime("two objects, whose colours the prompt must not mix up", 8, 4.0, 6, "both"),
+    "strong_guidance": Regime("guidance 10", 8, 10.0),
+    "beside": Regime("one of two objects, both in the prompt", 8, 4.0, 6, "beside", still=True),
+    "tight_mask": Regime("a mask 1 px wider than the object", 8, margin=1),
 }
 """Regimes by name."""
 

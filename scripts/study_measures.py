@@ -1,6 +1,7 @@
 """What the study measures of an edit, and the statistics of what was measured."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 from study_cases import Case, Target
@@ -131,21 +132,31 @@ class _Frame:
         self._low = (int(x.min()), int(y.min()))
         self._side = int(max(x.max() - x.min(), y.max() - y.min())) + 1
         self._inside = (y - self._low[1], x - self._low[0])
-        self._clear = 1 - self._front[mask]
+        self._clear = np.float32(1 - self._front[mask])
         back = target.behind[number][mask].astype(np.float32)
-        self._found = edited[number][mask].astype(np.float32) - back
-        self._change = np.asarray(COLOURS[name], np.float32) - back
+        found = edited[number][mask].astype(np.float32) - back
+        change = np.asarray(COLOURS[name], np.float32) - back
+        count = len(back)  # means over the mask, of sums over channels
+        self._squares = np.square(change).sum(-1) / count
+        self._products = (change * found).sum(-1) / count
+        self._rest = float(np.square(found).mean())
 
     def whole_cover(self, placed: _Placed) -> np.ndarray:
         """The share of each pixel of the frame that an object covers, 0-1."""
         return shape_cover(self._shape, placed.radius, placed.centre, SIZE) * (1 - self._front)
 
-    def at(self, radius: float, centre: tuple[float, float]) -> _Placed:
-        """An object there."""
-        near = (centre[0] - self._low[0], centre[1] - self._low[1])
-        cover = shape_cover(self._shape, radius, near, self._side)[self._inside] * self._clear
-        error = np.square(cover[:, None] * self._change - self._found).mean()
-        return _Placed(self, float(error), radius, centre)
+    def at(self, radii: np.ndarray, centres: np.ndarray) -> _Placed:
+        """The object that fits best among radii and their centres, N and N 2."""
+        near = np.moveaxis(centres - np.asarray(self._low), -1, 0)[..., None, None]
+        pictures = shape_cover(self._shape, radii[:, None, None], tuple(near), self._side)
+        errors = self._errors(pictures[:, *self._inside] * self._clear)
+        best = int(errors.argmin())
+        x, y = map(float, centres[best])
+        return _Placed(self, float(errors[best]), float(radii[best]), (x, y))
+
+    def _errors(self, covers: np.ndarray) -> np.ndarray:
+        """The mean of |cover change - found|^2 over the mask, multiplied out."""
+        return (covers**2 @ self._squares - 2 * covers @ self._products) / 3 + self._rest
 
     def coarse(self, radius: float) -> _Placed:
         """The object that fits best among centres at every second pixel."""
@@ -153,30 +164,27 @@ class _Frame:
         wide = tuple(c - low + reach for c, low in zip(self._centre, self._low, strict=True))
         # All shifts of the object at once: windows of one picture of it.
         picture = shape_cover(self._shape, radius, wide, self._side + 2 * reach)
-        side = (self._side, self._side)
-        covers = np.lib.stride_tricks.sliding_window_view(picture, side)[::2, ::2]
-        inside = covers[:, :, *self._inside] * self._clear
-        # sum |inside change - found|^2 multiplied out, without what all have in common
-        errors = inside**2 @ np.square(self._change).sum(-1)
-        errors -= 2 * inside @ (self._change * self._found).sum(-1)
+        side = self._side + 2 * reach
+        corners = np.arange(0, 2 * reach + 1, 2)
+        corners = (corners[:, None] * side + corners).reshape(-1, 1)
+        pixels = self._inside[0] * side + self._inside[1]
+        errors = self._errors(picture.reshape(-1).take(corners + pixels) * self._clear)
+        errors = errors.reshape(reach + 1, reach + 1)
         y, x = np.unravel_index(errors.argmin(), errors.shape)
         # The window at 0 shows the object `reach` px to the right.
         x, y = (c + reach - 2 * float(at) for c, at in zip(self._centre, (x, y), strict=True))
-        return self.at(radius, (x, y))
+        return self.at(np.array([radius]), np.array([[x, y]]))
 
     def refined(self, placed: _Placed, sizes: bool = False) -> _Placed:
         """The object moved, and with `sizes` grown, to where it fits best."""
         for step in _FINER:
-            x, y = placed.centre
             shifts = (-step, 0.0, step)
             sized = (0.0,) if not sizes or step == 1 else shifts
-            tried = [
-                self.at(placed.radius + change, (x + dx, y + dy))
-                for change in sized
-                for dx in shifts
-                for dy in shifts
-            ]
-            placed = min([placed, *tried], key=lambda one: one.error)
+            moves = np.array(list(itertools.product(sized, shifts, shifts)))
+            centres = np.asarray(placed.centre) + moves[:, 1:]
+            placed = min(
+                [placed, self.at(placed.radius + moves[:, 0], centres)], key=lambda one: one.error
+            )
         return placed
 
 

@@ -21,12 +21,13 @@ from study_tables import (
     scale,
     spread,
     values,
+    verdicts,
 )
 
 matplotlib.use("agg")
 from matplotlib import pyplot
 
-OURS = "late_half"
+OURS = "eased"
 """The arm that the overview compares with the baselines."""
 
 
@@ -73,9 +74,9 @@ def main() -> None:
     introduction = (args.folder / "intro.md").read_text(encoding="utf-8").rstrip()
     lines = [introduction, "", "![Foreground against background](evidence/pareto.png)"]
     lines += ["", f"## {OURS} against the baselines", "", "Odd edits alone.", ""]
-    lines += [*overview(tables, OURS), "", "## Adapting, or the level?", ""]
-    lines += [*adapting(tables), "", "## Against the best guidance without a statistic", ""]
-    lines += levels(tables)
+    lines += [*overview(tables, OURS), "", *verdicts(tables, OURS)]
+    lines += ["", "## Adapting, or the level?", "", *adapting(tables)]
+    lines += ["", "## Against the best guidance without a statistic", "", *levels(tables)]
     extra = {"scale": "How sigma2 scales", "spread": "Seeds that disagree"}
     for name, head in extra.items():
         if (path := args.folder / f"{name}.csv").exists():

@@ -24,8 +24,8 @@ HEADS = ("right", "failed", "truth", "nearest", "flicker", "background", "ring",
 AGAINST = ("cfg", "hard_lock", "kvlock")
 COMPARED = ("right", "nearest_psnr", "background_psnr")
 LEVELS = (
-    *("cfg", "cfg_half", "s_only", "cfg_zero_star", "apg", "hard_lock", "hard_lock_half"),
-    *("hard_lock_s", "fast", "late_half", "late_one", "late_one_long"),
+    *("cfg", "cfg_half", "s_only", "cfg_zero_star", "apg", "apg_still"),
+    *("hard_lock", "hard_lock_half", "hard_lock_s", "fast", "eased", "late_one", "late_one_long"),
 )
 """Arms whose guidance follows no statistic: the best of them is what a schedule must beat."""
 
@@ -156,6 +156,31 @@ def overview(tables: dict[str, Table], arm: str) -> list[str]:
         cells += [difference(odd, arm, other, name) for other in AGAINST for name in COMPARED]
         lines.append(f"| {regime} | " + " | ".join(cells) + " |")
     return lines
+
+
+def verdicts(tables: dict[str, Table], arm: str) -> list[str]:
+    """In how many regimes an arm is as good as it should be, on the odd edits."""
+    odd = [half(table, odd=True) for table in tables.values()]
+    odd = [table for table in odd if {arm, *AGAINST} <= set(table)]
+
+    def against(other: str, name: str) -> list[tuple[float, float, float]]:
+        return [paired(table, arm, other, name) for table in odd]
+
+    def over(found: list[tuple[float, float, float]], bound: float = 0.0) -> np.ndarray:
+        return np.array([low > bound for _, low, _ in found])
+
+    right = np.array([high >= 0 for *_, high in against("cfg", "right")])
+    near = np.array([mean >= -0.2 for mean, *_ in against("hard_lock", "background_psnr")])
+    shown = over(against("cfg", "nearest_psnr"))
+    both = over(against("kvlock", "nearest_psnr")) & over(against("kvlock", "background_psnr"))
+    said = {
+        "judged right no less often than `cfg`: no interval under 0": right,
+        "foreground better than `cfg`'s, interval over 0": shown,
+        "background at most 0.2 dB under `hard_lock`'s": near,
+        "foreground and background both better than `kvlock`'s, intervals over 0": both,
+    }
+    lines = [f"| `{arm}` is | in regimes |", "|---|---|"]
+    return [*lines, *(f"| {what} | {held.sum()} of {len(odd)} |" for what, held in said.items())]
 
 
 def adapting(tables: dict[str, Table]) -> list[str]:

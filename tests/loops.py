@@ -240,6 +240,8 @@ def oracle(model, edits, i, settings, table, omega_0):
             alpha = 0.0
         if scheduled and known and settings.adapt_guidance:
             omega = omega_0 * min(max(part, settings.omega_floor), settings.omega_ceiling)
+        elif scheduled and not settings.adapt_guidance:
+            omega = omega_0 * settings.guidance_ratio
 
         seen = (1 - sigma) * source + sigma * noise
         cached = np_keys_values(weights, seen, sigma, source_text)

@@ -94,6 +94,8 @@ BAD = [
     (LockConfig, "fusion_ratio", math.nan),
     (LockConfig, "omega_floor", -0.01),
     (LockConfig, "omega_floor", 2.01),
+    (LockConfig, "guidance_ratio", -0.01),
+    (LockConfig, "guidance_ratio", math.inf),
     (LockConfig, "omega_ceiling", math.inf),
     (LockConfig, "background", "keep"),
     (LockConfig, "detection", "none"),

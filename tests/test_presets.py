@@ -25,6 +25,7 @@ TABLE = {
     "kvlock": (0, [0.1, 0.25], [0.5, 1.25], 0.8),
     "kvlock_anchor": (1, [0.1, 0.25], [1.0, 1.25], 0.8),
     "hard_lock": (1, [1, 1], [5, 5], 1),
+    "eased": (1, [1, 1], [2.5, 2.5], 0.8),
     "fast": (1, [1, 1], [5, 5], 1),
     "fixed_half": (0, [0.5, 0.5], [0.5, 1.25], 0.8),
     "kv_only": (0, [0.1, 0.25], [5, 5], 1),
@@ -41,7 +42,7 @@ TABLE = {
     "proedit": (0, [0, 0], [5, 5], 1),
 }
 CLEAN = {"clean", "clean_anchor"}
-PINNED = {"kvlock_anchor", "hard_lock", "fast", "clean_anchor", "distilled"}
+PINNED = {"kvlock_anchor", "hard_lock", "eased", "fast", "clean_anchor", "distilled"}
 LOCKED = PINNED | {"kvlock", "fixed_half", "kv_only", "global_detection"}
 
 
@@ -77,6 +78,22 @@ def test_source_passes_of_a_run_of_fifty_steps(name):
     passes = source_needed(in_window(50, traced.kappa), traced).sum()
     counts = dict.fromkeys(PINNED, 50) | {"proedit": 17}
     assert passes == counts.get(name, 20 if name in LOCKED else 0)
+
+
+@pytest.mark.parametrize(("steps", "late"), [(1, 1), (2, 1), (4, 2), (12, 5), (50, 20)])
+def test_eased_guidance_falls_in_a_share_of_any_run(steps, late):
+    lock = preset("eased", OMEGA_0, steps)
+    assert (lock.kappa, lock.guidance_ratio) == (late, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("omega_0", "lowest"),
+    [(5.0, 2.5), (2.0, 1.0), (1.5, 1.0), (1.0, 1.0), (0.8, 0.8), (0.25, 0.25), (0.0, 0.0)],
+)
+def test_eased_guidance_never_lets_the_prompt_fade(omega_0, lowest):
+    traced = knobs(preset("eased", omega_0), omega_0)
+    yes = jnp.asarray(True)
+    np.testing.assert_allclose(guidance_scale(jnp.zeros(1), yes, yes, traced), [lowest], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

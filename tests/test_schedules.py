@@ -40,7 +40,9 @@ def alpha_by_hand(lock, sigma2, ready, inside):
 
 
 def omega_by_hand(lock, omega_0, sigma2, ready, inside):
-    if not (lock.adapt_guidance and inside and ready):
+    if inside and not lock.adapt_guidance:
+        return omega_0 * lock.guidance_ratio
+    if not (inside and ready):
         return omega_0
     return omega_0 * min(lock.omega_ceiling, max(lock.omega_floor, sigma2 / lock.tau))
 
@@ -52,6 +54,7 @@ LOCKS = [
         adapt_guidance=adapt_omega,
         warmup_fusion_ratio=warmup,
         fusion_ratio=0.5,
+        guidance_ratio=0.75,
         omega_floor=floor,
         tau=tau,
     )

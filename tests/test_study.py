@@ -94,15 +94,17 @@ def test_arms(tmp_path):
     past = study.Past(tmp_path, tmp_path / "rows.csv")
     halved = study.settings_of(regime, arms["cfg_half"], past)
     assert halved.sample.guidance_scale == 5 and halved.sample.steps == regime.steps
-    late = study.settings_of(regime, arms["late_half"], past).lock
-    assert (late.kappa, late.omega_floor, late.omega_ceiling) == (6, 0.5, 0.5)
+    late = study.settings_of(regime, arms["late_one"], past).lock
+    assert (late.kappa, late.omega_floor, late.omega_ceiling) == (3, 0.1, 0.1)
     assert late.background == "source" and late.rescale_uncond
+    eased = study.settings_of(regime, arms["eased"], past).lock
+    assert (eased.kappa, eased.guidance_ratio) == (3, 0.5)
     last = study.settings_of(regime, arms["late_one_long"], past).lock
-    assert (last.kappa, last.omega_floor, last.omega_ceiling) == (10, 0.1, 0.1)
+    assert (last.kappa, last.omega_floor, last.omega_ceiling) == (5, 0.1, 0.1)
     (tmp_path / "rows.csv").write_text("arm,alpha,omega\nkvlock,1,8\nkvlock,0.5,12\ncfg,0,10\n")
     level = study.settings_of(regime, arms["kvlock_level"], past).lock
     assert (level.fusion_ratio, level.adapt_fusion_ratio, level.omega_floor) == (0.75, False, 1)
-    assert level.omega_ceiling == 1 and level.adapt_guidance and level.kappa == 14
+    assert level.omega_ceiling == 1 and level.adapt_guidance and level.kappa == 6
     short = study.settings_of(study_cases.Regime("", 4), arms["kvlock_level"], past).lock
     assert short.kappa == 2  # the steps that have a statistic
     plain = study.settings_of(REGIMES["plain"], arms["kvlock_level"], past).lock
@@ -220,7 +222,7 @@ def rows_of(arm, gain, rights):
 
 
 def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
-    arms = {"cfg": 0, "hard_lock": 1, "kvlock": -1, "kvlock_other": -1.5, "late_half": 2}
+    arms = {"cfg": 0, "hard_lock": 1, "kvlock": -1, "kvlock_other": -1.5, "eased": 2}
     rights = [True, False] * 4
     for arm, gain in arms.items():
         study.append(tmp_path / "few_steps.csv", list(rows_of(arm, gain, rights)))
@@ -237,10 +239,12 @@ def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
     study_page.main()
     text = page.read_text()
     assert text.startswith("# A head\n") and (tmp_path / "pareto.png").stat().st_size > 1000
-    # late_half on the odd edits, which are all wrong, and its gains over cfg.
+    # eased on the odd edits, which are all wrong, and its gains over cfg.
     assert "| few_steps | 0% | 0 (-33 to 33) | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in text
     assert "| few_steps | nearest | 0.50 (0.50 to 0.50) |  |" in text  # kvlock - kvlock_other
-    assert "| few_steps | late_half | -3.00 (-3.00 to -3.00) |" in text  # the best level
+    assert "| few_steps | eased | -3.00 (-3.00 to -3.00) |" in text  # the best level
+    assert "| judged right no less often than `cfg`: no interval under 0 | 1 of 1 |" in text
+    assert "both better than `kvlock`'s, intervals over 0 | 1 of 1 |" in text
     assert "| **50** | unipc | 3.0 | 4.0 | 10 | 0.05 | 0.04 to 0.06 | 2.50 |" in text
     assert "| few_steps | 50% | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in text
     assert "| cfg | 50% | 1.00 (1.00 to 1.00) | 0.50 (0.50 to 0.50) |" in text  # detectors

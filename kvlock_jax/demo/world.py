@@ -227,13 +227,18 @@ def _with_post(video: np.ndarray, scene: Scene) -> np.ndarray:
 
 
 def shape_cover(
-    shape: str, radius: float, centre: tuple[float, float], size: int = SIZE
-) -> Float[np.ndarray, "height width"]:
+    shape: str,
+    radius: float | np.ndarray,
+    centre: tuple[float | np.ndarray, float | np.ndarray],
+    size: int = SIZE,
+) -> Float[np.ndarray, "*batch height width"]:
     """The share of each pixel that the shape covers, 0-1, as `clip(1/2 - d, 0, 1)`.
 
     `d` is the signed distance in pixels from the pixel's centre to the shape's edge, negative
-    inside. `radius` is half the extent, `centre` the (x, y) of the middle of the bounding box.
+    inside. `radius` is half the extent, `centre` the (x, y) of the middle of the bounding box;
+    where they are arrays of `*batch 1 1`, there are as many shapes.
     """
+    radius = np.float32(radius)
     x = np.abs(np.arange(size, dtype=np.float32)[None, :] - np.float32(centre[0]))
     y = np.arange(size, dtype=np.float32)[:, None] - np.float32(centre[1])
     if shape == "circle":

@@ -37,6 +37,7 @@ class Knobs:
     fusion_ratio: Number
     guidance_scale: Number
     adapt_guidance: Switch
+    guidance_ratio: Number
     omega_floor: Number
     omega_ceiling: Number
     rescale_uncond: Switch
@@ -63,6 +64,7 @@ def knobs(lock: LockConfig, guidance_scale: float | Float[np.ndarray, "steps"]) 
         fusion_ratio=jnp.float32(lock.fusion_ratio),
         guidance_scale=jnp.float32(guidance_scale),
         adapt_guidance=jnp.bool_(lock.adapt_guidance),
+        guidance_ratio=jnp.float32(lock.guidance_ratio),
         omega_floor=jnp.float32(lock.omega_floor),
         omega_ceiling=jnp.float32(lock.omega_ceiling),
         rescale_uncond=jnp.bool_(lock.rescale_uncond),
@@ -178,10 +180,13 @@ def guidance_scale(sigma2: PerEdit, ready: Switch, in_window: Switch, knobs: Kno
     METHOD.md section 6, in the window once the statistic is `ready`; omega_0 otherwise:
 
         omega = omega_0 clip(sigma2 / tau, omega_floor, omega_ceiling)
+
+    A fixed ratio (`adapt_guidance` off) holds in the whole window: omega = omega_0 guidance_ratio.
     """
     scheduled = jnp.clip(sigma2 / knobs.tau, knobs.omega_floor, knobs.omega_ceiling)
-    adapts = knobs.adapt_guidance & in_window & ready
-    return knobs.guidance_scale * jnp.where(adapts, scheduled, 1.0)
+    adapted = jnp.where(ready, scheduled, 1.0)
+    inside = jnp.where(knobs.adapt_guidance, adapted, knobs.guidance_ratio)
+    return knobs.guidance_scale * jnp.where(in_window, inside, 1.0)
 
 
 def unguided(omega: PerEdit) -> Switch:

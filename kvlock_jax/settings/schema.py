@@ -102,6 +102,8 @@ class LockConfig:
       adapt_fusion_ratio: whether alpha follows the statistic inside the window.
       fusion_ratio: alpha inside the window where it does not follow the statistic, 0 to 1.
       adapt_guidance: whether omega follows the statistic inside the window.
+      guidance_ratio: omega / omega_0 inside the window where it does not follow the statistic, 0 or
+        more.
       omega_floor: lower bound of omega / omega_0 in the window; published 0.
       omega_ceiling: upper bound `b` of omega / omega_0 in the window; published 2.
       rescale_uncond: whether the unconditional velocity is scaled by s* (METHOD.md section 7).
@@ -139,6 +141,7 @@ class LockConfig:
     adapt_fusion_ratio: bool = True
     fusion_ratio: float = 1.0
     adapt_guidance: bool = True
+    guidance_ratio: float = 1.0
     omega_floor: float = 0.0
     omega_ceiling: float = 2.0
     rescale_uncond: bool = True
@@ -171,6 +174,9 @@ class LockConfig:
             self,
             "omega_floor",
             "between 0 and omega_ceiling",
+        )
+        require(
+            0 <= self.guidance_ratio < math.inf, self, "guidance_ratio", "0 or more, and finite"
         )
         for name in ("omega_ceiling", "apg_eta", "apg_momentum"):
             require(math.isfinite(getattr(self, name)), self, name, "finite")
