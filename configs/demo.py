@@ -8,4 +8,4 @@ from kvlock_jax.settings.schema import run_config
 def get_config() -> ConfigDict:
     """Settings under which the demo's figures are measured."""
     windows = {"window": 9, "window_overlap": 4}
-    return run_config("kvlock", steps=50, shift=3.0, guidance_scale=4.0, **windows)
+    return run_config("eased", steps=50, shift=3.0, guidance_scale=4.0, **windows)

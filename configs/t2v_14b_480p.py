@@ -10,4 +10,4 @@ def get_config() -> ConfigDict:
 
     Its `generate.py` takes 5 at either size: that is `t2v_14b_720p`.
     """
-    return published("kvlock_anchor", shift=3.0, guidance_scale=5.0)
+    return published("eased", shift=3.0, guidance_scale=5.0)

@@ -7,4 +7,4 @@ from kvlock_jax.configs import published
 
 def get_config() -> ConfigDict:
     """Defaults of the publisher's `generate.py` (Wan-Video/Wan2.1) for videos from text."""
-    return published("kvlock_anchor", shift=5.0, guidance_scale=5.0)
+    return published("eased", shift=5.0, guidance_scale=5.0)

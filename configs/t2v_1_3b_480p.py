@@ -10,4 +10,4 @@ def get_config() -> ConfigDict:
 
     It names guidance 6 and a shift of 8 to 12, and runs 8; its `generate.py` alone takes 5 and 5.
     """
-    return published("kvlock_anchor", shift=8.0, guidance_scale=6.0)
+    return published("eased", shift=8.0, guidance_scale=6.0)

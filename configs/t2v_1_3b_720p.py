@@ -10,4 +10,4 @@ def get_config() -> ConfigDict:
 
     It calls that size possible but less stable, and its `generate.py` refuses it for this model.
     """
-    return published("kvlock_anchor", shift=8.0, guidance_scale=6.0)
+    return published("eased", shift=8.0, guidance_scale=6.0)

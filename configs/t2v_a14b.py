@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     A Diffusers folder may say shift 3, which gives the high-noise expert half of its steps.
     """
     return published(
-        "kvlock_anchor",
+        "eased",
         steps=40,
         shift=12.0,
         guidance_scale=4.0,

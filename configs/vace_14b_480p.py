@@ -7,4 +7,4 @@ from kvlock_jax.configs import published
 
 def get_config() -> ConfigDict:
     """Defaults of the publisher's `vace_wan_inference.py` (ali-vilab/VACE), for all sizes."""
-    return published("kvlock", shift=16.0, guidance_scale=5.0)
+    return published("eased", shift=16.0, guidance_scale=5.0)

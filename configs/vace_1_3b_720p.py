@@ -10,4 +10,4 @@ def get_config() -> ConfigDict:
 
     The publisher's README (Wan-Video/Wan2.1) lists 480p alone for this model.
     """
-    return published("kvlock", shift=16.0, guidance_scale=5.0)
+    return published("eased", shift=16.0, guidance_scale=5.0)

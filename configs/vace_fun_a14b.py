@@ -7,4 +7,4 @@ from kvlock_jax.configs import published
 
 def get_config() -> ConfigDict:
     """Of the publisher's `examples/wan2.2_vace_fun` (aigc-apps/VideoX-Fun): 50 steps of Euler."""
-    return published("kvlock", solver="euler", shift=12.0, guidance_scale=5.0, boundary=0.875)
+    return published("eased", solver="euler", shift=12.0, guidance_scale=5.0, boundary=0.875)

@@ -76,7 +76,7 @@ def test_info_of_a_run_on_several_devices(capsys, tiny_checkpoint):
     assert lines["cache"].endswith("of a block: 12 tokens of 5 frames of 48x32")
     assert lines["  cache"] == f"{2 * 6 * 24 * 2} bytes  6 tokens of 12"
     assert lines["  peak"].endswith("fits in 29.8 GiB")
-    assert "kvlock_anchor: 50 of 50 steps" in lines["step"]
+    assert "eased: 50 of 50 steps" in lines["step"]
     without = info(capsys, str(tiny_checkpoint), *flags.split())
     assert without["  cache"] == lines["  cache"] and "step" not in without
 

@@ -32,7 +32,7 @@ PUBLISHED = {  # shift, guidance of the high-noise expert and of the low-noise o
 }
 SOLVERS = {"t2v_a14b": (40, "unipc", "plain"), "vace_fun_a14b": (50, "euler", "diffusers")}
 SOLVERS |= dict.fromkeys(["ti2v_5b_480p", "ti2v_5b_720p"], (50, "unipc", "plain"))
-PRESETS = {"vace": "kvlock", "ti2v": "clean", "t2v": "kvlock_anchor"}
+PRESETS = {"vace": "eased", "ti2v": "clean", "t2v": "eased"}
 
 
 def test_all_runs_are_known():

@@ -173,7 +173,7 @@ def test_two_experts_take_turns():
     ("run", "wan", "share"),
     [
         ("vace_14b_480p", VACE, "kvlock: 20 of 50 steps with a source pass"),
-        ("t2v_14b_480p", LARGE, "kvlock_anchor: 50 of 50 steps with a source pass"),
+        ("t2v_14b_480p", LARGE, "eased: 50 of 50 steps with a source pass"),
     ],
 )
 def test_bound_of_a_run(run, wan, share):
