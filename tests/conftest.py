@@ -42,6 +42,19 @@ def pytest_report_header(config):
         return "nightly: deselected, since they take long; run with -m nightly"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(config, items):
+    """Marks the tests of `nightly.txt`; a whole run refuses names that are no tests."""
+    lines = Path(__file__).with_name("nightly.txt").read_text().splitlines()
+    listed = {line for line in lines if not line.startswith("#")}
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.nightly)
+    unknown = listed - {item.nodeid for item in items}
+    if unknown and config.args == config.getini("testpaths"):
+        raise pytest.UsageError(f"nightly.txt: no tests: {', '.join(sorted(unknown))}")
+
+
 @pytest.fixture
 def unchecked():
     """Lets arrays of any kind and shape reach functions, which are to refuse them by name."""
