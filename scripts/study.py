@@ -160,6 +160,7 @@ def settings_of(regime: Regime, arm: Arm, past: "Past") -> Settings:
     scale = arm.omega * regime.guidance
     config.sample.guidance_scale = config.sample.guidance_scale_low = scale
     config.edit.context_scale = regime.context_scale
+    config.kvlock.skip_background = False  # or every batch would compile a program of its own
     changes = dict(arm.changes)
     if arm.sigma2 == "level":
         alpha, omega = past.levels()
