@@ -13,6 +13,7 @@ from study_tables import (
     AGAINST,
     Table,
     adapting,
+    best_detectors,
     detectors,
     differences,
     levels,
@@ -77,6 +78,7 @@ def main() -> None:
     lines += [*overview(tables, OURS), "", *verdicts(tables, OURS)]
     lines += ["", "## Adapting, or the level?", "", *adapting(tables)]
     lines += ["", "## Against the best guidance without a statistic", "", *levels(tables)]
+    lines += ["", "## Which signal tells failed edits?", "", *best_detectors(tables)]
     extra = {"scale": "How sigma2 scales", "spread": "Seeds that disagree"}
     for name, head in extra.items():
         if (path := args.folder / f"{name}.csv").exists():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from study import ARMS, SIGNALS, TRUTH, name_of
 from study_cases import Regime
-from study_measures import auroc_interval, interval, share_interval
+from study_measures import auroc, auroc_interval, interval, share_interval
 
 SHOWN = (
     "right",
@@ -142,6 +142,25 @@ def detectors(table: Table) -> list[str]:
             ]
             lines.append(f"| {arm} | {100 * wrong.mean():.0f}% | " + " | ".join(found) + " |")
     return lines if len(lines) > 2 else ["No arm fails in 5 to 95% of these edits."]
+
+
+def best_detectors(tables: dict[str, Table]) -> list[str]:
+    """The signal that tells failed edits best, chosen on even edits, beside sigma2 on odd ones."""
+    heads = ["regime", "arm", "failed", "sigma2", "best of the even edits", "it"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for regime, table in tables.items():
+        even, odd = half(table, odd=False), half(table, odd=True)
+        for arm in (arm for arm in ("cfg", "kvlock") if arm in table):
+            one, other = even[arm], odd[arm]
+            known = [name for name in SIGNALS if np.isfinite(one[name]).any()]
+            found = {name: auroc(one[name], one["failed"]) for name in known}
+            share = other["failed"].mean()
+            if not 0.05 < share < 0.95 or np.isnan(list(found.values())).any():
+                continue
+            best = max(found, key=found.get)
+            own, its = (cell(*auroc_interval(other[n], other["failed"])) for n in ("sigma2", best))
+            lines.append(f"| {regime} | {arm} | {100 * share:.0f}% | {own} | {best} | {its} |")
+    return lines
 
 
 def overview(tables: dict[str, Table], arm: str) -> list[str]:

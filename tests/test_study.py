@@ -223,7 +223,7 @@ def rows_of(arm, gain, rights):
 
 def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
     arms = {"cfg": 0, "hard_lock": 1, "kvlock": -1, "kvlock_other": -1.5, "eased": 2}
-    rights = [True, False] * 4
+    rights = [True, True, False, False] * 2
     for arm, gain in arms.items():
         study.append(tmp_path / "few_steps.csv", list(rows_of(arm, gain, rights)))
     scale = "changed,steps,solver,shift,guidance,window,low,median,high,edits\n"
@@ -239,14 +239,16 @@ def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
     study_page.main()
     text = page.read_text()
     assert text.startswith("# A head\n") and (tmp_path / "pareto.png").stat().st_size > 1000
-    # eased on the odd edits, which are all wrong, and its gains over cfg.
-    assert "| few_steps | 0% | 0 (-33 to 33) | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in text
+    # eased on the odd edits, and its gains over cfg.
+    assert "| few_steps | 50% | 0 (-33 to 33) | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in text
     assert "| few_steps | nearest | 0.50 (0.50 to 0.50) |  |" in text  # kvlock - kvlock_other
     assert "| few_steps | eased | -3.00 (-3.00 to -3.00) |" in text  # the best level
     assert "| judged right no less often than `cfg`: no interval under 0 | 1 of 1 |" in text
     assert "both better than `kvlock`'s, intervals over 0 | 1 of 1 |" in text
     assert "| **50** | unipc | 3.0 | 4.0 | 10 | 0.05 | 0.04 to 0.06 | 2.50 |" in text
     assert "| few_steps | 50% | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in text
+    best = "1.00 (1.00 to 1.00) | sigma2 | 1.00 (1.00 to 1.00) |"
+    assert f"| few_steps | cfg | 50% | {best}" in text
     assert "| cfg | 50% | 1.00 (1.00 to 1.00) | 0.50 (0.50 to 0.50) |" in text  # detectors
 
 
