@@ -27,6 +27,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that tests start
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", None)  # until the run has a folder of its own
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Programs name no lines of Python, a tenth of the time to make one.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # Before any of them is imported. The command line alone has no arrays.
 CHECKED = (
