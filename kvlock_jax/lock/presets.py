@@ -11,7 +11,7 @@ PRESETS = {
     "kvlock": "the paper: alpha and omega follow the statistic, s*; for VACE weights",
     "kvlock_anchor": "ours, for text-to-video weights: locked from the start, background pinned",
     "hard_lock": "source keys and values everywhere in the background, at every step (KV-Edit)",
-    "eased": "ours: hard_lock with s*, and half the guidance in the last 0.4 of the steps",
+    "eased": "ours, measured best: hard_lock with s*, half the guidance in the last 0.4 of the steps",
     "fast": "ours, for VACE: hard_lock over the foreground, the source's pass in some steps alone",
     "fixed_half": "ablation: alpha 0.5 in the window instead of the schedule",
     "kv_only": "ablation: only alpha follows the statistic; plain guidance",
@@ -76,7 +76,8 @@ def preset(name: str, guidance_scale: float, steps: int = 50) -> LockConfig:
     for few steps set `zero_init_steps` lower. `apg` takes eta 0 from its paper, and norm 55 and
     momentum -0.75 from the public code that guides Wan 2.1 by it at 480x832 and 81 frames
     (MeiGen-AI/InfiniteTalk); a norm grows with the number of latents, so on small videos this one
-    rarely binds.
+    rarely binds. Its momentum needs many steps to settle: with 4 it ruins edits
+    (docs/evidence.md), so for few steps set `apg_momentum` to 0.
 
     `proedit` (arXiv 2512.22118) takes its ratios from the authors' code for images
     (iSEE-Laboratory/ProEdit; they published none for video): d = 0.9, so beta = 0.1, and a shift
