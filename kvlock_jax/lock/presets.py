@@ -11,7 +11,7 @@ PRESETS = {
     "kvlock": "the paper: alpha and omega follow the statistic, s*; for VACE weights",
     "kvlock_anchor": "ours, for text-to-video weights: locked from the start, background pinned",
     "hard_lock": "source keys and values everywhere in the background, at every step (KV-Edit)",
-    "eased": "ours, measured best: hard_lock with s*, half the guidance in the last 0.4 of the steps",
+    "eased": "ours: hard_lock with s*, and half the guidance in the last 0.4 of the steps",
     "fast": "ours, for VACE: hard_lock over the foreground, the source's pass in some steps alone",
     "fixed_half": "ablation: alpha 0.5 in the window instead of the schedule",
     "kv_only": "ablation: only alpha follows the statistic; plain guidance",
