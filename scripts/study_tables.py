@@ -185,13 +185,13 @@ def verdicts(tables: dict[str, Table], arm: str) -> list[str]:
     def against(other: str, name: str) -> list[tuple[float, float, float]]:
         return [paired(table, arm, other, name) for table in odd]
 
-    def over(found: list[tuple[float, float, float]], bound: float = 0.0) -> np.ndarray:
-        return np.array([low > bound for _, low, _ in found])
+    def over(other: str, name: str) -> np.ndarray:
+        return np.array([low > 0 for _, low, _ in against(other, name)])
 
     right = np.array([high >= 0 for *_, high in against("cfg", "right")])
     near = np.array([mean >= -0.2 for mean, *_ in against("hard_lock", "background_psnr")])
-    shown = over(against("cfg", "nearest_psnr"))
-    both = over(against("kvlock", "nearest_psnr")) & over(against("kvlock", "background_psnr"))
+    shown = over("cfg", "nearest_psnr")
+    both = over("kvlock", "nearest_psnr") & over("kvlock", "background_psnr")
     said = {
         "judged right no less often than `cfg`: no interval under 0": right,
         "foreground better than `cfg`'s, interval over 0": shown,

@@ -172,7 +172,7 @@ def test_two_experts_take_turns():
 @pytest.mark.parametrize(
     ("run", "wan", "share"),
     [
-        ("vace_14b_480p", VACE, "kvlock: 20 of 50 steps with a source pass"),
+        ("vace_14b_480p", VACE, "eased: 50 of 50 steps with a source pass"),
         ("t2v_14b_480p", LARGE, "eased: 50 of 50 steps with a source pass"),
     ],
 )

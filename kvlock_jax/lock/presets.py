@@ -55,7 +55,7 @@ def preset(name: str, guidance_scale: float, steps: int = 50) -> LockConfig:
 
     METHOD.md sections 9 and 10. `kvlock_anchor`, what is made of it, and `eased` depend on omega_0:
     a floor 1 / omega_0 keeps omega at 1 or more, so that the prompt never fades. (The ceiling of 2
-    comes first: an omega_0 under 1/2 stays under 1.)
+    comes first: an omega_0 under 1/2 stays under 1. `eased` leaves one under 1 as it is.)
 
     `eased` is what measured best on the demo model (docs/evidence.md): the lock is as firm as can
     be, and guidance, which the statistic would double where the model is unsure, falls late in the
