@@ -7,10 +7,9 @@ import argparse
 import pathlib
 
 import matplotlib
-from study import FOLDER
+from study import FOLDER, TRUTH
 from study_cases import REGIMES
 from study_tables import (
-    AGAINST,
     Table,
     adapting,
     best_detectors,
@@ -32,23 +31,44 @@ OURS = "eased"
 """The arm that the overview compares with the baselines."""
 
 
+NAMED = {
+    "cfg": "#7f7f7f",
+    "kv_only": "#8c6bb1",
+    "kvlock": "#c0392b",
+    "kvlock_anchor": "#e08e0b",
+    "hard_lock": "#1f5fa8",
+    OURS: "#1a8a4a",
+}
+"""Colours of the arms that the plot names; the others are small and grey."""
+
+
 def pareto(tables: dict[str, Table], path: pathlib.Path) -> None:
     """Foreground against background, of each regime."""
     columns = 2
     rows = -(-len(tables) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(11, 4 * rows), squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(11, 3.4 * rows), squeeze=False)
     for axis in axes.flat[len(tables) :]:
         axis.axis("off")
     for axis, (name, table) in zip(axes.flat, tables.items(), strict=False):
-        for arm, found in table.items():
-            x, y = found["background_psnr"].mean(), found["nearest_psnr"].mean()
-            axis.plot(x, y, "o", color="#c0392b" if arm in AGAINST else "#1f5fa8", markersize=4)
-            axis.annotate(arm, (x, y), fontsize=7, xytext=(3, 2), textcoords="offset points")
+        found = {
+            arm: [columns[key].mean() for key in ("background_psnr", "nearest_psnr")]
+            for arm, columns in table.items()
+            if arm != TRUTH
+        }
+        others = [place for arm, place in found.items() if arm not in NAMED]
+        if others:
+            axis.plot(*zip(*others, strict=True), "o", color="#c9c9c9", markersize=4)
+        for arm, colour in NAMED.items():
+            if arm in found:
+                axis.plot(*found[arm], "o", color=colour, markersize=8, label=arm)
         axis.set_title(f"{name}: {REGIMES[name].about}", fontsize=9)
         axis.set_xlabel("background PSNR, dB", fontsize=8)
-        axis.set_ylabel("foreground PSNR to the nearest render, dB", fontsize=8)
-        axis.margins(0.15)
-    figure.tight_layout()
+        axis.set_ylabel("foreground PSNR, dB", fontsize=8)
+        axis.margins(0.1)
+        axis.grid(alpha=0.3)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
+    lines, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="upper center", ncols=len(NAMED), frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -73,7 +93,8 @@ def main() -> None:
     paths = {name: args.folder / f"{name}.csv" for name in REGIMES}
     tables = {name: read(path, REGIMES[name]) for name, path in paths.items() if path.exists()}
     introduction = (args.folder / "intro.md").read_text(encoding="utf-8").rstrip()
-    lines = [introduction, "", "![Foreground against background](evidence/pareto.png)"]
+    lines = [introduction, "", "![Foreground against background](evidence/pareto.png)", ""]
+    lines += ["Means over edits, foreground to the nearest valid render; the other arms are grey."]
     lines += ["", f"## {OURS} against the baselines", "", "Odd edits alone.", ""]
     lines += [*overview(tables, OURS), "", *verdicts(tables, OURS)]
     lines += ["", "## Adapting, or the level?", "", *adapting(tables)]

@@ -16,11 +16,18 @@ SHOWN = (
     "nearest_psnr",
     "flicker",
     "background_psnr",
+    "background_ssim",
     "ring_error",
     "omega",
     "adapts",
 )
-HEADS = ("right", "failed", "truth", "nearest", "flicker", "background", "ring", "omega", "adapts")
+HEADS = (
+    *("right", "failed", "truth", "nearest", "flicker", "background"),
+    *("SSIM", "ring", "omega", "adapts"),
+)
+DIGITS = (2, 2, 2, 2, 4, 2, 2, 2)
+"""Digits of the columns after the shares."""
+
 AGAINST = ("cfg", "hard_lock", "kvlock")
 COMPARED = ("right", "nearest_psnr", "background_psnr")
 LEVELS = (
@@ -83,8 +90,8 @@ def values(table: Table) -> list[str]:
     lines = ["| arm | " + " | ".join(HEADS) + " |", "|---" * (len(HEADS) + 1) + "|"]
     for arm, columns in table.items():
         cells = [f"{100 * columns[name].mean():.0f}%" for name in SHOWN[:2]]
-        cells += ["" if np.isnan(columns[name]).all() else f"{np.nanmean(columns[name]):.2f}"
-                  for name in SHOWN[2:]]  # fmt: skip
+        cells += ["" if np.isnan(columns[name]).all() else f"{np.nanmean(columns[name]):.{digits}f}"
+                  for name, digits in zip(SHOWN[2:], DIGITS, strict=True)]  # fmt: skip
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 
