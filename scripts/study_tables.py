@@ -193,10 +193,10 @@ def verdicts(tables: dict[str, Table], arm: str) -> list[str]:
         return [paired(table, arm, other, name) for table in odd]
 
     def over(other: str, name: str) -> np.ndarray:
-        return np.array([low > 0 for _, low, _ in against(other, name)])
+        return np.array([low > 0 for _, low, _ in against(other, name)], bool)
 
-    right = np.array([high >= 0 for *_, high in against("cfg", "right")])
-    near = np.array([mean >= -0.2 for mean, *_ in against("hard_lock", "background_psnr")])
+    right = np.array([high >= 0 for *_, high in against("cfg", "right")], bool)
+    near = np.array([mean >= -0.2 for mean, *_ in against("hard_lock", "background_psnr")], bool)
     shown = over("cfg", "nearest_psnr")
     both = over("kvlock", "nearest_psnr") & over("kvlock", "background_psnr")
     said = {

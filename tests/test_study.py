@@ -245,6 +245,10 @@ def test_the_page_says_what_the_rows_say(tmp_path, monkeypatch):
     assert "| few_steps | eased | -3.00 (-3.00 to -3.00) |" in text  # the best level
     assert "| judged right no less often than `cfg`: no interval under 0 | 1 of 1 |" in text
     assert "both better than `kvlock`'s, intervals over 0 | 1 of 1 |" in text
+    table = study_tables.read(tmp_path / "few_steps.csv", REGIMES["few_steps"])
+    held = [line.split(" | ")[-1] for line in study_tables.verdicts({"": table}, "kvlock")[2:]]
+    assert held == ["1 of 1 |", "0 of 1 |", "0 of 1 |", "0 of 1 |"]
+    assert study_tables.verdicts({"": {"cfg": table["cfg"]}}, "eased")[2].endswith("| 0 of 0 |")
     assert "| **50** | unipc | 3.0 | 4.0 | 10 | 0.05 | 0.04 to 0.06 | 2.50 |" in text
     assert "| few_steps | 50% | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in text
     best = "1.00 (1.00 to 1.00) | sigma2 | 1.00 (1.00 to 1.00) |"
