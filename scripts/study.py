@@ -36,7 +36,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "evidence"
 BATCH = 16
 TAU = 0.01  # published
 LATE = 0.4  # of the steps, over which signals are averaged: kappa's share as published
-_LATE = "hard_lock:rescale_uncond=True+adapt_guidance=True+kappa=0.4"
+_LATE = "eased:adapt_guidance=True"
 ARMS = [
     *("cfg", "kvlock", "hard_lock", "kv_only", "omega_only", "s_only", "s_omega"),
     *("fixed_half", "global_detection", "kvlock_anchor", "cfg_zero_star", "apg", "fast"),
@@ -47,8 +47,7 @@ ARMS = [
     "hard_lock_s=hard_lock:rescale_uncond=True",
     # Guidance that falls late, by no statistic: s*, a lock of the background, and a part of omega.
     "eased",
-    f"late_one={_LATE}+omega_floor=one+omega_ceiling=one",
-    f"late_one_long={_LATE.replace('0.4', '0.6')}+omega_floor=one+omega_ceiling=one",
+    *("late_one=eased:guidance_ratio=one", "late_one_long=eased:guidance_ratio=one+kappa=0.6"),
     # The published schedule over the same shares of any run.
     "kvlock_scaled=kvlock:kappa=0.4+window=0.2",
     # Does it matter which edit is adapted to, or the level alone? `_other`: that of another edit.
@@ -164,9 +163,8 @@ def settings_of(regime: Regime, arm: Arm, past: "Past") -> Settings:
     changes = dict(arm.changes)
     if arm.sigma2 == "level":
         alpha, omega = past.levels()
-        level = omega / regime.guidance
         changes |= {"adapt_fusion_ratio": False, "fusion_ratio": alpha}
-        changes |= {"omega_floor": level, "omega_ceiling": level}
+        changes |= {"adapt_guidance": False, "guidance_ratio": omega / regime.guidance}
     changes = {key: 1 / scale if value == "one" else value for key, value in changes.items()}
     for key in {"kappa", "window"} & set(changes):
         changes[key] = str(max(2, round(float(changes[key]) * regime.steps)))

@@ -95,16 +95,16 @@ def test_arms(tmp_path):
     halved = study.settings_of(regime, arms["cfg_half"], past)
     assert halved.sample.guidance_scale == 5 and halved.sample.steps == regime.steps
     late = study.settings_of(regime, arms["late_one"], past).lock
-    assert (late.kappa, late.omega_floor, late.omega_ceiling) == (3, 0.1, 0.1)
+    assert (late.kappa, late.guidance_ratio) == (3, 0.1)
     assert late.background == "source" and late.rescale_uncond
     eased = study.settings_of(regime, arms["eased"], past).lock
     assert (eased.kappa, eased.guidance_ratio) == (3, 0.5)
     last = study.settings_of(regime, arms["late_one_long"], past).lock
-    assert (last.kappa, last.omega_floor, last.omega_ceiling) == (5, 0.1, 0.1)
+    assert (last.kappa, last.guidance_ratio) == (5, 0.1)
     (tmp_path / "rows.csv").write_text("arm,alpha,omega\nkvlock,1,8\nkvlock,0.5,12\ncfg,0,10\n")
     level = study.settings_of(regime, arms["kvlock_level"], past).lock
-    assert (level.fusion_ratio, level.adapt_fusion_ratio, level.omega_floor) == (0.75, False, 1)
-    assert level.omega_ceiling == 1 and level.adapt_guidance and level.kappa == 6
+    assert (level.fusion_ratio, level.adapt_fusion_ratio, level.guidance_ratio) == (0.75, False, 1)
+    assert not level.adapt_guidance and level.kappa == 6
     short = study.settings_of(study_cases.Regime("", 4), arms["kvlock_level"], past).lock
     assert short.kappa == 2  # the steps that have a statistic
     plain = study.settings_of(REGIMES["plain"], arms["kvlock_level"], past).lock

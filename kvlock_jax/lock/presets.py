@@ -66,8 +66,8 @@ def preset(name: str, guidance_scale: float, steps: int = 50) -> LockConfig:
     2.2's 5B was on clips whose first frame is given.
 
     `fast` is `hard_lock` with the source's pass in every fifth step, and VACE's context blocks
-    locked too: on the demo model equal to it within noise, and at every tenth step still
-    (`scripts/eval_demo.py`).
+    locked too: on the demo model equal to it within noise in 50 steps; in 4 its foreground is 0.4
+    dB worse (docs/evidence.md).
 
     `distilled` depends on the number of steps: its window of estimates and its scheduled steps are
     the same parts of a run as of 50 steps, 2 and 2 of 4.
